@@ -1,19 +1,21 @@
-//! Static frequencies of `rans` and `block-ans`: how they are chosen, their bytes, and the lookup tables they become.
+//! Static frequencies of `rans` and `block-ans`: how they are chosen, their bytes, and the lookup
+//! tables they become.
 //!
 //! # Bytes
 //! ```text
 //! u16 count | count x ( u8 symbol byte | u16 freq )      little-endian, symbol bytes strictly ascending
 //! ```
-//! Frequencies are at least 1 and sum to `2^prob_bits`; `cum` of an entry is the sum of those before it. With 16-bit
-//! states none is above 255, so that decoders keep them in bytes: a lone symbol at `prob_bits` 8 gets a companion entry of
-//! frequency 1.
+//! Frequencies are at least 1 and sum to `2^prob_bits`; `cum` of an entry is the sum of those
+//! before it. With 16-bit states none is above 255, so that decoders keep them in bytes: a lone
+//! symbol at `prob_bits` 8 gets a companion entry of frequency 1.
 //!
 //! # Choice
-//! The bits that a table costs, `sum count * (prob_bits - log2 freq)`, are a sum of convex functions of the frequencies.
-//! For such a sum, a distribution of the `2^prob_bits` slots that no move of a single slot improves is the best of all:
-//! slots are moved from where they are missed least to where they help most until nothing improves. Which symbols
-//! deserve an entry is found by trying: the most frequent one, the two most frequent, and so on, all others
-//! escaping at 8 bits more. Each trial starts from the last one's frequencies and needs few moves.
+//! The bits that a table costs, `sum count * (prob_bits - log2 freq)`, are a sum of convex
+//! functions of the frequencies. For such a sum, a distribution of the `2^prob_bits` slots that no
+//! move of a single slot improves is the best of all: slots are moved from where they are missed
+//! least to where they help most until nothing improves. Which symbols deserve an entry is found by
+//! trying: the most frequent one, the two most frequent, and so on, all others escaping at 8 bits
+//! more. Each trial starts from the last one's frequencies and needs few moves.
 
 use crate::ans::{self, PushEntry};
 use crate::error::{ParamsError, TableError};
@@ -75,7 +77,8 @@ impl Widths {
         1 << self.prob
     }
 
-    /// Largest frequency that decoders can hold: a byte with 16-bit states, 12 bits plus one with 32-bit states.
+    /// Largest frequency that decoders can hold: a byte with 16-bit states, 12 bits plus one with
+    /// 32-bit states.
     fn freq_max(self) -> u32 {
         if self.state == 16 {
             self.slots().min(255)
@@ -222,7 +225,8 @@ impl Frequencies {
     }
 }
 
-/// Bits of all symbols of `histogram` when symbol byte `b` (0: ESCAPE) costs `bits_of[b]`, infinite if it has no entry.
+/// Bits of all symbols of `histogram` when symbol byte `b` (0: ESCAPE) costs `bits_of[b]`, infinite
+/// if it has no entry.
 pub(crate) fn payload_bits(histogram: &Histogram, bits_of: &[f64; 256]) -> f64 {
     let escape_bits = bits_of[usize::from(ESCAPE)];
     let bits = histogram.iter().map(|(symbol, count)| {
@@ -297,7 +301,8 @@ fn check_entries(widths: Widths, entries: &[(u8, u16)]) -> Result<(), TableError
     }
 }
 
-/// The best frequencies for the `n` most frequent core symbols and ESCAPE, for one `n` after the other.
+/// The best frequencies for the `n` most frequent core symbols and ESCAPE, for one `n` after the
+/// other.
 struct Trial<'a> {
     widths: Widths,
     population: &'a Population,
@@ -356,7 +361,8 @@ impl<'a> Trial<'a> {
                 self.freqs[shrunk] -= 1;
                 sum -= 1;
             } else if gain_bits > loss_bits {
-                // A strict gain, and the same expression gives gain and loss of a slot: no slot goes back and forth.
+                // A strict gain, and the same expression gives gain and loss of a slot: no slot
+                // goes back and forth.
                 self.freqs[grown] += 1;
                 self.freqs[shrunk] -= 1;
             } else {
@@ -419,7 +425,8 @@ impl<'a> Trial<'a> {
         }
         let missing = self.widths.slots() - self.freqs.iter().sum::<u32>();
         if missing > 0 {
-            // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is ESCAPE itself.
+            // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is
+            // ESCAPE itself.
             let companion = if self.freqs[0] > 0 {
                 SYMBOL_BIAS as u8
             } else {
