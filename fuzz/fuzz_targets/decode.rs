@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tersor_codec::{Codec, Table, decode_chunk, decode_chunk_bytes, encode_chunk};
+use tersor_codec::{Codec, Table, decode_chunk, decode_chunk_bytes, encode_chunk, reference};
 
 const CODECS: [&str; 7] = ["fixed", "huffman", "rans", "rans-precise", "block-ans", "fixed/b8", "block-ans/s16-w8-p7-n32"];
 
@@ -15,12 +15,15 @@ fuzz_target!(|data: &[u8]| {
     table.write(&mut written);
     assert!(Table::read(codec, &written).is_ok(), "a table that was read can be written and read again");
 
+    let oracle = reference::decode_chunk(&table, chunk, *symbols as usize);
     let mut decoded = vec![0i16; *symbols as usize];
     let mut symbol_bytes = vec![0u8; *symbols as usize];
     let plain = decode_chunk(&table, chunk, &mut decoded);
     let bytes = decode_chunk_bytes(&table, chunk, &mut symbol_bytes);
     assert_eq!(plain.is_ok(), bytes.is_ok(), "both decoders judge alike");
-    if plain.is_ok() {
+    assert_eq!(plain.is_ok(), oracle.is_ok(), "the fast decoder judges like the oracle");
+    if let Ok(oracle) = oracle {
+        assert_eq!(decoded, oracle, "the fast decoder decodes like the oracle");
         let mut again = Vec::new();
         encode_chunk(&table, &decoded, &mut again).expect("decoded symbols can be encoded");
         let mut twice = vec![0i16; decoded.len()];
