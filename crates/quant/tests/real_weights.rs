@@ -137,12 +137,7 @@ fn a_whole_model_meets_its_target() {
             weights += model.weights();
             row_grids += usize::from(params.grid == Grid::Row);
         }
-        println!(
-            "{bpw} {grid:?}: step {:.4}, {:.4} bpw, {row_grids} of {} tensors by row",
-            solution.relative_step,
-            bits / weights,
-            names.len()
-        );
+        println!("{bpw}: step {:.4}, {:.4} bpw, {row_grids} of {} tensors by row", solution.relative_step, bits / weights, names.len());
         assert!((bits / weights - bpw).abs() < 0.002, "{bpw}: {}", bits / weights);
     }
 }
