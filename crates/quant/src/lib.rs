@@ -81,8 +81,8 @@
 //! | recommended, but rounding 0.42 | 0.0299 | 0.0842 | not measured |
 //! | recommended multipliers, row steps | 0.0274 | 0.0817 | not measured |
 //!
-//! (MLX's affine4 g64 at 4.5 bpw: 0.0332.) KL falls fourfold a bit, so the recommendation is worth 0.16 bit at 3.75 bpw (0.13 at 3.0) over row steps
-//! everywhere. Repeating such a measurement with other weights moves a figure by about 2 %; smaller differences mean nothing. Multipliers
+//! (MLX's affine4 g64 at 4.5 bpw: 0.0332.) KL falls fourfold a bit, so the recommendation is worth 0.16 bit at 3.75 bpw (0.13 at 3.0 and 2.25) over row steps
+//! everywhere. Repeating such a measurement with other weights moves a figure by about 3 %; smaller differences mean nothing. Multipliers
 //! between 0.55 and 0.7 for the embedding (also the head in this model) and between 0.6 and 0.8 for the value projections were within that
 //! of each other; finer `o_proj`, finer `down_proj` and coarser `q_proj`, `k_proj` gained nothing.
 //!
