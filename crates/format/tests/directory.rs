@@ -215,7 +215,7 @@ fn change_header(path: &Path, change: impl Fn(&mut Value)) {
     let mut header: Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
     change(&mut header);
     let mut text = header.to_string();
-    while (8 + text.len()) % 64 != 0 {
+    while !(8 + text.len()).is_multiple_of(64) {
         text.push(' ');
     }
     fs::write(&model, common::safetensors(&text, &file[8 + length..])).unwrap();
@@ -695,4 +695,36 @@ fn a_damaged_raw_tensor_is_found_before_use() {
         line(&error).contains("tensor \"layers.3.scales\": checksum of the tensor does not match"),
         "{error}"
     );
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 300, ..Default::default() })]
+
+    /// Any damage to the file, headers included: an error of one line, or tensors that can all be read.
+    #[test]
+    fn damaged_files_never_panic(
+        edits in proptest::collection::vec(
+            (proptest::prelude::any::<proptest::sample::Index>(), 0usize..9, proptest::collection::vec(0u8..=255, 0..9)), 1..4),
+        in_header in proptest::prelude::any::<bool>(),
+    ) {
+        let (_root, path) = tiny();
+        let model = path.join("model.safetensors");
+        let mut file = fs::read(&model).unwrap();
+        let header = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        for (at, removed, inserted) in edits {
+            let at = at.index(if in_header { header } else { file.len() }).min(file.len());
+            let end = (at + removed).min(file.len());
+            file.splice(at..end, inserted);
+        }
+        fs::write(&model, &file).unwrap();
+        forge_manifest(&path, "model.safetensors");
+        if let Err(error) = check(&path) {
+            line(&error);
+        }
+        if let Ok(dir) = ModelDir::open(&path) {
+            if let Err(error) = contents(&dir) {
+                line(&error);
+            }
+        }
+    }
 }
