@@ -1,16 +1,14 @@
 //! Matrices whose form is settled while loading and never changes: what `fused`, `cached` and a mixture of both (`auto`) share.
 
-use super::budget::Footprint;
 use super::cost::CostModel;
 use super::engine::{Engine, Form, Operand, Price, corrupt};
-use super::set::{Index, Linear, Source, TensorSet, verify};
+use super::set::{Index, Linear, RawMatrix, Source, TensorSet, verify};
 use super::{OpenError, Options, Strategy};
 use crate::model::weights::{LinearId, ResidencyReport, RunError, Weights};
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::Instant;
 use tersor_cpu::{Decoded, KernelScales, Level, Pool, decode_into};
-use tersor_format::{CodedTensor, ModelDir, RawTensor};
+use tersor_format::{CodedTensor, ModelDir};
 
 /// A matrix in the form in which it stays.
 #[derive(Debug)]
@@ -29,7 +27,7 @@ struct Held {
 enum HeldForm {
     Coded { tensor: CodedTensor, scales: KernelScales },
     Decoded { decoded: Decoded, scales: KernelScales },
-    Raw(RawTensor),
+    Raw(RawMatrix),
 }
 
 impl Held {
@@ -37,7 +35,7 @@ impl Held {
         match &self.form {
             HeldForm::Coded { tensor, scales } => Form::Coded(tensor, scales),
             HeldForm::Decoded { decoded, scales } => Form::Decoded(decoded, scales),
-            HeldForm::Raw(raw) => Form::Raw(raw),
+            HeldForm::Raw(raw) => Form::Raw(raw.dense()),
         }
     }
 }
@@ -55,22 +53,20 @@ pub(super) struct HeldWeights {
     miss_bytes: u64,
     hits: u64,
     misses: u64,
-    /// Keeps the mapping of what stays coded or raw; `None` once everything is decoded.
-    dir: Option<ModelDir>,
 }
 
 impl HeldWeights {
     /// Verifies every tensor and, in the same sweep, decodes the matrices marked in `decoded`; the coded bytes of each are released
-    /// as soon as it is decoded, and the file is unmapped if nothing of it is needed any more.
+    /// as soon as it is decoded, and a file of which nothing is needed any more is unmapped when `dir` is dropped.
     pub fn load(
-        dir: ModelDir,
+        dir: &ModelDir,
         set: TensorSet,
         decoded: &[bool],
         strategy: Strategy,
         options: &Options,
     ) -> Result<Self, OpenError> {
         let engine = Engine::new(options.threads, options.level);
-        let mut forms = decode_marked(&dir, &set, decoded, &engine)?;
+        let mut forms = decode_marked(dir, &set, decoded, &engine)?;
         let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads));
         let index = set.index;
         let mut matrices = Vec::with_capacity(set.linears.len());
@@ -78,10 +74,8 @@ impl HeldWeights {
             let decoded = forms[slot].take();
             matrices.push(hold(linear, decoded, model.as_ref()));
         }
-        let all_decoded = matrices.iter().all(|held| matches!(held.form, HeldForm::Decoded { .. }));
-        let dir = (!all_decoded).then_some(dir);
         let detail = detail(&matrices);
-        Ok(Self { strategy, detail, matrices, index, engine, hit_bytes: 0, miss_bytes: 0, hits: 0, misses: 0, dir })
+        Ok(Self { strategy, detail, matrices, index, engine, hit_bytes: 0, miss_bytes: 0, hits: 0, misses: 0 })
     }
 }
 

@@ -26,7 +26,7 @@ pub mod profile;
 mod set;
 
 pub use auto::{Choice, Plan, PlanRow};
-pub use budget::{Footprint, SLICE_TOKENS};
+pub use budget::Footprint;
 pub use cost::{CostModel, MatrixCost, Offer, choose};
 pub use profile::{MachineProfile, ProfileError};
 
@@ -250,6 +250,8 @@ fn smaller_hint(smaller: Option<(Strategy, u64)>) -> String {
 
 /// Opens the weights of a model directory under a strategy. Compares every checksum first.
 ///
+/// Takes the directory, so that its files are unmapped as soon as no matrix needs them: `Model::load` comes first.
+///
 /// # Errors
 /// [`OpenError`]: a damaged directory, a budget that is too small, a strategy that needs a GPU.
 pub fn open(dir: ModelDir, strategy: Strategy, options: &Options) -> Result<Box<dyn Weights>, OpenError> {
@@ -257,11 +259,11 @@ pub fn open(dir: ModelDir, strategy: Strategy, options: &Options) -> Result<Box<
     let settled = settle(&set, strategy, options)?;
     let options = &settled.options;
     Ok(match (strategy, settled.decision) {
-        (Strategy::Auto, Some(Decision::Prefetch)) | (Strategy::Prefetch, _) => Box::new(prefetch::open(dir, set, options)?),
-        (Strategy::Auto, Some(Decision::Mixture(decoded))) => Box::new(auto::open(dir, set, &decoded, options)?),
-        (Strategy::Cached, _) => Box::new(cached::open(dir, set, options)?),
-        (Strategy::Lru, _) => Box::new(lru::open(dir, set, options)?),
-        (Strategy::Fused, _) => Box::new(fused::open(dir, set, options)?),
+        (Strategy::Auto, Some(Decision::Prefetch)) | (Strategy::Prefetch, _) => Box::new(prefetch::open(&dir, set, options)?),
+        (Strategy::Auto, Some(Decision::Mixture(decoded))) => Box::new(auto::open(&dir, set, &decoded, options)?),
+        (Strategy::Cached, _) => Box::new(cached::open(&dir, set, options)?),
+        (Strategy::Lru, _) => Box::new(lru::open(&dir, set, options)?),
+        (Strategy::Fused, _) => Box::new(fused::open(&dir, set, options)?),
         (Strategy::Auto | Strategy::GpuAsync, _) => return Err(OpenError::NeedsGpu),
     })
 }

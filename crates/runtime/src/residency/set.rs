@@ -1,17 +1,18 @@
 //! The matrices of a model as a directory holds them: found, measured, and checked against their checksums.
 
-use super::budget::{Footprint, SLICE_TOKENS};
+use super::budget::Footprint;
 use super::cost::MatrixCost;
 use super::{OpenError, Options};
 use crate::model::ModelError;
 use crate::model::config::Config;
+use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::names::{self, LinearInfo};
 use crate::model::weights::{LinearId, LinearKind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tersor_codec::Codec;
-use tersor_cpu::{KernelScales, Pool};
-use tersor_format::{CodedTensor, DecodedForm, ModelDir, RawTensor, Tensor};
+use tersor_cpu::{Dense, DenseType, KernelScales, Pool};
+use tersor_format::{CodedTensor, DecodedForm, Dtype, ModelDir, RawTensor, Tensor};
 
 /// Chunks that a kernel of `tersor_cpu` decodes side by side, to hide latencies.
 const CHUNKS_TOGETHER: u64 = 4;
@@ -22,7 +23,6 @@ pub(super) struct Linear {
     pub id: LinearId,
     /// Name of its tensor, as the model calls it.
     pub name: String,
-    pub rows: usize,
     pub source: Source,
 }
 
@@ -32,7 +32,33 @@ pub(super) enum Source {
     /// Entropy coded, with scales as the kernels read them.
     Coded { tensor: CodedTensor, scales: KernelScales },
     /// Float elements in the mapped file; multiplied as they are.
-    Raw(RawTensor),
+    Raw(RawMatrix),
+}
+
+/// A matrix of F32, BF16 or F16.
+#[derive(Clone, Debug)]
+pub(super) struct RawMatrix {
+    tensor: RawTensor,
+    dtype: DenseType,
+}
+
+impl RawMatrix {
+    /// `None` for other dtypes.
+    fn new(tensor: RawTensor) -> Option<Self> {
+        let dtype = match tensor.dtype() {
+            Dtype::F32 => DenseType::F32,
+            Dtype::Bf16 => DenseType::Bf16,
+            Dtype::F16 => DenseType::F16,
+            _ => return None,
+        };
+        Some(Self { tensor, dtype })
+    }
+
+    pub fn dense(&self) -> Dense<'_> {
+        // RawTensor has checked its shape against its bytes, TensorSet that there are two dimensions.
+        let shape = self.tensor.shape();
+        Dense::new(self.dtype, shape[0], shape[1], self.tensor.bytes())
+    }
 }
 
 impl Linear {
@@ -47,7 +73,7 @@ impl Linear {
     pub fn mapped_bytes(&self) -> u64 {
         match &self.source {
             Source::Coded { tensor, .. } => tensor.coded_bytes(),
-            Source::Raw(raw) => raw.bytes().len() as u64,
+            Source::Raw(raw) => raw.tensor.bytes().len() as u64,
         }
     }
 
@@ -199,7 +225,7 @@ impl TensorSet {
         let activations = |linear: &Linear| match &linear.source {
             Source::Coded { tensor, scales } => {
                 let segments = tensor.cols().div_ceil(scales.segment());
-                (SLICE_TOKENS * (tensor.cols_padded() + 8 * segments)) as u64
+                (SLICE_TOKENS_MAX * (tensor.cols_padded() + 8 * segments)) as u64
             }
             Source::Raw(_) => 0,
         };
@@ -229,10 +255,15 @@ fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
             let scales = scales.map_err(|cause| OpenError::Scales { dir: dir.path().to_owned(), tensor: info.name.clone(), cause })?;
             Source::Coded { tensor: tensor.clone(), scales }
         }
-        Tensor::Raw(raw) => Source::Raw(raw.clone()),
+        Tensor::Raw(raw) => Source::Raw(RawMatrix::new(raw.clone()).ok_or_else(|| ModelError::TensorForm {
+            dir: dir.path().to_owned(),
+            tensor: info.name.clone(),
+            expected: "F32, BF16 or F16",
+            found: raw.dtype().to_string(),
+        })?),
         _ => return Err(missing().into()),
     };
-    Ok(Linear { id: info.id, name: info.name, rows: info.rows, source })
+    Ok(Linear { id: info.id, name: info.name, source })
 }
 
 /// Compares the checksums of every tensor of the directory, in parallel, the largest first; `then(name)` runs on the same thread
