@@ -4,7 +4,7 @@ mod residency_common;
 
 use residency_common::{ECSQ, File, Recipe, TestModel, least, options, profile, run, with_budget, with_policy};
 use std::sync::Arc;
-use tersor_quant::Plan;
+use tersor_quant::{EcsqParams, Grid, Plan};
 use tersor_runtime::model::weights::{LinearId, LinearKind, RunError};
 use tersor_runtime::residency::{Choice, OpenError, Options, Policy, Strategy, explain, open};
 
@@ -59,7 +59,7 @@ fn reports_say_where_decoding_happened() {
 
 #[test]
 fn a_budget_too_small_names_the_least_that_would_do() {
-    let model = TestModel::new(Recipe::new("rans", 3));
+    let model = TestModel::new(Recipe::wide("rans", 2));
     let options = Options { kv_bytes: 123_456, ..options(1) };
     let error = model.open(Strategy::Cached, &with_budget(&options, 1000)).err().unwrap();
     let OpenError::BudgetTooSmall { least, smaller: Some((other, bytes)), .. } = &error else { panic!("{error}") };
@@ -173,7 +173,7 @@ fn prefetch_in_any_order_of_layers() {
 
 #[test]
 fn auto_follows_the_prices() {
-    let model = TestModel::new(Recipe { plan: Plan::Int4Row, ..Recipe::new("rans", 4) });
+    let model = TestModel::new(Recipe { plan: Plan::Int4Row, ..Recipe::wide("rans", 3) });
     let plan = |machine, budget| {
         let options = Options { profile: Some(Arc::new(machine)), memory_budget: budget, ..options(2) };
         explain(&model.dir(), Strategy::Auto, &options).unwrap()
@@ -189,8 +189,13 @@ fn auto_follows_the_prices() {
     assert_eq!(choices(profile(20e9, 10e9, 5e9), None), [Choice::Cached]);
     assert_eq!(choices(profile(20e9, 19.9e9, 5e9), None), [Choice::Fused], "a tie goes to the smaller form");
     // Decoding ahead beats both only where fusing is disproportionately slow and memory is short.
-    let least = least(&model, Strategy::Prefetch, &options(2));
-    assert_eq!(plan(profile(20e9, 1e9, 20e9), Some(least)).rows[1].choice, Choice::Prefetch);
+    // Two layer buffers then buy little when spent on decoded matrices: the model is many layers deep, and coded in a third of the decoded size.
+    let coarse = Plan::Ecsq(EcsqParams { grid: Grid::Row, relative_step: 2.0, rounding: 0.5 });
+    let deep = TestModel::new(Recipe { plan: coarse, hidden: 192, ..Recipe::new("rans", 16) });
+    let machine = Options { profile: Some(Arc::new(profile(20e9, 1e9, 20e9))), ..options(2) };
+    let least = least(&deep, Strategy::Prefetch, &machine);
+    let plan_deep = explain(&deep.dir(), Strategy::Auto, &with_budget(&machine, least)).unwrap();
+    assert_eq!((plan_deep.rows[1].group, plan_deep.rows[1].choice), ("q", Choice::Prefetch), "{plan_deep:#?}");
     let all = plan(profile(20e9, 10e9, 5e9), None).footprint.total_bytes();
     assert_eq!(choices(profile(20e9, 10e9, 5e9), Some(all - 1000)), [Choice::Fused, Choice::Cached]);
 }
@@ -198,7 +203,7 @@ fn auto_follows_the_prices() {
 #[test]
 fn auto_is_never_behind_a_fixed_strategy_by_its_own_prices() {
     for (plan, codec) in [(ECSQ, "rans"), (Plan::Q4_0, "huffman"), (Plan::Int4Tensor, "block-ans"), (ECSQ, "fixed")] {
-        let model = TestModel::new(Recipe { plan, ..Recipe::new(codec, 3) });
+        let model = TestModel::new(Recipe { plan, ..Recipe::wide(codec, 2) });
         for machine in [profile(20e9, 10e9, 5e9), profile(20e9, 2e9, 20e9), profile(10e9, 30e9, 1e9), profile(80e9, 70e9, 60e9)] {
             let options = Options { profile: Some(Arc::new(machine)), ..options(2) };
             let fused = least(&model, Strategy::Fused, &options);

@@ -137,8 +137,8 @@ fn offer(set: &TensorSet, slot: usize, model: &CostModel<'_>) -> Offer {
     };
     let gain = prices.fused - prices.decoded;
     let tie = gain.abs() < prices.fused * TIE;
-    let extra_bytes = i64::try_from(cost.decoded_bytes).unwrap_or(i64::MAX)
-        .saturating_sub(i64::try_from(cost.coded_bytes).unwrap_or(i64::MAX));
+    let extra_bytes =
+        i64::try_from(cost.decoded_bytes).unwrap_or(i64::MAX).saturating_sub(i64::try_from(cost.coded_bytes).unwrap_or(i64::MAX));
     Offer { extra_bytes, gain_seconds: if tie { 0.0 } else { gain } }
 }
 

@@ -8,9 +8,7 @@ use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::weights::RunError;
 use std::sync::Mutex;
 use std::time::Instant;
-use tersor_cpu::{
-    Activations, Decoded, Dense, Job, KernelError, KernelScales, Level, Matrix, Pool, dense_matmul, matmul, read_row,
-};
+use tersor_cpu::{Activations, Decoded, Dense, Job, KernelError, KernelScales, Level, Matrix, Pool, dense_matmul, matmul, read_row};
 use tersor_format::CodedTensor;
 
 /// Threads, SIMD level and scratch of one strategy.

@@ -58,13 +58,7 @@ pub(super) struct HeldWeights {
 impl HeldWeights {
     /// Verifies every tensor and, in the same sweep, decodes the matrices marked in `decoded`; the coded bytes of each are released
     /// as soon as it is decoded, and a file of which nothing is needed any more is unmapped when `dir` is dropped.
-    pub fn load(
-        dir: &ModelDir,
-        set: TensorSet,
-        decoded: &[bool],
-        strategy: Strategy,
-        options: &Options,
-    ) -> Result<Self, OpenError> {
+    pub fn load(dir: &ModelDir, set: TensorSet, decoded: &[bool], strategy: Strategy, options: &Options) -> Result<Self, OpenError> {
         let engine = Engine::new(options.threads, options.level);
         let mut forms = decode_marked(dir, &set, decoded, &engine)?;
         let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads));
@@ -101,18 +95,12 @@ fn hold(linear: Linear, decoded: Option<Decoded>, model: Option<&CostModel<'_>>)
 
 /// The sweep over the file: one tensor a thread, so that a tensor is verified and decoded from the same cache. Tensors that
 /// alone are worth more than half a thread's share are decoded afterwards, by all threads together.
-fn decode_marked(
-    dir: &ModelDir,
-    set: &TensorSet,
-    marked: &[bool],
-    engine: &Engine,
-) -> Result<Vec<Option<Decoded>>, OpenError> {
+fn decode_marked(dir: &ModelDir, set: &TensorSet, marked: &[bool], engine: &Engine) -> Result<Vec<Option<Decoded>>, OpenError> {
     let wanted = |slot: &usize| marked[*slot] && set.linears[*slot].coded().is_some();
     let symbols = |slot: usize| set.linears[slot].coded().map_or(0, |tensor| tensor.header().symbols());
     let total: u64 = (0..marked.len()).filter(wanted).map(symbols).sum();
     let large = |slot: usize| symbols(slot) > total / (2 * engine.pool.threads() as u64);
-    let by_name: HashMap<&str, usize> =
-        (0..marked.len()).filter(wanted).map(|slot| (set.linears[slot].name.as_str(), slot)).collect();
+    let by_name: HashMap<&str, usize> = (0..marked.len()).filter(wanted).map(|slot| (set.linears[slot].name.as_str(), slot)).collect();
     let forms: Vec<Mutex<Option<Decoded>>> = marked.iter().map(|_| Mutex::new(None)).collect();
     let decode = |slot: usize, pool: Option<&Pool>| {
         let linear = &set.linears[slot];
@@ -140,8 +128,7 @@ fn detail(matrices: &[Held]) -> String {
     let decoded = count(|form| matches!(form, HeldForm::Decoded { .. }));
     let raw = count(|form| matches!(form, HeldForm::Raw(_)));
     let parts = [(decoded, "held decoded"), (coded, "decoded inside each product"), (raw, "not coded")];
-    let parts: Vec<String> =
-        parts.into_iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} matrices {what}")).collect();
+    let parts: Vec<String> = parts.into_iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} matrices {what}")).collect();
     parts.join(", ")
 }
 

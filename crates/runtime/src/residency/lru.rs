@@ -165,7 +165,6 @@ impl LruWeights {
         self.decoded[slot] = Some(decoded);
         Ok(())
     }
-
 }
 
 fn form<'a>(linear: &'a Linear, decoded: Option<&'a Decoded>) -> Form<'a> {

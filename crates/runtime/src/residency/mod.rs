@@ -325,12 +325,7 @@ fn least(set: &TensorSet, strategy: Strategy, options: &Options) -> Result<Footp
 fn refuse(set: &TensorSet, strategy: Strategy, options: &Options, needed: Footprint) -> OpenError {
     let others = Strategy::CPU.into_iter().filter_map(|other| Some((other, least(set, other, options).ok()?.total_bytes())));
     let smaller = others.min_by_key(|(_, bytes)| *bytes).filter(|(_, bytes)| *bytes < needed.total_bytes());
-    OpenError::BudgetTooSmall {
-        strategy,
-        budget_bytes: options.memory_budget.unwrap_or(u64::MAX),
-        least: Box::new(needed),
-        smaller,
-    }
+    OpenError::BudgetTooSmall { strategy, budget_bytes: options.memory_budget.unwrap_or(u64::MAX), least: Box::new(needed), smaller }
 }
 
 fn with_profile(options: &Options) -> Result<Options, OpenError> {

@@ -7,9 +7,9 @@
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
+use std::hint::black_box;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::hint::black_box;
 use std::time::{Duration, Instant};
 use tersor_codec::{Codec, fixed};
 use tersor_cpu::{Activations, Decoded, Job, KernelError, KernelScales, Level, Matrix, Pool, decode_into, matmul, read_bandwidth};
@@ -211,9 +211,7 @@ impl MachineProfile {
 
     /// Whether every rate can be divided by. The file may have been edited.
     fn is_sane(&self) -> bool {
-        let codecs = self.codecs.iter().flat_map(|r| {
-            [r.fused_weights_per_second, r.decode_weights_per_second, r.macs_per_second]
-        });
+        let codecs = self.codecs.iter().flat_map(|r| [r.fused_weights_per_second, r.decode_weights_per_second, r.macs_per_second]);
         let plain = self.plain.iter().flat_map(|r| [r.weights_per_second, r.macs_per_second]);
         let mut rates = codecs.chain(plain).chain(self.read_bytes_per_second.values().copied());
         !self.codecs.is_empty()

@@ -270,11 +270,7 @@ fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
 /// right after the check of a tensor, while its bytes are still in the cache.
 ///
 /// The error is that of the first bad tensor in the order of names, whatever the number of threads.
-pub(super) fn verify(
-    dir: &ModelDir,
-    pool: &Pool,
-    then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync),
-) -> Result<(), OpenError> {
+pub(super) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync)) -> Result<(), OpenError> {
     let mut tensors: Vec<(&str, &Tensor)> = dir.tensors().collect();
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes()));
     let failed = AtomicBool::new(false);

@@ -25,6 +25,8 @@ pub struct Recipe {
     pub tied: bool,
     /// The embedding and every `v` stay BF16.
     pub partly_raw: bool,
+    /// A multiple of 64. At 64, tables and checksums weigh more than what coding saves; at 256 coding pays.
+    pub hidden: usize,
 }
 
 /// The recommended scheme, with symbols that need escapes and some beyond a byte.
@@ -32,7 +34,12 @@ pub const ECSQ: Plan = Plan::Ecsq(EcsqParams { grid: Grid::Row, relative_step: 0
 
 impl Recipe {
     pub fn new(codec: &str, layers: usize) -> Self {
-        Self { plan: ECSQ, codec: codec.parse().unwrap(), layers, tied: false, partly_raw: false }
+        Self { plan: ECSQ, codec: codec.parse().unwrap(), layers, tied: false, partly_raw: false, hidden: 64 }
+    }
+
+    /// Large enough that the coded form is the smaller one.
+    pub fn wide(codec: &str, layers: usize) -> Self {
+        Self { hidden: 256, ..Self::new(codec, layers) }
     }
 }
 
@@ -66,22 +73,23 @@ impl TestModel {
         let root = tempfile::tempdir().unwrap();
         let mut writer = DirWriter::create(root.path().join("model"), false).unwrap();
         let json = serde_json::json!({
-            "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": recipe.layers,
+            "model_type": "llama", "hidden_size": recipe.hidden, "intermediate_size": recipe.hidden * 5 / 2, "num_hidden_layers": recipe.layers,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99, "rms_norm_eps": 1e-5,
             "tie_word_embeddings": recipe.tied, "max_position_embeddings": 128,
         });
         let config = Config::from_json(root.path(), &json, None).unwrap();
         let mut random = Random(recipe.layers as u64 + 17);
         for linear in names::linears(&config) {
-            let weights: Vec<f32> = (0..linear.rows * linear.cols).map(|_| 0.1 * random.weight()).collect();
+            let weights: Vec<f32> = (0..linear.rows * linear.cols).map(|_| half::bf16::from_f32(0.1 * random.weight()).to_f32()).collect();
             if recipe.partly_raw && (linear.name.contains("embed") || linear.name.contains("v_proj")) {
                 let bytes: Vec<u8> = weights.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect();
                 writer.write_raw(&linear.name, Dtype::Bf16, &[linear.rows, linear.cols], &bytes).unwrap();
                 continue;
             }
-            let quantized = quantize(&recipe.plan, &SliceRows::new(&weights, linear.cols, tersor_quant::Dtype::F32)).unwrap();
-            // Two row tiles of 64 columns in a chunk, so that even these matrices have several.
-            writer.write_coded(&linear.name, &encode_tensor(&quantized, recipe.codec, 2048).unwrap()).unwrap();
+            let quantized = quantize(&recipe.plan, &SliceRows::new(&weights, linear.cols, tersor_quant::Dtype::Bf16)).unwrap();
+            // Two row tiles in a chunk, so that even these matrices have several.
+            let chunk_symbols = 32 * recipe.hidden as u32;
+            writer.write_coded(&linear.name, &encode_tensor(&quantized, recipe.codec, chunk_symbols).unwrap()).unwrap();
         }
         let mut norms = vec![names::FINAL_NORM.to_owned()];
         for layer in 0..recipe.layers {
@@ -89,8 +97,8 @@ impl TestModel {
             norms.push(names::in_layer(layer, "post_attention_layernorm.weight"));
         }
         for name in norms {
-            let bytes: Vec<u8> = (0..64).flat_map(|_| (0.5 + random.uniform()).to_le_bytes()).collect();
-            writer.write_raw(&name, Dtype::F32, &[64], &bytes).unwrap();
+            let bytes: Vec<u8> = (0..recipe.hidden).flat_map(|_| (0.5 + random.uniform()).to_le_bytes()).collect();
+            writer.write_raw(&name, Dtype::F32, &[recipe.hidden], &bytes).unwrap();
         }
         writer.finish(json).unwrap();
         Self { root }
