@@ -50,7 +50,7 @@ mod tests {
         let mut bytes = vec![0u8; 4096];
         let mut want = 0u64;
         for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *word = (i as u64 * 0x9e37_79b9_7f4a_7c15).to_le_bytes();
+            *word = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
             want ^= u64::from_le_bytes(*word);
         }
         for level in levels() {
