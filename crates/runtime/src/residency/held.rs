@@ -106,8 +106,10 @@ fn decode_marked(dir: &ModelDir, set: &TensorSet, marked: &[bool], engine: &Engi
         let linear = &set.linears[slot];
         let Some(tensor) = linear.coded() else { return Ok(()) };
         let mut decoded = Decoded::default();
-        decode_into(engine.level, tensor, &mut decoded, pool)
-            .map_err(|error| OpenError::Decode { dir: dir.path().to_owned(), cause: corrupt(&linear.name, &error) })?;
+        decode_into(engine.level, tensor, &mut decoded, pool).map_err(|error| OpenError::Decode {
+            file: dir.place(&linear.name).file.unwrap_or_default(),
+            cause: corrupt(&linear.name, &error),
+        })?;
         dir.release(&linear.name);
         *forms[slot].lock().unwrap_or_else(|e| e.into_inner()) = Some(decoded);
         Ok(())

@@ -41,7 +41,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use tersor_cpu::{Level, ScalesError};
-use tersor_format::{FormatError, ModelDir};
+use tersor_format::{FormatError, ModelDir, Place};
 use thiserror::Error;
 
 /// Who holds which weights decoded, and when.
@@ -198,20 +198,18 @@ pub enum OpenError {
     #[error(transparent)]
     Model(#[from] ModelError),
     /// Scales that the kernels cannot use.
-    #[error("{}: tensor {tensor}: {cause}", dir.display())]
+    #[error("{place}: {cause}")]
     Scales {
-        /// The model directory.
-        dir: PathBuf,
-        /// Name of the tensor.
-        tensor: String,
+        /// The file and the tensor.
+        place: Place,
         /// What is wrong with them.
         cause: ScalesError,
     },
     /// Coded bytes that have the right checksum but do not decode.
-    #[error("{}: {cause}", dir.display())]
+    #[error("{}: {cause}", file.display())]
     Decode {
-        /// The model directory.
-        dir: PathBuf,
+        /// The file that holds the tensor.
+        file: PathBuf,
         /// Names tensor and chunk.
         cause: RunError,
     },

@@ -3,11 +3,11 @@
 use super::budget::Footprint;
 use super::cost::MatrixCost;
 use super::{OpenError, Options};
-use crate::model::ModelError;
 use crate::model::config::Config;
 use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::names::{self, LinearInfo};
 use crate::model::weights::{LinearId, LinearKind};
+use crate::model::{ModelError, find};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tersor_codec::Codec;
@@ -242,26 +242,17 @@ impl TensorSet {
 }
 
 fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
-    let missing = || ModelError::TensorMissing { dir: dir.path().to_owned(), tensor: info.name.clone() };
-    let tensor = dir.tensor(&info.name).ok_or_else(missing)?;
-    let (expected, found) = (vec![info.rows, info.cols], tensor.shape());
-    if expected != found {
-        let (dir, tensor) = (dir.path().to_owned(), info.name);
-        return Err(ModelError::TensorShape { dir, tensor, expected, found }.into());
-    }
+    let tensor = find(dir, &info.name, &[info.rows, info.cols])?;
+    let unusable =
+        |found: String| ModelError::TensorForm { place: dir.place(&info.name), expected: "entropy coded, F32, BF16 or F16", found };
     let source = match tensor {
         Tensor::Coded(tensor) => {
             let scales = KernelScales::from_coded(tensor);
-            let scales = scales.map_err(|cause| OpenError::Scales { dir: dir.path().to_owned(), tensor: info.name.clone(), cause })?;
+            let scales = scales.map_err(|cause| OpenError::Scales { place: dir.place(&info.name), cause })?;
             Source::Coded { tensor: tensor.clone(), scales }
         }
-        Tensor::Raw(raw) => Source::Raw(RawMatrix::new(raw.clone()).ok_or_else(|| ModelError::TensorForm {
-            dir: dir.path().to_owned(),
-            tensor: info.name.clone(),
-            expected: "F32, BF16 or F16",
-            found: raw.dtype().to_string(),
-        })?),
-        _ => return Err(missing().into()),
+        Tensor::Raw(raw) => Source::Raw(RawMatrix::new(raw.clone()).ok_or_else(|| unusable(raw.dtype().to_string()))?),
+        _ => return Err(unusable("of an unknown kind".to_owned()).into()),
     };
     Ok(Linear { id: info.id, name: info.name, source })
 }
