@@ -1,6 +1,19 @@
 //! Argument types that several commands share.
 
+use std::fmt;
 use std::str::FromStr;
+
+/// A mistake in the command line that only shows once more is known: exit code 2.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
 
 /// A number of bytes written as `2GiB`, `500MB`, `1.5G` or `1000000`. `kB MB GB TB` are powers of 1000; `KiB MiB GiB TiB` and the
 /// bare letters `K M G T` are powers of 1024.
