@@ -1,0 +1,76 @@
+//! The Llama-family decoder: configuration, tensor names, forward pass, KV cache.
+//!
+//! Nothing here knows how weights are stored: matrices are reached through [`weights::Weights`] only.
+
+pub mod config;
+pub mod names;
+pub mod weights;
+
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// Why a directory cannot be run as a model.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// A key of a JSON file is missing, has the wrong type or a value that makes no sense.
+    #[error("{}: {key}: {cause}", file.display())]
+    BadKey {
+        /// The JSON file.
+        file: PathBuf,
+        /// The key, with its path from the root.
+        key: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// A key asks for something that this program does not do.
+    #[error("{}: {key} {value:?} is not supported", file.display())]
+    Unsupported {
+        /// The JSON file.
+        file: PathBuf,
+        /// The key, with its path from the root.
+        key: String,
+        /// The value that is not supported.
+        value: String,
+    },
+    /// A tensor that the configuration asks for is not in the directory.
+    #[error("{}: tensor {tensor} is missing", dir.display())]
+    TensorMissing {
+        /// The model directory.
+        dir: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("{}: tensor {tensor} has shape {found:?}, the configuration asks for {expected:?}", dir.display())]
+    TensorShape {
+        /// The model directory.
+        dir: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+        /// Shape that the configuration asks for.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        found: Vec<usize>,
+    },
+    /// A tensor is stored in a form that cannot be used in its place.
+    #[error("{}: tensor {tensor} is {found}, {expected} is needed", dir.display())]
+    TensorForm {
+        /// The model directory.
+        dir: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+        /// What is needed, in words.
+        expected: &'static str,
+        /// What the file has, in words.
+        found: String,
+    },
+    /// A file of the directory cannot be read.
+    #[error("{}: {cause}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// What the system or the parser said, in one line.
+        cause: String,
+    },
+}

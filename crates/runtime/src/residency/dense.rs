@@ -1,0 +1,1 @@
+//! `dense`: an unquantized checkpoint run as it is, the reference that coded models are measured against.

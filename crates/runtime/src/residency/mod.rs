@@ -1,0 +1,3 @@
+//! Strategies: who holds which weights decoded, and when they are decoded.
+
+pub mod dense;
