@@ -17,9 +17,7 @@ pub enum QuantizeError {
         value: f32,
     },
     /// The scheme shares one scale among `group_size` columns and refuses a short last group, as MLX and GGUF do.
-    #[error(
-        "{cols} columns are not a multiple of the group size {group_size}, which this scheme needs"
-    )]
+    #[error("{cols} columns are not a multiple of the group size {group_size}, which this scheme needs")]
     ColumnsNotGrouped {
         /// Columns of the tensor.
         cols: usize,
@@ -103,9 +101,7 @@ pub enum SolveError {
     #[error("there are no weights to quantize")]
     NoWeights,
     /// The target is not reachable with any step in the range searched.
-    #[error(
-        "{target_bpw} bits per weight are out of reach: this model can be between {least_bpw:.3} and {most_bpw:.3}"
-    )]
+    #[error("{target_bpw} bits per weight are out of reach: this model can be between {least_bpw:.3} and {most_bpw:.3}")]
     OutOfReach {
         /// The target, bits per weight.
         target_bpw: f64,

@@ -1,11 +1,14 @@
 //! Quantizers designed for an entropy coder: real weights in, integer *symbols* and scales out, with rate control.
 #![forbid(unsafe_code)]
 
+mod ecsq;
 mod error;
+mod int4;
 mod quantize;
 mod rate;
 mod rows;
 mod scheme;
+mod stats;
 mod tensor;
 
 pub mod affine4;
@@ -14,8 +17,7 @@ pub mod q4_0;
 pub use error::{PackError, QuantizeError, SolveError};
 pub use quantize::{quantize, sqnr_db};
 pub use rate::{
-    EMBEDDING_STEP_MULTIPLIER, RateModel, RateTarget, RateTensor, Solution, SymbolCounts,
-    entropy_cost_bits, solve_step,
+    EMBEDDING_STEP_MULTIPLIER, GridChoice, RateModel, RateTarget, RateTensor, Solution, SymbolCounts, entropy_cost_bits, solve_step,
 };
 pub use rows::{Dtype, Rows, SliceRows};
 pub use scheme::{DEFAULT_ROUNDING, EcsqParams, Grid, Plan, Scheme, UnknownScheme};

@@ -49,16 +49,8 @@ impl<'a> SliceRows<'a> {
     /// # Panics
     /// If `cols` is 0 or does not divide the length.
     pub fn new(weights: &'a [f32], cols: usize, dtype: Dtype) -> Self {
-        assert!(
-            cols > 0 && weights.len().is_multiple_of(cols),
-            "{} weights in rows of {cols}",
-            weights.len()
-        );
-        SliceRows {
-            weights,
-            cols,
-            dtype,
-        }
+        assert!(cols > 0 && weights.len().is_multiple_of(cols), "{} weights in rows of {cols}", weights.len());
+        SliceRows { weights, cols, dtype }
     }
 }
 

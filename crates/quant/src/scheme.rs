@@ -36,9 +36,7 @@ impl fmt::Display for Scheme {
 
 /// The name is not that of a scheme.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "unknown scheme {name:?}: ecsq, affine4, affine4-g32, affine4-g64, affine4-g128, q4_0, int4-row, int4-tensor"
-)]
+#[error("unknown scheme {name:?}: ecsq, affine4, affine4-g32, affine4-g64, affine4-g128, q4_0, int4-row, int4-tensor")]
 pub struct UnknownScheme {
     /// The name given.
     pub name: String,
@@ -57,9 +55,7 @@ impl FromStr for Scheme {
             "int4-row" => Scheme::Int4Row,
             "int4-tensor" => Scheme::Int4Tensor,
             _ => {
-                return Err(UnknownScheme {
-                    name: name.to_owned(),
-                });
+                return Err(UnknownScheme { name: name.to_owned() });
             }
         })
     }

@@ -52,9 +52,7 @@ impl ScaleVec {
     /// The elements as little-endian bytes, `len() * dtype().bytes()` of them: what a safetensors file holds.
     pub fn to_le_bytes(&self) -> Vec<u8> {
         match self {
-            ScaleVec::F16(v) | ScaleVec::Bf16(v) => {
-                v.iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
+            ScaleVec::F16(v) | ScaleVec::Bf16(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             ScaleVec::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
         }
     }
@@ -64,21 +62,11 @@ impl ScaleVec {
         if !bytes.len().is_multiple_of(dtype.bytes()) {
             return None;
         }
-        let halves = || {
-            bytes
-                .chunks_exact(2)
-                .map(|b| u16::from_le_bytes([b[0], b[1]]))
-                .collect()
-        };
+        let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
         Some(match dtype {
             Dtype::F16 => ScaleVec::F16(halves()),
             Dtype::Bf16 => ScaleVec::Bf16(halves()),
-            Dtype::F32 => ScaleVec::F32(
-                bytes
-                    .chunks_exact(4)
-                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                    .collect(),
-            ),
+            Dtype::F32 => ScaleVec::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
         })
     }
 }
@@ -133,26 +121,12 @@ impl QuantizedTensor {
         assert_eq!(out.len(), self.cols, "row of {} columns", self.cols);
         let symbols = &self.symbols[row * self.cols..][..self.cols];
         match &self.scales {
-            Scales::Tensor {
-                scale,
-                scale_exponent,
-            } => scaled(symbols, real_scale(*scale, *scale_exponent), out),
-            Scales::Row {
-                scales,
-                scale_exponent,
-            } => scaled(symbols, real_scale(scales[row], *scale_exponent), out),
-            Scales::Group {
-                group_size,
-                scales,
-                biases,
-            } => {
+            Scales::Tensor { scale, scale_exponent } => scaled(symbols, real_scale(*scale, *scale_exponent), out),
+            Scales::Row { scales, scale_exponent } => scaled(symbols, real_scale(scales[row], *scale_exponent), out),
+            Scales::Group { group_size, scales, biases } => {
                 let group_size = *group_size as usize;
                 let groups = self.cols.div_ceil(group_size);
-                for (g, (symbols, out)) in symbols
-                    .chunks(group_size)
-                    .zip(out.chunks_mut(group_size))
-                    .enumerate()
-                {
+                for (g, (symbols, out)) in symbols.chunks(group_size).zip(out.chunks_mut(group_size)).enumerate() {
                     let scale = scales.get(row * groups + g);
                     match biases {
                         None => scaled(symbols, scale, out),
