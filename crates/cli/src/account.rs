@@ -77,11 +77,7 @@ impl TensorAccount {
             ScaleScheme::GroupAffine => format!("group-{group}-bias"),
             ScaleScheme::GroupSymmetric => format!("group-{group}"),
         };
-        let coding = Coding {
-            scales,
-            entropy_bits: histogram.entropy_bits(),
-            code_bits: code_bits(coded)? / weights as f64,
-        };
+        let coding = Coding { scales, entropy_bits: histogram.entropy_bits(), code_bits: code_bits(coded)? / weights as f64 };
         Ok(Self {
             name: name.to_owned(),
             shape: vec![coded.rows(), coded.cols()],
@@ -140,11 +136,7 @@ fn states(params: rans::Params, bytes: &[u8]) -> impl Iterator<Item = u32> {
     let lanes = usize::from(params.lanes);
     let planes = params.state_bits == 16;
     (0..lanes).map(move |lane| {
-        if planes {
-            u32::from(bytes[lane]) | u32::from(bytes[lanes + lane]) << 8
-        } else {
-            little_endian(&bytes[lane * 4..][..4])
-        }
+        if planes { u32::from(bytes[lane]) | u32::from(bytes[lanes + lane]) << 8 } else { little_endian(&bytes[lane * 4..][..4]) }
     })
 }
 

@@ -71,11 +71,7 @@ pub fn run(args: &Args) -> Result<()> {
         let svg = draw(&args.directory, &report, &accounts);
         std::fs::write(path, svg).with_context(|| path.display().to_string())?;
     }
-    if args.json {
-        output::json(&report)
-    } else {
-        output::text(&render(&report))
-    }
+    if args.json { output::json(&report) } else { output::text(&render(&report)) }
 }
 
 fn measure(dir: &ModelDir) -> Result<Vec<TensorAccount>> {
@@ -141,8 +137,7 @@ fn row(account: &TensorAccount, scheme: Option<&str>) -> Row {
 }
 
 fn render(report: &Report) -> String {
-    let mut table =
-        Table::new(&["tensor", ">shape", "scheme", "codec", ">entropy", ">code", ">side", ">bpw", ">bytes"]);
+    let mut table = Table::new(&["tensor", ">shape", "scheme", "codec", ">entropy", ">code", ">side", ">bpw", ">bytes"]);
     let bits = |value: f64| format!("{value:.3}");
     // Norms and biases are many and tiny: one line for all of them.
     let (mut raw_count, mut raw_weights, mut raw_bytes) = (0_u64, 0_u64, 0_u64);
@@ -181,8 +176,7 @@ fn render(report: &Report) -> String {
         units::bytes(report.bytes),
         report.bpw
     );
-    if let (Some(bpw), Some(entropy), Some(code), Some(side)) =
-        (report.coded_bpw, report.entropy_bits, report.code_bits, report.side_bits)
+    if let (Some(bpw), Some(entropy), Some(code), Some(side)) = (report.coded_bpw, report.entropy_bits, report.code_bits, report.side_bits)
     {
         let _ = writeln!(
             text,

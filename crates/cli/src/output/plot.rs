@@ -29,8 +29,7 @@ const COLORS: [&str; 5] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 /// The SVG text. `title` and `subtitle` are plain text.
 pub fn svg(title: &str, subtitle: &str, points: &[Point]) -> String {
     let x_axis = Axis::around(points.iter().map(|point| point.entropy_bits), LEFT, WIDTH - RIGHT);
-    let y_axis =
-        Axis::around(points.iter().flat_map(|point| [point.bpw, point.entropy_bits]), HEIGHT - BOTTOM, TOP);
+    let y_axis = Axis::around(points.iter().flat_map(|point| [point.bpw, point.entropy_bits]), HEIGHT - BOTTOM, TOP);
     let mut classes: Vec<&'static str> = Vec::new();
     for point in points {
         if !classes.contains(&point.class) {
@@ -123,10 +122,7 @@ fn bound(out: &mut String, x_axis: &Axis, y_axis: &Axis) {
 fn legend(out: &mut String, classes: &[&str]) {
     let (x, mut y) = (LEFT + 14.0, TOP + 12.0);
     let height = 22.0 * (classes.len() + 1) as f64 + 8.0;
-    let _ = writeln!(
-        out,
-        r##"<rect x="{x}" y="{y}" width="200" height="{height}" fill="#fff" fill-opacity="0.9" stroke="#ccc"/>"##
-    );
+    let _ = writeln!(out, r##"<rect x="{x}" y="{y}" width="200" height="{height}" fill="#fff" fill-opacity="0.9" stroke="#ccc"/>"##);
     y += 18.0;
     for (i, class) in classes.iter().enumerate() {
         let _ = writeln!(
