@@ -4,13 +4,24 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod activations;
+mod buffer;
+mod decoded;
+mod error;
+mod isa;
 mod level;
+mod matmul;
 pub mod ops;
 mod pool;
+mod scales;
+mod source;
 
 pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX};
+pub use decoded::{Decoded, decode_into};
+pub use error::KernelError;
 pub use level::{Avx2, Avx512, Level, LevelError};
+pub use matmul::{Job, Matrix, matmul, read_row};
 pub use pool::{Pool, THREADS_MAX};
+pub use scales::{KernelScales, ScalesError};
 
 use std::marker::PhantomData;
 

@@ -1,0 +1,326 @@
+//! The decoded form: what `cached`, `prefetch` and `lru` keep.
+//!
+//! ```text
+//! fields    a row tile's lines, 64 bytes each, one row tile behind the other.
+//!           4 bits: line i holds column step 2i in its low and step 2i + 1 in its high nibbles (0 beyond the last step); 8 bits: line i holds step i as symbol bytes.
+//! escapes   the symbol bytes of the symbols without a field value, in symbol order within a row tile (only with 4 bits and escape: field 0, otherwise symbol = field - 8).
+//!           Row tiles of a chunk follow each other; chunks lie in the order in which threads finished them.
+//! offsets   where each row tile's escapes begin.
+//! far       symbols outside -127..=127, sorted; their symbol byte is 0.
+//! ```
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tersor_codec::PADDING_BYTES;
+use tersor_format::{CodedTensor, DecodedForm};
+
+use crate::buffer::AlignedBytes;
+use crate::error::FirstError;
+use crate::isa::{Isa, TileBytes, per_isa};
+use crate::source::{CHUNKS_TOGETHER, FarAt, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS};
+
+/// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with each other.
+#[derive(Default)]
+pub struct Decoded {
+    rows: usize,
+    cols: usize,
+    row_tiles: usize,
+    col_steps: usize,
+    form: Form,
+    fields: AlignedBytes,
+    escapes: AlignedBytes,
+    escape_count: usize,
+    offsets: Vec<u32>,
+    far: Vec<FarAt>,
+}
+
+/// How bytes of `fields` become symbol bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Form {
+    /// Symbol bytes.
+    #[default]
+    Bytes,
+    /// `symbol byte = field + bias`, and with `escapes` field 0 is an escape.
+    Nibbles { bias: u8, escapes: bool },
+}
+
+/// Field 0 of the form with escapes is the symbol -8, so the symbol byte 120.
+const ESCAPED_BIAS: u8 = 120;
+
+impl Form {
+    pub(crate) fn of(form: DecodedForm) -> Form {
+        match form {
+            DecodedForm { bits: 4, has_escape: true, .. } => Form::Nibbles { bias: ESCAPED_BIAS, escapes: true },
+            // The smallest symbol is above -128 in this form, and the largest below 127.
+            DecodedForm { bits: 4, base, .. } => Form::Nibbles { bias: (base + 128) as u8, escapes: false },
+            _ => Form::Bytes,
+        }
+    }
+
+    /// Lines of 64 bytes in a row tile.
+    pub(crate) fn lines(self, col_steps: usize) -> usize {
+        match self {
+            Form::Bytes => col_steps,
+            Form::Nibbles { .. } => col_steps.div_ceil(2),
+        }
+    }
+}
+
+/// What a kernel reads of one row tile. Only [`Decoded`] makes one, so that a kernel may trust its escapes.
+#[derive(Clone, Copy)]
+pub(crate) struct RowTile<'a> {
+    pub form: Form,
+    pub lines: &'a [TileBytes],
+    pub far: &'a [FarAt],
+    /// The row tile's escapes and all that follow: as many bytes as the row tile has fields of 0, and [`PADDING_BYTES`] more, are there, because [`decode_into`] wrote both.
+    pub escapes: &'a [u8],
+}
+
+impl Decoded {
+    /// An empty buffer; [`decode_into`] makes it as large as it must be.
+    pub fn new() -> Decoded {
+        Decoded::default()
+    }
+
+    /// Makes room for `tensor`, so that decoding it does not allocate (but for far symbols, which are rare). For a buffer that serves several tensors, call it with each.
+    pub fn reserve(&mut self, tensor: &CodedTensor) {
+        let form = Form::of(tensor.decoded_form());
+        self.fields.ensure(tensor.row_tiles() * form.lines(tensor.col_steps()) * TILE_SYMBOLS);
+        self.escapes.ensure(escape_capacity(tensor, form) + PADDING_BYTES);
+        if let Some(more) = tensor.row_tiles().checked_sub(self.offsets.len()) {
+            self.offsets.reserve(more);
+        }
+    }
+
+    /// Rows; 0 if it holds no matrix.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns; 0 if it holds no matrix.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of the matrix it holds: fields, escapes, offsets, far symbols.
+    pub fn bytes(&self) -> u64 {
+        let fields = self.row_tiles * self.form.lines(self.col_steps) * TILE_SYMBOLS;
+        (fields + self.escape_count + size_of_val(&self.offsets[..]) + size_of_val(&self.far[..])) as u64
+    }
+
+    /// Bytes of its buffers, whatever they hold.
+    pub fn capacity_bytes(&self) -> u64 {
+        let offsets = self.offsets.capacity() * size_of::<u32>();
+        let far = self.far.capacity() * size_of::<FarAt>();
+        (self.fields.len() + self.escapes.len() + offsets + far) as u64
+    }
+
+    pub(crate) fn row_tiles(&self) -> usize {
+        self.row_tiles
+    }
+
+    pub(crate) fn col_steps(&self) -> usize {
+        self.col_steps
+    }
+
+    pub(crate) fn row_tile(&self, row_tile: usize) -> RowTile<'_> {
+        let lines = self.form.lines(self.col_steps);
+        RowTile {
+            form: self.form,
+            lines: &self.fields.as_chunks().0[row_tile * lines..][..lines],
+            far: far_of(&self.far, row_tile),
+            escapes: &self.escapes[self.offsets[row_tile] as usize..],
+        }
+    }
+}
+
+impl std::fmt::Debug for Decoded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoded").field("rows", &self.rows).field("cols", &self.cols).field("form", &self.form).field("bytes", &self.bytes()).finish_non_exhaustive()
+    }
+}
+
+/// Escape bytes that the tensor's header announces.
+fn escape_capacity(tensor: &CodedTensor, form: Form) -> usize {
+    match form {
+        Form::Nibbles { escapes: true, .. } => tensor.header().wide_count as usize,
+        _ => 0,
+    }
+}
+
+/// Decodes a tensor into `out`, reusing its buffers.
+///
+/// # Errors
+/// Corrupt chunks, and symbols that contradict the header. `out` then holds no matrix.
+pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: Option<&Pool>) -> Result<(), KernelError> {
+    out.reserve(tensor);
+    let form = Form::of(tensor.decoded_form());
+    (out.rows, out.cols, out.row_tiles, out.col_steps) = (0, 0, 0, 0);
+    (out.form, out.escape_count) = (form, 0);
+    out.far.clear();
+    out.offsets.clear();
+    out.offsets.resize(tensor.row_tiles(), 0);
+    let store = Store {
+        level,
+        tensor,
+        form,
+        fields: SharedOut::new(&mut out.fields),
+        escapes: SharedOut::new(&mut out.escapes),
+        escape_capacity: escape_capacity(tensor, form),
+        escapes_taken: AtomicUsize::new(0),
+        offsets: SharedOut::new(&mut out.offsets),
+        far: Mutex::new(&mut out.far),
+    };
+    let errors = FirstError::default();
+    let tasks = tensor.chunk_count().div_ceil(CHUNKS_TOGETHER);
+    let body = |task: usize| {
+        let chunks = task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER);
+        if let Err(e) = store.run(chunks) {
+            errors.report(e);
+        }
+    };
+    match pool {
+        Some(pool) => pool.run(tasks, &body),
+        None => (0..tasks).for_each(body),
+    }
+    errors.into_result()?;
+    let (expected, found) = (store.escape_capacity, store.escapes_taken.into_inner());
+    if found != expected {
+        return Err(KernelError::WideSymbolsMissing { expected, found });
+    }
+    out.escape_count = found;
+    out.far.sort_unstable();
+    (out.rows, out.cols, out.row_tiles, out.col_steps) = (tensor.rows(), tensor.cols(), tensor.row_tiles(), tensor.col_steps());
+    Ok(())
+}
+
+/// The sink that keeps: symbol bytes go to the decoded form.
+struct Store<'a> {
+    level: Level,
+    tensor: &'a CodedTensor,
+    form: Form,
+    fields: SharedOut<'a, u8>,
+    escapes: SharedOut<'a, u8>,
+    escape_capacity: usize,
+    escapes_taken: AtomicUsize,
+    offsets: SharedOut<'a, u32>,
+    far: Mutex<&'a mut Vec<FarAt>>,
+}
+
+impl Store<'_> {
+    fn run(&self, chunks: Range<usize>) -> Result<(), KernelError> {
+        let corrupt = |(chunk, source)| KernelError::Corrupt { job: 0, chunk, source };
+        let steps = self.tensor.col_steps();
+        let row_tile_bytes = self.form.lines(steps) * TILE_SYMBOLS;
+        let symbols = symbols_of(self.tensor, &chunks);
+        let row_tiles = self.tensor.chunk_row_tiles(chunks.start).start..self.tensor.chunk_row_tiles(chunks.end - 1).end;
+        with_scratch(|scratch| {
+            // SAFETY: each task has its own row tiles, and so its own part of the fields and of the offsets.
+            let (fields, offsets) = unsafe {
+                (self.fields.slice(row_tiles.start * row_tile_bytes, row_tiles.len() * row_tile_bytes), self.offsets.slice(row_tiles.start, row_tiles.len()))
+            };
+            let Form::Nibbles { bias, escapes } = self.form else {
+                decode_chunks(self.level, self.tensor, chunks, fields, &mut scratch.far).map_err(corrupt)?;
+                return self.keep_far(&scratch.far);
+            };
+            scratch.bytes.ensure(symbols);
+            let bytes = &mut scratch.bytes[..symbols];
+            decode_chunks(self.level, self.tensor, chunks.clone(), bytes, &mut scratch.far).map_err(corrupt)?;
+            let tiles: &[TileBytes] = bytes.as_chunks().0;
+            let lowest = u8::from(escapes);
+            let wide = count_wide(self.level, tiles, bias, lowest);
+            if !escapes && wide > 0 {
+                return Err(KernelError::OutOfRange { chunk: chunks.start, found: wide });
+            }
+            let mut next = self.escapes_taken.fetch_add(wide, Ordering::Relaxed);
+            if next + wide > self.escape_capacity {
+                return Err(KernelError::WideSymbolsExceed { expected: self.escape_capacity, at_least: next + wide });
+            }
+            // SAFETY: the range was just taken from the counter, so no other task has it.
+            let mut escapes = unsafe { self.escapes.slice(next, wide) };
+            let lines = fields.as_chunks_mut().0.chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
+            for ((lines, offset), tiles) in lines.zip(offsets).zip(tiles.chunks_exact(steps)) {
+                // At most 2^32 - 1 wide symbols, as the header counts them in a u32.
+                *offset = next as u32;
+                let taken = narrow_row_tile(self.level, tiles, bias, lowest, lines, escapes);
+                escapes = &mut escapes[taken..];
+                next += taken;
+            }
+            self.keep_far(&scratch.far)
+        })
+    }
+
+    fn keep_far(&self, far: &[FarAt]) -> Result<(), KernelError> {
+        if !far.is_empty() {
+            self.far.lock().unwrap_or_else(|e| e.into_inner()).extend_from_slice(far);
+        }
+        Ok(())
+    }
+}
+
+per_isa! {
+    /// Symbols that have no field of their own.
+    fn count_wide(isa; tiles: &[TileBytes], bias: u8, lowest: u8) -> usize {
+        let (bias, lowest) = (isa.splat(bias), isa.splat(lowest));
+        tiles.iter().map(|tile| isa.narrow(isa.load(tile), bias, lowest).1.count_ones() as usize).sum()
+    }
+}
+
+per_isa! {
+    /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns how many of the latter. `escapes` has room for all of the row tile's.
+    fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
+        let (bias, lowest) = (isa.splat(bias), isa.splat(lowest));
+        let zero = isa.splat(0);
+        let mut taken = 0;
+        let mut put = |tile: &TileBytes| {
+            let tile = isa.load(tile);
+            let (field, wide) = isa.narrow(tile, bias, lowest);
+            let room = &mut escapes[taken..][..wide.count_ones() as usize];
+            // SAFETY: there is room for exactly that many bytes.
+            unsafe { isa.compress(tile, wide, room.as_mut_ptr()) };
+            taken += room.len();
+            field
+        };
+        for (pair, line) in tiles.chunks(2).zip(lines) {
+            let low = put(&pair[0]);
+            let high = pair.get(1).map_or(zero, &mut put);
+            isa.store(isa.pair(low, high), line);
+        }
+        taken
+    }
+}
+
+per_isa! {
+    /// Symbol bytes of one row tile of nibbles, (steps).
+    fn expand_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, out: &mut [TileBytes]) {
+        let bias = isa.splat(bias);
+        let mut next = tile.escapes.as_ptr();
+        for (line, pair) in tile.lines.iter().zip(out.chunks_mut(2)) {
+            let line = isa.load(line);
+            let halves = [isa.low(line, bias), isa.high(line, bias)];
+            for (half, out) in halves.into_iter().zip(pair) {
+                let mut whole = half;
+                if has_escapes {
+                    // SAFETY: `decode_into` wrote as many escapes as there are fields of 0, and 64 bytes behind them are readable.
+                    unsafe {
+                        let (tile, taken) = isa.unescape(half, bias, next);
+                        whole = tile;
+                        next = next.add(taken);
+                    }
+                }
+                isa.store(whole, out);
+            }
+        }
+    }
+}
+
+/// Symbol bytes of one row tile, (steps); far symbols are 0.
+pub(crate) fn expand(level: Level, tile: &RowTile<'_>, out: &mut [TileBytes]) {
+    match tile.form {
+        Form::Bytes => out.copy_from_slice(tile.lines),
+        Form::Nibbles { bias, escapes } => expand_nibbles(level, tile, bias, escapes, out),
+    }
+}

@@ -1,0 +1,157 @@
+//! A tile as two 256-bit registers: rows 0..8 and 8..16.
+
+use std::arch::x86_64::*;
+
+use super::{Isa, TileBytes};
+use crate::{Avx2, TILE_COLS, TILE_ROWS};
+
+impl Isa for Avx2 {
+    type Tile = [__m256i; 2];
+    type Sums = [__m256i; 2];
+
+    #[inline(always)]
+    fn load(self, tile: &TileBytes) -> [__m256i; 2] {
+        // SAFETY: 64 readable bytes; the token proves AVX2, here and below.
+        unsafe { [_mm256_loadu_si256(tile.as_ptr().cast()), _mm256_loadu_si256(tile.as_ptr().add(32).cast())] }
+    }
+
+    #[inline(always)]
+    fn store(self, tile: [__m256i; 2], out: &mut TileBytes) {
+        // SAFETY: 64 writable bytes.
+        unsafe {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), tile[0]);
+            _mm256_storeu_si256(out.as_mut_ptr().add(32).cast(), tile[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn splat(self, b: u8) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { [_mm256_set1_epi8(b as i8); 2] }
+    }
+
+    #[inline(always)]
+    fn low(self, line: [__m256i; 2], bias: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe {
+            let nibble = _mm256_set1_epi8(15);
+            std::array::from_fn(|i| _mm256_add_epi8(_mm256_and_si256(line[i], nibble), bias[i]))
+        }
+    }
+
+    #[inline(always)]
+    fn high(self, line: [__m256i; 2], bias: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe {
+            let nibble = _mm256_set1_epi8(15);
+            std::array::from_fn(|i| _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble), bias[i]))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
+        // SAFETY: registers only.
+        let mut mask = unsafe {
+            let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[0], escape[0])) as u32;
+            let high = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[1], escape[1])) as u32;
+            u64::from(low) | u64::from(high) << 32
+        };
+        if mask == 0 {
+            return (tile, 0);
+        }
+        // There is no byte expand here, and escapes are a few in a hundred: patch them one by one in memory.
+        let count = mask.count_ones() as usize;
+        let mut bytes: TileBytes = [0; 64];
+        self.store(tile, &mut bytes);
+        let mut next = escapes;
+        while mask != 0 {
+            let lane = mask.trailing_zeros() as usize;
+            // SAFETY: at most 64 bytes are taken, and 64 are readable; a 64-bit mask has lanes below 64.
+            unsafe {
+                *bytes.get_unchecked_mut(lane) = *next;
+                next = next.add(1);
+            }
+            mask &= mask - 1;
+        }
+        (self.load(&bytes), count)
+    }
+
+    #[inline(always)]
+    fn narrow(self, tile: [__m256i; 2], bias: [__m256i; 2], lowest: [__m256i; 2]) -> ([__m256i; 2], u64) {
+        // SAFETY: registers only.
+        unsafe {
+            let most = _mm256_set1_epi8(15);
+            let mut fits = 0u64;
+            let fields = std::array::from_fn(|i| {
+                let field = _mm256_sub_epi8(tile[i], bias[i]);
+                let clamped = _mm256_max_epu8(_mm256_min_epu8(field, most), lowest[i]);
+                let ok = _mm256_cmpeq_epi8(clamped, field);
+                fits |= u64::from(_mm256_movemask_epi8(ok) as u32) << (32 * i);
+                _mm256_and_si256(field, ok)
+            });
+            (fields, !fits)
+        }
+    }
+
+    #[inline(always)]
+    fn pair(self, low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
+        unsafe { std::array::from_fn(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, tile: [__m256i; 2], mut mask: u64, mut out: *mut u8) {
+        if mask == 0 {
+            return;
+        }
+        let mut bytes: TileBytes = [0; 64];
+        self.store(tile, &mut bytes);
+        while mask != 0 {
+            // SAFETY: one byte for each of the mask's ones.
+            unsafe {
+                *out = bytes[mask.trailing_zeros() as usize];
+                out = out.add(1);
+            }
+            mask &= mask - 1;
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    /// `maddubs` takes unsigned by signed bytes: the symbol's sign moves over to `q`. With `|symbol| <= 128` and `|q| <= 127` a pair's sum is at most 32,512, so nothing saturates.
+    #[inline(always)]
+    fn dot(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe {
+            let q = _mm256_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
+            let bias = _mm256_set1_epi8(i8::MIN);
+            let ones = _mm256_set1_epi16(1);
+            std::array::from_fn(|i| {
+                let symbol = _mm256_xor_si256(tile[i], bias);
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
+                _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { std::array::from_fn(|i| _mm256_add_epi32(a[i], b[i])) }
+    }
+
+    #[inline(always)]
+    fn finish(self, sums: [__m256i; 2], _q_sum: i32) -> [i32; TILE_ROWS] {
+        let mut out = [0; TILE_ROWS];
+        // SAFETY: 64 writable bytes.
+        unsafe {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), sums[0]);
+            _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), sums[1]);
+        }
+        out
+    }
+}

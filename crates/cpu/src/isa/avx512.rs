@@ -1,0 +1,107 @@
+//! A tile in one 512-bit register.
+
+use std::arch::x86_64::*;
+
+use super::{Isa, TileBytes};
+use crate::{Avx512, TILE_COLS, TILE_ROWS};
+
+impl Isa for Avx512 {
+    type Tile = __m512i;
+    type Sums = __m512i;
+
+    #[inline(always)]
+    fn load(self, tile: &TileBytes) -> __m512i {
+        // SAFETY: 64 readable bytes; the token proves the features, here and below.
+        unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store(self, tile: __m512i, out: &mut TileBytes) {
+        // SAFETY: 64 writable bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), tile) }
+    }
+
+    #[inline(always)]
+    fn splat(self, b: u8) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_set1_epi8(b as i8) }
+    }
+
+    #[inline(always)]
+    fn low(self, line: __m512i, bias: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_epi8(_mm512_and_si512(line, _mm512_set1_epi8(15)), bias) }
+    }
+
+    #[inline(always)]
+    fn high(self, line: __m512i, bias: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)), bias) }
+    }
+
+    /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on some cores.
+    #[inline(always)]
+    unsafe fn unescape(self, tile: __m512i, escape: __m512i, escapes: *const u8) -> (__m512i, usize) {
+        // SAFETY: 64 readable bytes, by the contract.
+        unsafe {
+            let mask = _mm512_cmpeq_epi8_mask(tile, escape);
+            let next = _mm512_loadu_si512(escapes.cast());
+            (_mm512_mask_expand_epi8(tile, mask, next), mask.count_ones() as usize)
+        }
+    }
+
+    #[inline(always)]
+    fn narrow(self, tile: __m512i, bias: __m512i, lowest: __m512i) -> (__m512i, u64) {
+        // SAFETY: registers only.
+        unsafe {
+            let field = _mm512_sub_epi8(tile, bias);
+            let above = _mm512_cmpgt_epu8_mask(field, _mm512_set1_epi8(15));
+            let below = _mm512_cmplt_epu8_mask(field, lowest);
+            let wide = above | below;
+            (_mm512_maskz_mov_epi8(!wide, field), wide)
+        }
+    }
+
+    #[inline(always)]
+    fn pair(self, low: __m512i, high: __m512i) -> __m512i {
+        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
+        unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<4>(high)) }
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, tile: __m512i, mask: u64, out: *mut u8) {
+        // Compressed in a register and stored under a mask: the compress with a memory operand is microcode on some cores.
+        // SAFETY: the store writes one byte for each of the mask's ones.
+        unsafe {
+            let front = _bzhi_u64(u64::MAX, mask.count_ones());
+            _mm512_mask_storeu_epi8(out.cast(), front, _mm512_maskz_compress_epi8(mask, tile));
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    /// VNNI multiplies unsigned by signed bytes, and the symbol byte is unsigned as it is; `finish` takes the bias off again.
+    #[inline(always)]
+    fn dot(self, sums: __m512i, tile: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_dpbusd_epi32(sums, tile, _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn finish(self, sums: __m512i, q_sum: i32) -> [i32; TILE_ROWS] {
+        let mut out = [0; TILE_ROWS];
+        // SAFETY: 64 writable bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum))) }
+        out
+    }
+}

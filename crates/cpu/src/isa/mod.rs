@@ -1,0 +1,85 @@
+//! The steps that every kernel is made of, once per level: a tile of 64 symbol bytes in registers, and 16 integer sums, one a row of the tile.
+//!
+//! A new level (NEON) is one more implementation of [`Isa`], and an arm in `per_isa`.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+pub(crate) use scalar::Scalar;
+
+use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+
+/// 64 symbol bytes in memory.
+pub(crate) type TileBytes = [u8; TILE_SYMBOLS];
+
+/// One level's steps. A value of the type proves that the machine has what the steps need.
+pub(crate) trait Isa: Copy {
+    /// 64 bytes: lane `row * 4 + col`.
+    type Tile: Copy;
+    /// 16 i32 sums, one a row, in whatever form the level adds best.
+    type Sums: Copy;
+
+    fn load(self, tile: &TileBytes) -> Self::Tile;
+    fn store(self, tile: Self::Tile, out: &mut TileBytes);
+    /// Every byte `b`.
+    fn splat(self, b: u8) -> Self::Tile;
+    /// Low nibble of each byte, plus `bias`.
+    fn low(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
+    /// High nibble of each byte, plus `bias`.
+    fn high(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
+    /// Replaces the bytes of `tile` that equal `escape` by the next bytes at `escapes`, in lane order; returns how many.
+    ///
+    /// # Safety
+    /// 64 bytes at `escapes` are readable.
+    unsafe fn unescape(self, tile: Self::Tile, escape: Self::Tile, escapes: *const u8) -> (Self::Tile, usize);
+    /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0, and the mask of the lanes where it does not.
+    fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);
+    /// `low | high << 4`, of fields.
+    fn pair(self, low: Self::Tile, high: Self::Tile) -> Self::Tile;
+    /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order.
+    ///
+    /// # Safety
+    /// As many bytes as `mask` has ones are writable at `out`.
+    unsafe fn compress(self, tile: Self::Tile, mask: u64, out: *mut u8);
+    fn zero(self) -> Self::Sums;
+    /// Adds each row's four products with `q`.
+    fn dot(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
+    /// Sums of two halves of a segment.
+    fn add(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    /// The rows' sums of `symbol * q`, where `symbol = byte - 128`; `q_sum` is the sum of all `q` that went in.
+    fn finish(self, sums: Self::Sums, q_sum: i32) -> [i32; TILE_ROWS];
+}
+
+/// Defines a function whose body is compiled once for every level, with the level's [`Isa`] as its first argument.
+macro_rules! per_isa {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($isa:ident; $($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name(level: $crate::Level, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body<I: $crate::isa::Isa>($isa: I, $($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,f16c,bmi2,popcnt")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx2(token: $crate::Avx2, $($arg: $ty),*) $(-> $ret)? { body(token, $($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,gfni,avx2,f16c,bmi2,popcnt")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx512(token: $crate::Avx512, $($arg: $ty),*) $(-> $ret)? { body(token, $($arg),*) }
+            match level {
+                // SAFETY: the token proves the features that the wrapper enables.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Level::Avx2(token) => unsafe { avx2(token, $($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Level::Avx512(token) => unsafe { avx512(token, $($arg),*) },
+                _ => body($crate::isa::Scalar, $($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use per_isa;

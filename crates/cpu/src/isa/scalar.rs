@@ -1,0 +1,105 @@
+//! Plain arrays: what the other levels are compared with.
+
+use super::{Isa, TileBytes};
+use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+
+/// Needs nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+impl Isa for Scalar {
+    type Tile = TileBytes;
+    type Sums = [i32; TILE_ROWS];
+
+    #[inline(always)]
+    fn load(self, tile: &TileBytes) -> TileBytes {
+        *tile
+    }
+
+    #[inline(always)]
+    fn store(self, tile: TileBytes, out: &mut TileBytes) {
+        *out = tile;
+    }
+
+    #[inline(always)]
+    fn splat(self, b: u8) -> TileBytes {
+        [b; TILE_SYMBOLS]
+    }
+
+    #[inline(always)]
+    fn low(self, line: TileBytes, bias: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| (line[i] & 15).wrapping_add(bias[i]))
+    }
+
+    #[inline(always)]
+    fn high(self, line: TileBytes, bias: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| (line[i] >> 4).wrapping_add(bias[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn unescape(self, mut tile: TileBytes, escape: TileBytes, escapes: *const u8) -> (TileBytes, usize) {
+        let mut taken = 0;
+        for (b, e) in tile.iter_mut().zip(escape) {
+            if *b == e {
+                // SAFETY: at most 64 lanes, and 64 bytes are readable.
+                *b = unsafe { *escapes.add(taken) };
+                taken += 1;
+            }
+        }
+        (tile, taken)
+    }
+
+    #[inline(always)]
+    fn narrow(self, tile: TileBytes, bias: TileBytes, lowest: TileBytes) -> (TileBytes, u64) {
+        let mut mask = 0;
+        let fields = std::array::from_fn(|i| {
+            let field = tile[i].wrapping_sub(bias[i]);
+            let fits = (lowest[i]..=15).contains(&field);
+            mask |= u64::from(!fits) << i;
+            if fits { field } else { 0 }
+        });
+        (fields, mask)
+    }
+
+    #[inline(always)]
+    fn pair(self, low: TileBytes, high: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| low[i] | high[i] << 4)
+    }
+
+    #[inline(always)]
+    unsafe fn compress(self, tile: TileBytes, mut mask: u64, mut out: *mut u8) {
+        while mask != 0 {
+            // SAFETY: one byte for each of the mask's ones.
+            unsafe {
+                *out = tile[mask.trailing_zeros() as usize];
+                out = out.add(1);
+            }
+            mask &= mask - 1;
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> [i32; TILE_ROWS] {
+        [0; TILE_ROWS]
+    }
+
+    #[inline(always)]
+    fn dot(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+        for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<TILE_COLS>().0) {
+            for (b, q) in row.iter().zip(q) {
+                *sum += (i32::from(*b) - 128) * i32::from(*q);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn add(self, a: [i32; TILE_ROWS], b: [i32; TILE_ROWS]) -> [i32; TILE_ROWS] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn finish(self, sums: [i32; TILE_ROWS], _q_sum: i32) -> [i32; TILE_ROWS] {
+        sums
+    }
+}

@@ -1,0 +1,437 @@
+//! Products of coded or decoded matrices with int8 activations.
+//!
+//! The arithmetic is the same everywhere. Per row, and per segment of columns in order, `isum = Σ symbol * q`, an exact i32. Then, in f32, every operation rounded by itself:
+//! row and tensor scales: `acc += isum * xscale[segment]`, and in the end `y = acc * rowscale`; group scales: `acc += (isum * gscale) * xscale[segment]`, for affine scales followed by
+//! `acc += (bias + 8 * gscale) * (xsum[segment] * xscale[segment])`, and `y = acc`.
+//!
+//! One token: symbols go from the stream to the sums without touching memory where a kernel for the codec and level exists. More tokens, and all other cases: a task decodes its
+//! chunks to symbol bytes in the L2 cache once, and multiplies them with all tokens, eight at a time.
+
+use std::ops::Range;
+
+use tersor_format::CodedTensor;
+
+use crate::decoded::{Decoded, Form, RowTile, expand};
+use crate::error::FirstError;
+use crate::isa::{Isa, TileBytes, per_isa};
+use crate::scales::{TileScales, widen};
+use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+
+/// A matrix, in the form it is held in.
+#[derive(Clone, Copy, Debug)]
+pub enum Matrix<'a> {
+    /// Decoded while it is multiplied.
+    Coded(&'a CodedTensor),
+    /// Decoded before.
+    Decoded(&'a Decoded),
+}
+
+impl Matrix<'_> {
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        match self {
+            Matrix::Coded(m) => m.rows(),
+            Matrix::Decoded(m) => m.rows(),
+        }
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        match self {
+            Matrix::Coded(m) => m.cols(),
+            Matrix::Decoded(m) => m.cols(),
+        }
+    }
+}
+
+/// One product `out = x W^T`.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// W: (rows, cols)
+    pub matrix: Matrix<'a>,
+    /// Scales of W.
+    pub scales: &'a KernelScales,
+    /// (tokens, cols), quantized with the segment that the scales ask for.
+    pub x: &'a Activations,
+    /// (tokens, rows)
+    pub out: &'a mut [f32],
+}
+
+/// Work of one job: `units` (chunks, or row tiles) in `tasks` about equal runs.
+struct Plan {
+    units: usize,
+    tasks: usize,
+}
+
+impl Plan {
+    fn run(&self, task: usize) -> Range<usize> {
+        self.units * task / self.tasks..self.units * (task + 1) / self.tasks
+    }
+}
+
+/// Runs the jobs together, as one parallel region.
+///
+/// # Errors
+/// Wrong shapes, before anything is computed; corrupt chunks, of which the first by job and chunk is named. After an error the outputs are of no use.
+pub fn matmul(pool: &Pool, level: Level, jobs: &mut [Job<'_>]) -> Result<(), KernelError> {
+    for (index, job) in jobs.iter().enumerate() {
+        check(index, job)?;
+    }
+    let plans = plan(jobs, pool.threads());
+    let tasks = plans.iter().map(|p| p.tasks).sum();
+    struct Shared<'a> {
+        matrix: Matrix<'a>,
+        scales: &'a KernelScales,
+        x: &'a Activations,
+        out: SharedOut<'a, f32>,
+    }
+    let shared: Vec<Shared<'_>> = jobs.iter_mut().map(|j| Shared { matrix: j.matrix, scales: j.scales, x: j.x, out: SharedOut::new(j.out) }).collect();
+    let errors = FirstError::default();
+    pool.run(tasks, &|mut task| {
+        let mut index = 0;
+        while task >= plans[index].tasks {
+            task -= plans[index].tasks;
+            index += 1;
+        }
+        let (job, units) = (&shared[index], plans[index].run(task));
+        let dot = Dot { level, scales: job.scales, x: job.x, rows: job.matrix.rows(), out: job.out };
+        match job.matrix {
+            Matrix::Coded(tensor) => {
+                if let Err((chunk, source)) = dot.coded(tensor, units) {
+                    errors.report(KernelError::Corrupt { job: index, chunk, source });
+                }
+            }
+            Matrix::Decoded(matrix) => dot.decoded(matrix, units),
+        }
+    });
+    errors.into_result()
+}
+
+fn check(index: usize, job: &Job<'_>) -> Result<(), KernelError> {
+    let (rows, cols, tokens) = (job.matrix.rows(), job.matrix.cols(), job.x.tokens());
+    let equal = |what, expected, found| if expected == found { Ok(()) } else { Err(KernelError::Shape { job: index, what, expected, found }) };
+    if tokens == 0 {
+        return Err(KernelError::Shape { job: index, what: "the number of tokens", expected: 1, found: 0 });
+    }
+    equal("the number of columns of x", cols, job.x.cols())?;
+    equal("the segment of x", job.scales.segment(), job.x.segment())?;
+    equal("the number of rows with scales", rows, job.scales.rows())?;
+    equal("the number of columns with scales", cols, job.scales.cols())?;
+    equal("the length of out", tokens * rows, job.out.len())
+}
+
+/// Splits jobs into tasks. Chunks go together up to [`CHUNKS_TOGETHER`], but fewer where that would leave a thread without work; row tiles in runs long enough to
+/// be worth claiming and short enough that threads finish together.
+fn plan(jobs: &[Job<'_>], threads: usize) -> Vec<Plan> {
+    let row_tiles = |j: &Job<'_>| match j.matrix {
+        Matrix::Decoded(m) => m.row_tiles(),
+        Matrix::Coded(_) => 0,
+    };
+    let row_tiles_all: usize = jobs.iter().map(row_tiles).sum();
+    let mut plans: Vec<Plan> = jobs
+        .iter()
+        .map(|j| match j.matrix {
+            Matrix::Coded(m) => Plan { units: m.chunk_count(), tasks: m.chunk_count().div_ceil(CHUNKS_TOGETHER) },
+            Matrix::Decoded(m) => {
+                // About 8 tasks a thread in all, none with less than 16 KiB of fields.
+                let line_bytes = m.col_steps() * TILE_SYMBOLS / 2;
+                let most = (m.row_tiles() * line_bytes / 16_384).max(1);
+                let share = if threads == 1 { 1 } else { (8 * threads * m.row_tiles()).div_ceil(row_tiles_all.max(1)) };
+                Plan { units: m.row_tiles(), tasks: share.clamp(1, most).min(m.row_tiles()) }
+            }
+        })
+        .collect();
+    let mut total: usize = plans.iter().map(|p| p.tasks).sum();
+    while !total.is_multiple_of(threads) && total < 4 * threads {
+        let Some(longest) = plans.iter_mut().filter(|p| p.tasks < p.units).max_by_key(|p| p.units / p.tasks) else { break };
+        longest.tasks += 1;
+        total += 1;
+    }
+    plans
+}
+
+/// The sink that multiplies: symbols of row tiles become outputs of 16 rows.
+struct Dot<'a> {
+    level: Level,
+    scales: &'a KernelScales,
+    x: &'a Activations,
+    rows: usize,
+    out: SharedOut<'a, f32>,
+}
+
+impl Dot<'_> {
+    fn coded(&self, tensor: &CodedTensor, chunks: Range<usize>) -> Result<(), (usize, tersor_codec::DecodeError)> {
+        with_scratch(|scratch| {
+            let symbols = symbols_of(tensor, &chunks);
+            scratch.bytes.ensure(symbols);
+            let first = tensor.chunk_row_tiles(chunks.start).start;
+            decode_chunks(self.level, tensor, chunks, &mut scratch.bytes[..symbols], &mut scratch.far)?;
+            let Scratch { bytes, far, sums } = scratch;
+            let tiles: &[TileBytes] = bytes[..symbols].as_chunks().0;
+            for (i, tiles) in tiles.chunks_exact(tensor.col_steps()).enumerate() {
+                self.bytes(first + i, tiles, far_of(far, first + i), sums);
+            }
+            Ok(())
+        })
+    }
+
+    fn decoded(&self, matrix: &Decoded, row_tiles: Range<usize>) {
+        with_scratch(|scratch| {
+            for index in row_tiles {
+                let tile = matrix.row_tile(index);
+                // A line holds two column steps: they must be of one segment.
+                let pairs = (self.x.segment() / TILE_COLS).is_multiple_of(2);
+                match tile.form {
+                    Form::Bytes => self.bytes(index, tile.lines, tile.far, &mut scratch.sums),
+                    Form::Nibbles { bias, escapes } if self.x.tokens() == 1 && pairs => {
+                        let mut sums = [0.0; TILE_ROWS];
+                        self.nibbles(&tile, bias, escapes, index, &mut sums);
+                        self.write(index, &[sums]);
+                    }
+                    Form::Nibbles { .. } => {
+                        let symbols = matrix.col_steps() * TILE_SYMBOLS;
+                        scratch.bytes.ensure(symbols);
+                        let tiles = scratch.bytes[..symbols].as_chunks_mut().0;
+                        expand(self.level, &tile, tiles);
+                        self.bytes(index, tiles, tile.far, &mut scratch.sums);
+                    }
+                }
+            }
+        });
+    }
+
+    /// One row tile as symbol bytes, (steps), with all tokens.
+    fn bytes(&self, row_tile: usize, tiles: &[TileBytes], far: &[FarAt], sums: &mut Vec<[f32; TILE_ROWS]>) {
+        sums.clear();
+        sums.resize(self.x.tokens(), [0.0; TILE_ROWS]);
+        dot_bytes(self.level, tiles, far, self.scales.tile(row_tile), self.x, sums);
+        self.write(row_tile, sums);
+    }
+
+    /// One row tile as nibbles, with one token.
+    fn nibbles(&self, tile: &RowTile<'_>, bias: u8, escapes: bool, row_tile: usize, sums: &mut [f32; TILE_ROWS]) {
+        dot_nibbles(self.level, tile, bias, escapes, self.scales.tile(row_tile), self.x, sums);
+    }
+
+    /// `sums`: (tokens, 16); rows beyond the matrix are dropped.
+    fn write(&self, row_tile: usize, sums: &[[f32; TILE_ROWS]]) {
+        let row = row_tile * TILE_ROWS;
+        let rows = TILE_ROWS.min(self.rows - row);
+        for (token, sums) in sums.iter().enumerate() {
+            // SAFETY: every row tile is in one task only, and its rows are nobody else's.
+            let out = unsafe { self.out.slice(token * self.rows + row, rows) };
+            out.copy_from_slice(&sums[..rows]);
+        }
+    }
+}
+
+/// Adds what far symbols are above -128, the symbol that their byte 0 stands for, to a segment's sums. `steps`: the segment's; `q`: the token's.
+#[inline(always)]
+pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) {
+    for f in far {
+        let (step, lane) = (f.position as usize / TILE_SYMBOLS, f.position as usize % TILE_SYMBOLS);
+        if steps.contains(&step) {
+            isum[lane / TILE_COLS] += (i32::from(f.symbol) + 128) * i32::from(q[step][lane % TILE_COLS]);
+        }
+    }
+}
+
+/// The real scales of one segment of a row tile.
+#[derive(Clone, Copy)]
+pub(crate) enum SegmentScales {
+    Row,
+    Group([f32; TILE_ROWS]),
+    Affine([f32; TILE_ROWS], [f32; TILE_ROWS]),
+}
+
+impl SegmentScales {
+    #[inline(always)]
+    pub(crate) fn of(scales: TileScales<'_>, segment: usize) -> SegmentScales {
+        match scales {
+            TileScales::Row(_) => SegmentScales::Row,
+            TileScales::Group { scales, biases, brain } => {
+                let scale = scales[segment].map(|s| widen(s, brain));
+                match biases {
+                    None => SegmentScales::Group(scale),
+                    Some(biases) => {
+                        let mut bias = biases[segment].map(|b| widen(b, brain));
+                        for j in 0..TILE_ROWS {
+                            bias[j] += 8.0 * scale[j];
+                        }
+                        SegmentScales::Affine(scale, bias)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds one segment's integer sums to the rows' results.
+    #[inline(always)]
+    pub(crate) fn add(&self, acc: &mut [f32; TILE_ROWS], isum: &[i32; TILE_ROWS], xscale: f32, xsum: i32) {
+        match self {
+            SegmentScales::Row => {
+                for j in 0..TILE_ROWS {
+                    acc[j] += isum[j] as f32 * xscale;
+                }
+            }
+            SegmentScales::Group(scale) => {
+                for j in 0..TILE_ROWS {
+                    acc[j] += (isum[j] as f32 * scale[j]) * xscale;
+                }
+            }
+            SegmentScales::Affine(scale, bias) => {
+                let shift = xsum as f32 * xscale;
+                for j in 0..TILE_ROWS {
+                    acc[j] += (isum[j] as f32 * scale[j]) * xscale;
+                    acc[j] += bias[j] * shift;
+                }
+            }
+        }
+    }
+}
+
+/// Applies row scales to the finished sums.
+#[inline(always)]
+pub(crate) fn finish_rows(scales: TileScales<'_>, acc: &mut [f32; TILE_ROWS]) {
+    if let TileScales::Row(row) = scales {
+        for j in 0..TILE_ROWS {
+            acc[j] *= row[j];
+        }
+    }
+}
+
+per_isa! {
+    /// `sums[token] = ` the outputs of one row tile.
+    ///
+    /// `tiles`: (steps) of symbol bytes; `sums`: (tokens, 16), zero when it comes in. Cost per step and eight tokens: one load of weights, and eight dot products that broadcast a dword of `q`.
+    fn dot_bytes(isa; tiles: &[TileBytes], far: &[FarAt], scales: TileScales<'_>, x: &Activations, sums: &mut [[f32; TILE_ROWS]]) {
+        let mut token = 0;
+        while token < sums.len() {
+            let block = &mut sums[token..];
+            token += match block.len() {
+                8.. => { block_of_tokens::<_, 8>(isa, tiles, far, scales, x, token, block); 8 }
+                4..8 => { block_of_tokens::<_, 4>(isa, tiles, far, scales, x, token, block); 4 }
+                2..4 => { block_of_tokens::<_, 2>(isa, tiles, far, scales, x, token, block); 2 }
+                _ => { block_of_tokens::<_, 1>(isa, tiles, far, scales, x, token, block); 1 }
+            };
+        }
+    }
+}
+
+#[inline(always)]
+fn block_of_tokens<I: Isa, const T: usize>(isa: I, tiles: &[TileBytes], far: &[FarAt], scales: TileScales<'_>, x: &Activations, token: usize, acc: &mut [[f32; TILE_ROWS]]) {
+    let steps = x.segment() / TILE_COLS;
+    let q: [&[[i8; TILE_COLS]]; T] = std::array::from_fn(|t| x.q(token + t).as_chunks().0);
+    let xscales: [&[f32]; T] = std::array::from_fn(|t| x.scales(token + t));
+    let xsums: [&[i32]; T] = std::array::from_fn(|t| x.sums(token + t));
+    for (segment, tiles) in tiles.chunks(steps).enumerate() {
+        let range = segment * steps..segment * steps + tiles.len();
+        let part: [&[[i8; TILE_COLS]]; T] = std::array::from_fn(|t| &q[t][range.clone()]);
+        let mut dots = [isa.zero(); T];
+        for (step, tile) in tiles.iter().enumerate() {
+            let tile = isa.load(tile);
+            for t in 0..T {
+                dots[t] = isa.dot(dots[t], tile, &part[t][step]);
+            }
+        }
+        let segment_scales = SegmentScales::of(scales, segment);
+        for t in 0..T {
+            let mut isum = isa.finish(dots[t], xsums[t][segment]);
+            patch_far(&mut isum, far, &range, q[t]);
+            segment_scales.add(&mut acc[t], &isum, xscales[t][segment], xsums[t][segment]);
+        }
+    }
+    for acc in &mut acc[..T] {
+        finish_rows(scales, acc);
+    }
+}
+
+per_isa! {
+    /// The outputs of one row tile of nibbles for one token: the plain GEMV.
+    ///
+    /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, and per half the unpacking
+    /// (a mask or shift, an addition), with escapes a comparison, a load and an expand, and one dot product. Bound by reading the lines from memory.
+    fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
+        let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
+        let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+        let steps = x.segment() / TILE_COLS;
+        let (xscales, xsums) = (x.scales(0), x.sums(0));
+        for ((segment, lines), part) in tile.lines.chunks(steps / 2).enumerate().zip(q.chunks(steps)) {
+            let mut dots = [isa.zero(); 2];
+            let mut half = |sums: I::Sums, tile: I::Tile, q: &[i8; TILE_COLS]| {
+                if !has_escapes {
+                    return isa.dot(sums, tile, q);
+                }
+                // SAFETY: `decode_into` wrote as many escapes as there are fields of 0, and 64 bytes more are readable.
+                let (tile, taken) = unsafe { isa.unescape(tile, bias, next) };
+                // SAFETY: as above.
+                next = unsafe { next.add(taken) };
+                isa.dot(sums, tile, q)
+            };
+            let (pairs, single) = part.as_chunks::<2>();
+            for (line, q) in lines.iter().zip(pairs) {
+                let line = isa.load(line);
+                dots[0] = half(dots[0], isa.low(line, bias), &q[0]);
+                dots[1] = half(dots[1], isa.high(line, bias), &q[1]);
+            }
+            if let (Some(q), Some(line)) = (single.first(), lines.last()) {
+                dots[0] = half(dots[0], isa.low(isa.load(line), bias), q);
+            }
+            let mut isum = isa.finish(isa.add(dots[0], dots[1]), xsums[segment]);
+            patch_far(&mut isum, tile.far, &(segment * steps..segment * steps + part.len()), q);
+            SegmentScales::of(scales, segment).add(acc, &isum, xscales[segment], xsums[segment]);
+        }
+        finish_rows(scales, acc);
+    }
+}
+
+/// One row of the matrix as reals, for an embedding: `out[c] = symbol * scale`, and for affine scales `symbol * scale + (bias + 8 * scale)`.
+///
+/// `out`: (cols).
+///
+/// # Errors
+/// A row or a length outside the matrix; a corrupt chunk.
+pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: usize, out: &mut [f32]) -> Result<(), KernelError> {
+    let shape = |what, expected, found| if expected == found { Ok(()) } else { Err(KernelError::Shape { job: 0, what, expected, found }) };
+    shape("the length of out", matrix.cols(), out.len())?;
+    shape("the number of rows with scales", matrix.rows(), scales.rows())?;
+    shape("the number of columns with scales", matrix.cols(), scales.cols())?;
+    if row >= matrix.rows() {
+        return Err(KernelError::Shape { job: 0, what: "the row, counted from 1,", expected: matrix.rows(), found: row + 1 });
+    }
+    let row_tile = row / TILE_ROWS;
+    with_scratch(|scratch| {
+        let Scratch { bytes, far, .. } = scratch;
+        let (tiles, far): (&[TileBytes], &[FarAt]) = match matrix {
+            Matrix::Coded(tensor) => {
+                let per_chunk = tensor.chunk_row_tiles(0).len();
+                let chunk = row_tile / per_chunk;
+                let symbols = tensor.chunk_symbols(chunk);
+                bytes.ensure(symbols);
+                decode_chunks(level, tensor, chunk..chunk + 1, &mut bytes[..symbols], far)
+                    .map_err(|(chunk, source)| KernelError::Corrupt { job: 0, chunk, source })?;
+                let tiles = bytes[..symbols].as_chunks().0;
+                (&tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()], far_of(far, row_tile))
+            }
+            Matrix::Decoded(decoded) => {
+                let symbols = decoded.col_steps() * TILE_SYMBOLS;
+                bytes.ensure(symbols);
+                let tiles = bytes[..symbols].as_chunks_mut().0;
+                let tile = decoded.row_tile(row_tile);
+                expand(level, &tile, tiles);
+                (tiles, tile.far)
+            }
+        };
+        let lane = row % TILE_ROWS * TILE_COLS;
+        for (col, out) in out.iter_mut().enumerate() {
+            let position = lane + col % TILE_COLS;
+            let byte = tiles[col / TILE_COLS][position];
+            let far = || far.iter().find(|f| f.position as usize == col / TILE_COLS * TILE_SYMBOLS + position).map(|f| f.symbol);
+            let symbol = if byte == 0 { far().unwrap_or(-128) } else { i16::from(byte) - 128 };
+            let (scale, bias) = scales.at(row, col);
+            *out = f32::from(symbol) * scale + bias;
+        }
+        Ok(())
+    })
+}
