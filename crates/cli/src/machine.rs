@@ -1,6 +1,7 @@
 //! What this machine is: processor, memory, and what the process has used.
 
 use std::fs;
+use std::path::PathBuf;
 
 /// The processor's marketing name, `unknown` where the system does not tell.
 pub fn cpu_name() -> String {
@@ -10,6 +11,26 @@ pub fn cpu_name() -> String {
 /// Physical memory in bytes; 0 where the system does not tell.
 pub fn memory_bytes() -> u64 {
     field("/proc/meminfo", "MemTotal").and_then(|text| kibibytes(&text)).unwrap_or(0)
+}
+
+/// Bytes of the first processor's last-level cache; 0 where the system does not tell.
+pub fn last_level_cache_bytes() -> u64 {
+    let size = |index: u32| {
+        let text = fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok()?;
+        let text = text.trim();
+        match text.strip_suffix('K') {
+            Some(number) => number.parse::<u64>().ok()?.checked_mul(1 << 10),
+            None => text.strip_suffix('M')?.parse::<u64>().ok()?.checked_mul(1 << 20),
+        }
+    };
+    (0..8).filter_map(size).max().unwrap_or(0)
+}
+
+/// Where this user's cached files go: `$XDG_CACHE_HOME/tersor`, `~/.cache/tersor`, or the temporary directory.
+pub fn cache_dir() -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir).join("tersor")
 }
 
 /// The most resident memory this process has had, in bytes (`VmHWM`); 0 where the system does not tell.

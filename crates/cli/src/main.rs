@@ -33,7 +33,7 @@ enum Command {
     Verify(commands::verify::Args),
     //     Generate(commands::generate::Args),
     //     Bench(commands::bench::Args),
-    //     Kernels(commands::kernels::Args),
+    Kernels(commands::kernels::Args),
     //     Eval(commands::eval::Args),
     //     Info(commands::info::Args),
 }
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => commands::verify::run(&args),
         //         Command::Generate(args) => commands::generate::run(&args),
         //         Command::Bench(args) => commands::bench::run(&args),
-        //         Command::Kernels(args) => commands::kernels::run(&args),
+        Command::Kernels(args) => commands::kernels::run(&args),
         //         Command::Eval(args) => commands::eval::run(&args),
         //         Command::Info(args) => commands::info::run(&args),
     };

@@ -5,6 +5,6 @@
 // pub mod generate;
 // pub mod info;
 pub mod inspect;
-// pub mod kernels;
+pub mod kernels;
 pub mod quantize;
 pub mod verify;

@@ -15,7 +15,8 @@ use tersor_format::{
     CHUNK_SYMBOLS_TARGET, DirWriter, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
 };
 use tersor_quant::{
-    DEFAULT_ROUNDING, EMBEDDING_STEP_MULTIPLIER, Plan, RateModel, RateTarget, RateTensor, Rows, Scheme, SymbolCounts, quantize, solve_step,
+    DEFAULT_ROUNDING, EMBEDDING_STEP_MULTIPLIER, Grid, GridChoice, Plan, RateModel, RateTarget, RateTensor, Scheme, SymbolCounts, quantize,
+    solve_step,
 };
 use tersor_runtime::model::config::Config;
 use tersor_runtime::model::names::{self, LinearInfo};
@@ -321,7 +322,11 @@ impl Source {
             .zip(models)
             .map(|(linear, model)| {
                 let finer = matches!(linear.id.kind, LinearKind::Embed | LinearKind::Head);
-                RateTensor { model, step_multiplier: if finer { EMBEDDING_STEP_MULTIPLIER } else { 1.0 }, grid: None }
+                RateTensor {
+                    model,
+                    step_multiplier: if finer { EMBEDDING_STEP_MULTIPLIER } else { 1.0 },
+                    grid: GridChoice::Fixed(Grid::Row),
+                }
             })
             .collect();
         let side: f64 = self.linears.iter().map(|linear| side_bits(codec, linear)).sum();
