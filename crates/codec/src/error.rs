@@ -7,7 +7,9 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum ParamsError {
     /// The text is neither a full id nor a short name.
-    #[error("unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, fixed, or a full id such as rans/s16-w8-p7-l64")]
+    #[error(
+        "unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, fixed, or a full id such as rans/s16-w8-p7-l64"
+    )]
     UnknownId {
         /// The text as given.
         id: String,
@@ -81,7 +83,9 @@ pub enum TableError {
         expected: u32,
     },
     /// A code length above `code_bits_max`, or zero with more than one entry.
-    #[error("table entry {entry}: code of {code_bits} bits, allowed is 1..={code_bits_max} (0 for a lone entry)")]
+    #[error(
+        "table entry {entry}: code of {code_bits} bits, allowed is 1..={code_bits_max} (0 for a lone entry)"
+    )]
     CodeBits {
         /// Index of the offending entry.
         entry: usize,
@@ -147,7 +151,7 @@ pub enum EncodeError {
 #[derive(Error, Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// The table belongs to another codec than the view asked for.
+    /// Chunks hold at least one symbol.
     #[error("a chunk of no symbols")]
     Empty,
     /// More symbols asked for than a chunk can hold.
@@ -195,7 +199,7 @@ pub enum DecodeError {
     /// A lane did not return to where its encoder began.
     #[error("lane {lane} ends in state {state}, not in {expected}")]
     FinalState {
-        /// Lane (or block for `block-ans`).
+        /// Lane; for `block-ans` the block in the chunk.
         lane: usize,
         /// Its final state.
         state: u32,
@@ -215,7 +219,7 @@ pub enum DecodeError {
     /// Bits that no symbol uses must be zero.
     #[error("unused bits are not zero")]
     PaddingNotZero,
-    /// A field without meaning in this table.
+    /// A symbol is escaped, and no escape byte is left.
     #[error("an escaped symbol at position {position}, and no escape byte is left")]
     EscapesExhausted {
         /// Index in the chunk, in symbols.
@@ -226,6 +230,14 @@ pub enum DecodeError {
     EscapesLeft {
         /// How many.
         left_bytes: usize,
+    },
+    /// A block without room for its state.
+    #[error("block {block} of {block_bytes} bytes does not hold a state")]
+    BlockTruncated {
+        /// Block in the chunk.
+        block: usize,
+        /// Its length.
+        block_bytes: usize,
     },
     /// The words and the escapes of a block do not meet.
     #[error("block {block}: words and escapes leave {gap_bytes} bytes between them")]
