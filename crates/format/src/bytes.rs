@@ -1,5 +1,6 @@
 //! Shared, immutable bytes: a mapped file or an owned buffer. All unsafe code of this crate is in this file.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
@@ -7,7 +8,6 @@ use std::sync::Arc;
 
 use memmap2::{Mmap, UncheckedAdvice};
 
-#[derive(Debug)]
 enum Buffer {
     Mapped(Mmap),
     Owned(Vec<u8>),
@@ -23,7 +23,7 @@ impl Buffer {
 }
 
 /// A range of a mapped file or of an owned buffer. Cheap to clone; the last clone unmaps or frees.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Bytes {
     buffer: Arc<Buffer>,
     range: Range<usize>,
@@ -44,7 +44,10 @@ impl Bytes {
         // for every memory-mapping loader.
         let map = unsafe { Mmap::map(file)? };
         let range = 0..map.len();
-        Ok(Self { buffer: Arc::new(Buffer::Mapped(map)), range })
+        Ok(Self {
+            buffer: Arc::new(Buffer::Mapped(map)),
+            range,
+        })
     }
 
     /// A part of these bytes. `None` if the range does not lie inside.
@@ -53,26 +56,40 @@ impl Bytes {
             return None;
         }
         let range = self.range.start + range.start..self.range.start + range.end;
-        Some(Self { buffer: Arc::clone(&self.buffer), range })
+        Some(Self {
+            buffer: Arc::clone(&self.buffer),
+            range,
+        })
     }
 
     /// Tells the system that these bytes are not needed for now, so that they no longer count as resident. They stay
     /// valid: the next access reads the file again. Nothing happens to owned bytes.
     pub fn release(&self) -> io::Result<()> {
-        let Buffer::Mapped(map) = &*self.buffer else { return Ok(()) };
+        let Buffer::Mapped(map) = &*self.buffer else {
+            return Ok(());
+        };
         if self.range.is_empty() {
             return Ok(());
         }
         // SAFETY: DONTNEED on a read-only, file-backed mapping discards no data: later reads fault the same bytes in from
         // the file. Pages shared with neighbouring tensors (memmap2 rounds outward to whole pages) are refilled likewise.
-        unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.range.start, self.range.len()) }
+        unsafe {
+            map.unchecked_advise_range(
+                UncheckedAdvice::DontNeed,
+                self.range.start,
+                self.range.len(),
+            )
+        }
     }
 }
 
 impl From<Vec<u8>> for Bytes {
     fn from(bytes: Vec<u8>) -> Self {
         let range = 0..bytes.len();
-        Self { buffer: Arc::new(Buffer::Owned(bytes)), range }
+        Self {
+            buffer: Arc::new(Buffer::Owned(bytes)),
+            range,
+        }
     }
 }
 
@@ -81,5 +98,11 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         &self.buffer.as_slice()[self.range.clone()]
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bytes({})", self.len())
     }
 }

@@ -32,12 +32,18 @@ pub struct Place {
 impl Place {
     /// A file as a whole.
     pub fn file(path: &Path) -> Self {
-        Self { file: Some(path.to_owned()), tensor: None }
+        Self {
+            file: Some(path.to_owned()),
+            tensor: None,
+        }
     }
 
     /// A tensor of a file.
     pub fn tensor(path: &Path, name: &str) -> Self {
-        Self { file: Some(path.to_owned()), tensor: Some(name.to_owned()) }
+        Self {
+            file: Some(path.to_owned()),
+            tensor: Some(name.to_owned()),
+        }
     }
 }
 
@@ -79,14 +85,10 @@ pub enum FileError {
         /// The parser's message, on one line.
         message: String,
     },
-    /// More tensors than [`crate::limits::TENSORS_MAX`].
-    #[error("more than {limit} tensors")]
-    TooManyTensors {
-        /// The limit.
-        limit: usize,
-    },
     /// The tensors do not cover the data section exactly, in order, without holes or overlaps.
-    #[error("data of tensor {name:?} begins at {found}; {expected} was expected (tensors must leave no hole and not overlap)")]
+    #[error(
+        "data of tensor {name:?} begins at {found}; {expected} was expected (tensors must leave no hole and not overlap)"
+    )]
     Offsets {
         /// The tensor that breaks the sequence.
         name: String,
@@ -123,6 +125,14 @@ pub enum FileError {
         /// The dtype as written.
         dtype: String,
     },
+    /// A coded tensor that does not start at a multiple of 64.
+    #[error("tensor {name:?} starts at byte {offset} of the file, not at a multiple of 64")]
+    Alignment {
+        /// The tensor.
+        name: String,
+        /// Bytes from the start of the file.
+        offset: u64,
+    },
     /// The file says it is ours and lacks the checksum of a tensor, or has one too many or a malformed one.
     #[error("metadata: {message}")]
     Metadata {
@@ -135,7 +145,7 @@ impl FileError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::HeaderTooLong { .. } | Self::TooManyTensors { .. } => ErrorKind::Limit,
+            Self::HeaderTooLong { .. } => ErrorKind::Limit,
             Self::Dtype { .. } => ErrorKind::Unsupported,
             _ => ErrorKind::Corrupt,
         }
@@ -257,6 +267,14 @@ pub enum TensorError {
         stored: i64,
         /// Value of the symbols.
         found: i64,
+    },
+    /// A symbol that only fills a tile up is not 0.
+    #[error("padding symbol at row {row}, column {col} is not 0")]
+    PaddingSymbol {
+        /// Row.
+        row: usize,
+        /// Column.
+        col: usize,
     },
     /// A coded tensor lacks one of its companions.
     #[error("{part} missing")]
@@ -434,18 +452,26 @@ impl FormatError {
             Self::Tensor { cause, .. } => cause.kind(),
             Self::Version { .. } => ErrorKind::Unsupported,
             Self::TooLarge { .. } | Self::Usage { .. } | Self::NoTensor { .. } => ErrorKind::Limit,
-            Self::Json { .. } | Self::DuplicateTensor { .. } | Self::Mixed { .. } | Self::Manifest { .. } => {
-                ErrorKind::Corrupt
-            }
+            Self::Json { .. }
+            | Self::DuplicateTensor { .. }
+            | Self::Mixed { .. }
+            | Self::Manifest { .. } => ErrorKind::Corrupt,
         }
     }
 
     pub(crate) fn io(action: &'static str, path: &Path, cause: io::Error) -> Self {
-        Self::Io { action, path: path.to_owned(), cause }
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            cause,
+        }
     }
 
     pub(crate) fn file(path: &Path, cause: FileError) -> Self {
-        Self::File { path: path.to_owned(), cause }
+        Self::File {
+            path: path.to_owned(),
+            cause,
+        }
     }
 }
 

@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use tersor_codec::{Codec, PADDING_BYTES, Table};
-use tersor_quant::{QuantizedTensor, ScaleVec, Scales};
-use xxhash_rust::xxh3::xxh3_64;
+use tersor_quant::{ScaleVec, Scales};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::bytes::Bytes;
 use crate::error::TensorError;
 use crate::header::{
-    BLOB_ALIGN, CHUNK_ALIGN, DecodedForm, HEADER_BYTES, INDEX_ENTRY_BYTES, ScaleScheme, TILE_SYMBOLS, TensorHeader,
+    CHUNK_ALIGN, DecodedForm, HEADER_BYTES, INDEX_ENTRY_BYTES, ScaleScheme, TILE_SYMBOLS,
+    TensorHeader,
 };
 
 /// Element type of a raw tensor, by its safetensors name.
@@ -128,9 +129,16 @@ impl RawTensor {
             .try_fold(dtype.bytes() as u64, |n, &d| n.checked_mul(d as u64))
             .unwrap_or(u64::MAX);
         if expected != bytes.len() as u64 {
-            return Err(TensorError::Length { expected, found: bytes.len() as u64 });
+            return Err(TensorError::Length {
+                expected,
+                found: bytes.len() as u64,
+            });
         }
-        Ok(Self { dtype, shape, bytes })
+        Ok(Self {
+            dtype,
+            shape,
+            bytes,
+        })
     }
 
     /// Element type.
@@ -194,7 +202,11 @@ impl RawTensor {
                     *o = bf16::from_le_bytes(*b).to_f32();
                 }
             }
-            other => return Err(TensorError::NotFloat { dtype: other.name() }),
+            other => {
+                return Err(TensorError::NotFloat {
+                    dtype: other.name(),
+                });
+            }
         }
         Ok(())
     }
@@ -209,7 +221,12 @@ impl RawTensor {
             _ => return None,
         };
         match self.shape[..] {
-            [rows, cols] if rows > 0 && cols > 0 => Some(RawRows { tensor: self, dtype, rows, cols }),
+            [rows, cols] if rows > 0 && cols > 0 => Some(RawRows {
+                tensor: self,
+                dtype,
+                rows,
+                cols,
+            }),
             _ => None,
         }
     }
@@ -238,7 +255,9 @@ impl tersor_quant::Rows for RawRows<'_> {
     }
 
     fn read(&self, row: usize, out: &mut [f32]) {
-        self.tensor.read_f32(row * self.cols, out).expect("as_rows admits float dtypes only");
+        self.tensor
+            .read_f32(row * self.cols, out)
+            .expect("as_rows admits float dtypes only");
     }
 }
 
@@ -289,7 +308,16 @@ impl ScalesView {
     /// # Errors
     /// A scale that is not finite.
     pub fn to_f32(&self) -> Result<Vec<f32>, TensorError> {
-        todo!()
+        let mut scales = self.scales.to_f32()?;
+        if self.exponent != 0 {
+            // One rounding, in f64 as `tersor_quant` does it: the product is exact unless subnormal in f32.
+            let factor = 2f64.powi(i32::from(self.exponent));
+            for scale in &mut scales {
+                *scale = (f64::from(*scale) * factor) as f32;
+            }
+        }
+        finite("scale", &scales)?;
+        Ok(scales)
     }
 
     /// The real biases (rows * groups), for [`ScaleScheme::GroupAffine`].
@@ -297,7 +325,112 @@ impl ScalesView {
     /// # Errors
     /// A bias that is not finite.
     pub fn biases_to_f32(&self) -> Result<Option<Vec<f32>>, TensorError> {
-        todo!()
+        let Some(biases) = &self.biases else {
+            return Ok(None);
+        };
+        let biases = biases.to_f32()?;
+        finite("bias", &biases)?;
+        Ok(Some(biases))
+    }
+
+    /// Scales and biases as the quantizer made them.
+    pub fn to_scales(&self) -> Scales {
+        let scale_exponent = self.exponent;
+        let halves = || {
+            self.scales
+                .bytes()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| u16::from_le_bytes(*b))
+        };
+        match self.scheme {
+            ScaleScheme::Tensor => Scales::Tensor {
+                scale: halves().next().expect("shape checked when opened"),
+                scale_exponent,
+            },
+            ScaleScheme::Row => Scales::Row {
+                scales: halves().collect(),
+                scale_exponent,
+            },
+            ScaleScheme::GroupAffine | ScaleScheme::GroupSymmetric => Scales::Group {
+                group_size: self.group_size,
+                scales: scale_vec(&self.scales),
+                biases: self.biases.as_ref().map(scale_vec),
+            },
+        }
+    }
+
+    /// Checks dtypes and shapes against the header.
+    fn new(
+        header: &TensorHeader,
+        scales: RawTensor,
+        biases: Option<RawTensor>,
+    ) -> Result<Self, TensorError> {
+        let rows = header.rows as usize;
+        let (shape, dtypes): (Vec<usize>, &[Dtype]) = match header.scheme {
+            ScaleScheme::Tensor => (vec![1], &[Dtype::F16]),
+            ScaleScheme::Row => (vec![rows], &[Dtype::F16]),
+            _ => (
+                vec![rows, header.groups()],
+                &[Dtype::F16, Dtype::Bf16, Dtype::F32],
+            ),
+        };
+        let expect = |part, tensor: &RawTensor, dtypes: &[Dtype]| {
+            if tensor.shape() == shape && dtypes.contains(&tensor.dtype()) {
+                return Ok(());
+            }
+            let names: Vec<_> = dtypes.iter().map(|d| d.name()).collect();
+            Err(TensorError::PartShape {
+                part,
+                found: format!("{} {:?}", tensor.dtype(), tensor.shape()),
+                expected: format!("{} {shape:?}", names.join("/")),
+            })
+        };
+        expect("scales", &scales, dtypes)?;
+        match (&biases, header.scheme == ScaleScheme::GroupAffine) {
+            (Some(biases), true) => expect("biases", biases, &[scales.dtype()])?,
+            (None, true) => {
+                return Err(TensorError::MissingPart {
+                    part: "biases".to_owned(),
+                });
+            }
+            (Some(_), false) => {
+                return Err(TensorError::UnexpectedPart {
+                    part: "biases".to_owned(),
+                });
+            }
+            (None, false) => {}
+        }
+        let TensorHeader {
+            scheme,
+            group_size,
+            scale_exponent: exponent,
+            ..
+        } = *header;
+        Ok(Self {
+            scheme,
+            group_size,
+            exponent,
+            scales,
+            biases,
+        })
+    }
+}
+
+fn scale_vec(tensor: &RawTensor) -> ScaleVec {
+    let dtype = match tensor.dtype() {
+        Dtype::F16 => tersor_quant::Dtype::F16,
+        Dtype::Bf16 => tersor_quant::Dtype::Bf16,
+        _ => tersor_quant::Dtype::F32,
+    };
+    ScaleVec::from_le_bytes(dtype, tensor.bytes()).expect("whole elements, checked when opened")
+}
+
+fn finite(part: &'static str, values: &[f32]) -> Result<(), TensorError> {
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(TensorError::NotFinite { part, index }),
+        None => Ok(()),
     }
 }
 
@@ -323,8 +456,42 @@ impl CodedTensor {
     ///
     /// # Errors
     /// Everything that contradicts FORMAT.md.
-    pub fn open(blob: Bytes, scales: RawTensor, biases: Option<RawTensor>) -> Result<Self, TensorError> {
-        todo!()
+    pub fn open(
+        blob: Bytes,
+        scales: RawTensor,
+        biases: Option<RawTensor>,
+    ) -> Result<Self, TensorError> {
+        let header = TensorHeader::parse(&blob)?;
+        let (expected, found) = (header.blob_bytes(), blob.len() as u64);
+        if found < expected {
+            return Err(TensorError::Truncated {
+                needed: expected,
+                available: found,
+            });
+        }
+        if found > expected {
+            return Err(TensorError::Length { expected, found });
+        }
+        // From here on every offset that follows from the header lies inside the blob, and fits usize as its length does.
+        if side_checksum(&header, &blob) != header.checksum {
+            return Err(TensorError::Checksum {
+                part: "header, table and index",
+            });
+        }
+        let index_start = header.index_start() as usize;
+        let table = Table::read(header.codec, &blob[HEADER_BYTES..index_start])
+            .map_err(|cause| TensorError::Table { cause })?;
+        let starts = chunk_starts(&header, &blob)?;
+        let scales = ScalesView::new(&header, scales, biases)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                header,
+                table,
+                blob,
+                starts,
+                scales,
+            }),
+        })
     }
 
     /// The header.
@@ -377,19 +544,31 @@ impl CodedTensor {
     /// # Panics
     /// If there is no such chunk, here and below.
     pub fn chunk(&self, chunk: usize) -> &[u8] {
-        todo!()
+        &self.inner.blob[self.chunk_range(chunk)]
     }
 
     /// Bytes of chunk `chunk` and the [`PADDING_BYTES`] readable bytes that follow it (of the next chunk, or zeros):
     /// the chunk is all but the last `PADDING_BYTES` of the slice.
     pub fn chunk_with_padding(&self, chunk: usize) -> &[u8] {
-        todo!()
+        let range = self.chunk_range(chunk);
+        &self.inner.blob[range.start..range.end + PADDING_BYTES]
+    }
+
+    /// Where chunk `chunk` lies in the blob.
+    fn chunk_range(&self, chunk: usize) -> Range<usize> {
+        let start = self.inner.starts[chunk] as usize;
+        let (bytes, _) = index_entry(&self.inner.header, &self.inner.blob, chunk);
+        start..start + bytes as usize
     }
 
     /// Row tiles of chunk `chunk`.
     pub fn chunk_row_tiles(&self, chunk: usize) -> Range<usize> {
         let per_chunk = self.inner.header.row_tiles_per_chunk as usize;
-        assert!(chunk < self.chunk_count(), "chunk {chunk} of {}", self.chunk_count());
+        assert!(
+            chunk < self.chunk_count(),
+            "chunk {chunk} of {}",
+            self.chunk_count()
+        );
         chunk * per_chunk..((chunk + 1) * per_chunk).min(self.row_tiles())
     }
 
@@ -400,7 +579,29 @@ impl CodedTensor {
 
     /// Whether the chunk's bytes have the checksum that the index stores.
     pub fn chunk_checksum_ok(&self, chunk: usize) -> bool {
-        todo!()
+        let (_, stored) = index_entry(&self.inner.header, &self.inner.blob, chunk);
+        chunk_checksum(self.chunk(chunk)) == stored
+    }
+
+    /// Checks that every byte outside header, table, index and chunks is zero.
+    pub(crate) fn check_padding(&self) -> Result<(), TensorError> {
+        let header = &self.inner.header;
+        let mut end =
+            (header.index_start() + self.chunk_count() as u64 * INDEX_ENTRY_BYTES as u64) as usize;
+        let chunks = (0..self.chunk_count()).map(|chunk| self.chunk_range(chunk));
+        let tail = std::iter::once(self.inner.blob.len()..self.inner.blob.len());
+        for range in chunks.chain(tail) {
+            if let Some(i) = self.inner.blob[end..range.start]
+                .iter()
+                .position(|&b| b != 0)
+            {
+                return Err(TensorError::Padding {
+                    offset: (end + i) as u64,
+                });
+            }
+            end = range.end;
+        }
+        Ok(())
     }
 
     /// Scales and biases.
@@ -429,9 +630,66 @@ impl CodedTensor {
     }
 
     /// Tells the system that the coded bytes are not needed for now; they stay valid.
+    ///
+    /// # Errors
+    /// madvise fails.
     pub fn release(&self) -> io::Result<()> {
         self.inner.blob.release()
     }
+}
+
+/// xxh3-64 of what the header's checksum covers: the header up to the checksum itself, table and index. The blob must
+/// have the length that the header says.
+pub(crate) fn side_checksum(header: &TensorHeader, blob: &[u8]) -> u64 {
+    let index_end = header.index_start() as usize + header.chunk_count as usize * INDEX_ENTRY_BYTES;
+    let mut hash = Xxh3::new();
+    hash.update(&blob[..HEADER_BYTES - size_of::<u64>()]);
+    hash.update(&blob[HEADER_BYTES..index_end]);
+    hash.digest()
+}
+
+/// The checksum of a chunk as the index stores it: the low half of its xxh3-64.
+pub(crate) fn chunk_checksum(chunk: &[u8]) -> u32 {
+    xxh3_64(chunk) as u32
+}
+
+/// Length and checksum of a chunk, from the index.
+fn index_entry(header: &TensorHeader, blob: &[u8], chunk: usize) -> (u32, u32) {
+    let start = header.index_start() as usize + chunk * INDEX_ENTRY_BYTES;
+    let u32_at =
+        |at: usize| u32::from_le_bytes([blob[at], blob[at + 1], blob[at + 2], blob[at + 3]]);
+    (u32_at(start), u32_at(start + 4))
+}
+
+/// Where each chunk starts. The lengths in the index must fill the payload exactly.
+fn chunk_starts(header: &TensorHeader, blob: &[u8]) -> Result<Vec<u64>, TensorError> {
+    let payload_start = header.payload_start();
+    let payload_end = payload_start + header.payload_bytes;
+    let mut starts = Vec::with_capacity(header.chunk_count as usize);
+    let mut end = payload_start;
+    for chunk in 0..header.chunk_count as usize {
+        let start = end.next_multiple_of(CHUNK_ALIGN as u64);
+        let (bytes, _) = index_entry(header, blob, chunk);
+        end = start + u64::from(bytes);
+        if bytes == 0 || end > payload_end {
+            let message = "a chunk is empty or ends after the payload";
+            return Err(TensorError::Field {
+                field: "chunk_bytes",
+                value: u64::from(bytes),
+                message,
+            });
+        }
+        starts.push(start);
+    }
+    if end != payload_end {
+        let message = "the chunks do not fill the payload";
+        return Err(TensorError::Field {
+            field: "payload_bytes",
+            value: header.payload_bytes,
+            message,
+        });
+    }
+    Ok(starts)
 }
 
 /// A tensor of a directory.
