@@ -17,7 +17,8 @@ pub mod q4_0;
 pub use error::{PackError, QuantizeError, SolveError};
 pub use quantize::{quantize, sqnr_db};
 pub use rate::{
-    EMBEDDING_STEP_MULTIPLIER, GridChoice, RateModel, RateTarget, RateTensor, Solution, SymbolCounts, entropy_cost_bits, solve_step,
+    EMBEDDING_STEP_MULTIPLIER, GridChoice, RateModel, RateTarget, RateTensor, Role, Solution, SymbolCounts, VALUE_STEP_MULTIPLIER,
+    entropy_cost_bits, solve_step,
 };
 pub use rows::{Dtype, Rows, SliceRows};
 pub use scheme::{DEFAULT_ROUNDING, EcsqParams, Grid, Plan, Scheme, UnknownScheme};

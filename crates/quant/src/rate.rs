@@ -13,6 +13,10 @@ use rayon::prelude::*;
 ///
 /// Measured, see the crate's documentation.
 pub const EMBEDDING_STEP_MULTIPLIER: f64 = 0.65;
+/// Step multiplier recommended for the attention's value projections.
+///
+/// Measured, see the crate's documentation; llama.cpp's mixed K-quants favour `attn_v` for the same reason.
+pub const VALUE_STEP_MULTIPLIER: f64 = 0.7;
 
 /// Histogram bins per rms.
 const BINS_PER_RMS: usize = 256;
@@ -311,10 +315,47 @@ pub enum GridChoice {
 pub struct RateTensor<'a> {
     /// Its measured model.
     pub model: &'a RateModel,
-    /// Its step is the common relative step times this; 1 normally, [`EMBEDDING_STEP_MULTIPLIER`] for embeddings and heads.
+    /// Its step is the common relative step times this.
     pub step_multiplier: f64,
-    /// Its grid; `GridChoice::Fixed(Grid::Row)` is recommended, see the crate's documentation.
+    /// Its grid.
     pub grid: GridChoice,
+}
+
+/// What a tensor does in the model, as far as its rate depends on it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Role {
+    /// Token embedding or output head.
+    Embedding,
+    /// Value projection of an attention.
+    Value,
+    /// Any other linear.
+    Linear,
+}
+
+impl Role {
+    /// The role that a tensor's name in a Hugging Face checkpoint tells: `..embed_tokens..`, `..lm_head..`, `..v_proj..`.
+    pub fn of_name(name: &str) -> Role {
+        let is = |part: &str| name.split('.').any(|p| p == part);
+        if is("embed_tokens") || is("lm_head") {
+            Role::Embedding
+        } else if is("v_proj") {
+            Role::Value
+        } else {
+            Role::Linear
+        }
+    }
+}
+
+impl<'a> RateTensor<'a> {
+    /// The multiplier and grid that measured best for a role.
+    pub fn recommended(model: &'a RateModel, role: Role) -> RateTensor<'a> {
+        let (step_multiplier, grid) = match role {
+            Role::Embedding => (EMBEDDING_STEP_MULTIPLIER, GridChoice::Fixed(Grid::Row)),
+            Role::Value => (VALUE_STEP_MULTIPLIER, GridChoice::Cheapest),
+            Role::Linear => (1.0, GridChoice::Cheapest),
+        };
+        RateTensor { model, step_multiplier, grid }
+    }
 }
 
 /// What to meet.
@@ -443,6 +484,15 @@ mod tests {
         assert!((counts.entropy_bits() - 2.25).abs() < 1e-12);
         let deadzone = model.counts(Grid::Tensor, 0.8, 0.25);
         assert_eq!(deadzone.counts, [(-2, 1.0), (-1, 1.0), (0, 4.0), (1, 1.0), (2, 1.0)]);
+    }
+
+    #[test]
+    fn roles_come_from_names() {
+        let role = |name| Role::of_name(name);
+        assert_eq!(role("model.embed_tokens.weight"), Role::Embedding);
+        assert_eq!(role("lm_head.weight"), Role::Embedding);
+        assert_eq!(role("model.layers.3.self_attn.v_proj.weight"), Role::Value);
+        assert_eq!(role("model.layers.3.self_attn.qv_proj.weight"), Role::Linear);
     }
 
     #[test]
