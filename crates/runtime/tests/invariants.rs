@@ -45,10 +45,7 @@ fn codec_and_quant_forbid_unsafe() {
 
 #[test]
 fn codec_knows_no_file_thread_isa_or_gpu() {
-    assert_absent(
-        "crates/codec/src",
-        &["std::fs", "std::thread", "rayon", "target_arch", "target_feature", "std::arch", "cuda"],
-    );
+    assert_absent("crates/codec/src", &["std::fs", "std::thread", "rayon", "target_arch", "target_feature", "std::arch", "cuda"]);
 }
 
 #[test]

@@ -111,9 +111,9 @@ impl Config {
 
     /// Rotary frequencies in radians per position, `(head_dim / 2,)`.
     ///
-    /// Formulas as in `modeling_rope_utils.py` of transformers, computed in f64 and rounded once.
+    /// Formulas as in `modeling_rope_utils.py` of transformers, in f64.
     #[must_use]
-    pub fn rope_frequencies(&self) -> Vec<f32> {
+    pub fn rope_frequencies(&self) -> Vec<f64> {
         let frequency = |i: usize| {
             let base = self.rope_theta.powf(-((2 * i) as f64) / self.head_dim as f64);
             match self.rope_scaling {
@@ -126,14 +126,13 @@ impl Config {
                     } else if wavelength < original_context / high_freq_factor {
                         base
                     } else {
-                        let blend =
-                            (original_context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        let blend = (original_context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                         (1.0 - blend) * base / factor + blend * base
                     }
                 }
             }
         };
-        (0..self.head_dim / 2).map(|i| frequency(i) as f32).collect()
+        (0..self.head_dim / 2).map(frequency).collect()
     }
 }
 
@@ -298,8 +297,7 @@ impl Keys<'_> {
                     factor: keys.positive("factor", None)?,
                     low_freq_factor,
                     high_freq_factor,
-                    original_context: keys
-                        .positive("original_max_position_embeddings", Some(context_max as f64))?,
+                    original_context: keys.positive("original_max_position_embeddings", Some(context_max as f64))?,
                 }
             }
             Some(other) => return Err(keys.unsupported(kind_key, other)),
@@ -331,12 +329,7 @@ impl Keys<'_> {
         }
     }
 
-    fn windows_by_type(
-        &self,
-        types: &Value,
-        layers: usize,
-        window: Option<usize>,
-    ) -> Result<Vec<Option<usize>>, ModelError> {
+    fn windows_by_type(&self, types: &Value, layers: usize, window: Option<usize>) -> Result<Vec<Option<usize>>, ModelError> {
         let types = types.as_array().filter(|types| types.len() == layers);
         let types = types.ok_or_else(|| self.bad("layer_types", format!("is not a list of {layers} names")))?;
         let window_of = |kind: &Value| match kind.as_str() {
@@ -419,9 +412,7 @@ impl Keys<'_> {
     fn count(&self, key: &str, default: u64) -> Result<u64, ModelError> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value
-                .as_u64()
-                .ok_or_else(|| self.bad(key, format!("{} is not a whole number from 0", shortened(value)))),
+            Some(value) => value.as_u64().ok_or_else(|| self.bad(key, format!("{} is not a whole number from 0", shortened(value)))),
         }
     }
 

@@ -3,8 +3,12 @@
 //! Nothing here knows how weights are stored: matrices are reached through [`weights::Weights`] only.
 
 pub mod config;
+pub mod kv;
+pub mod llama;
 pub mod names;
 pub mod weights;
+
+pub use llama::Model;
 
 use std::path::PathBuf;
 use thiserror::Error;

@@ -111,6 +111,20 @@ pub enum RunError {
     /// A forward pass over no tokens was asked for.
     #[error("no tokens to run")]
     NoTokens,
+    /// The memory for a KV cache cannot be had.
+    #[error("no memory for a KV cache of {capacity} positions ({bytes} bytes)")]
+    KvTooLarge {
+        /// Positions asked for.
+        capacity: usize,
+        /// Bytes needed.
+        bytes: u64,
+    },
+    /// Logits that are NaN or infinite: the weights of the model are.
+    #[error("logits at position {position} are not finite: the checkpoint holds NaN, infinite or absurdly large weights")]
+    NotFinite {
+        /// Position in the sequence.
+        position: usize,
+    },
     /// A helper thread of the strategy failed.
     #[error("decode worker failed: {cause}")]
     Worker {
@@ -125,7 +139,8 @@ pub enum RunError {
 /// threads, the SIMD level, and however many tokens share a call.
 pub trait Weights {
     /// Announces that the matrices of `layer` are used next. Called before a layer's first [`linear`](Self::linear), in
-    /// ascending order within one forward pass, and with the number of layers before the head's.
+    /// ascending order within one forward pass. Before the head's it is called with the number of layers; a pass that
+    /// wants no logits (all but the last slice of a prompt) ends after the last layer and starts again at layer 0.
     ///
     /// # Errors
     /// [`RunError`] if preparing the layer fails.
