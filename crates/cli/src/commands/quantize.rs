@@ -14,13 +14,9 @@ use tersor_codec::{Codec, Histogram};
 use tersor_format::{
     CHUNK_SYMBOLS_TARGET, DirWriter, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
 };
-use tersor_quant::{
-    DEFAULT_ROUNDING, EMBEDDING_STEP_MULTIPLIER, Grid, GridChoice, Plan, RateModel, RateTarget, RateTensor, Scheme, SymbolCounts, quantize,
-    solve_step,
-};
+use tersor_quant::{DEFAULT_ROUNDING, Plan, RateModel, RateTarget, RateTensor, Role, Scheme, SymbolCounts, quantize, solve_step};
 use tersor_runtime::model::config::Config;
 use tersor_runtime::model::names::{self, LinearInfo};
-use tersor_runtime::model::weights::LinearKind;
 
 use crate::interrupt;
 use crate::options::{Usage, positive, thread_count};
@@ -316,19 +312,8 @@ impl Source {
 
     /// The plan of every linear that together meet `bpw`.
     fn solve(&self, models: &[RateModel], codec: Codec, bpw: f64) -> Result<Vec<Plan>> {
-        let tensors: Vec<RateTensor<'_>> = self
-            .linears
-            .iter()
-            .zip(models)
-            .map(|(linear, model)| {
-                let finer = matches!(linear.id.kind, LinearKind::Embed | LinearKind::Head);
-                RateTensor {
-                    model,
-                    step_multiplier: if finer { EMBEDDING_STEP_MULTIPLIER } else { 1.0 },
-                    grid: GridChoice::Fixed(Grid::Row),
-                }
-            })
-            .collect();
+        let tensors: Vec<RateTensor<'_>> =
+            self.linears.iter().zip(models).map(|(linear, model)| RateTensor::recommended(model, Role::of_name(&linear.name))).collect();
         let side: f64 = self.linears.iter().map(|linear| side_bits(codec, linear)).sum();
         let (mut raw_bits, mut raw_weights) = (0.0, 0.0);
         for name in &self.raw {
@@ -357,7 +342,12 @@ impl Source {
     fn write(&self, writer: &mut DirWriter, plans: &[Plan], codec: Codec) -> Result<Written> {
         let progress = Progress::new("encode", self.coded_weights());
         let mut written = Written::default();
-        writer.expect(self.linears.iter().map(|l| l.name.as_str()).chain(self.raw.iter().map(String::as_str)));
+        for (linear, plan) in self.linears.iter().zip(plans) {
+            writer.expect_coded(&linear.name, matches!(plan, Plan::Affine4 { .. }));
+        }
+        for name in &self.raw {
+            writer.expect_raw(name);
+        }
         for (linear, plan) in self.linears.iter().zip(plans) {
             interrupt::check()?;
             progress.message(&linear.name);

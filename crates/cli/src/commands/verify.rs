@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> Result<()> {
             raw_tensors: report.raw_tensors,
             chunks: report.chunks,
             symbols: report.symbols,
-            unlisted_files: &report.unlisted_files,
+            unlisted_files: &report.unlisted,
             seconds,
         });
     }
@@ -64,8 +64,8 @@ pub fn run(args: &Args) -> Result<()> {
         report.raw_tensors,
         units::seconds(seconds)
     );
-    if !report.unlisted_files.is_empty() {
-        text += &format!("not in the manifest, not checked: {}\n", report.unlisted_files.join(", "));
+    if !report.unlisted.is_empty() {
+        text += &format!("not in the manifest, not checked: {}\n", report.unlisted.join(", "));
     }
     output::text(&text)
 }
