@@ -18,7 +18,7 @@ use tersor_format::{CodedTensor, DecodedForm};
 
 use crate::buffer::AlignedBytes;
 use crate::error::FirstError;
-use crate::isa::{Isa, TileBytes, per_isa};
+use crate::isa::{TileBytes, per_isa};
 use crate::source::{CHUNKS_TOGETHER, FarAt, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS};
 
@@ -175,17 +175,11 @@ pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: 
         far: Mutex::new(&mut out.far),
     };
     let errors = FirstError::default();
-    let tasks = tensor.chunk_count().div_ceil(CHUNKS_TOGETHER);
-    let body = |task: usize| {
-        let chunks = task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER);
+    for_chunks(tensor, pool, &|chunks| {
         if let Err(e) = store.run(chunks) {
             errors.report(e);
         }
-    };
-    match pool {
-        Some(pool) => pool.run(tasks, &body),
-        None => (0..tasks).for_each(body),
-    }
+    });
     errors.into_result()?;
     let (expected, found) = (store.escape_capacity, store.escapes_taken.into_inner());
     if found != expected {
@@ -195,6 +189,43 @@ pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: 
     out.far.sort_unstable();
     (out.rows, out.cols, out.row_tiles, out.col_steps) = (tensor.rows(), tensor.cols(), tensor.row_tiles(), tensor.col_steps());
     Ok(())
+}
+
+/// Decodes a tensor to symbol bytes (symbol + 128; far symbols are 0), in the format's symbol order: row tiles, column steps, lanes.
+///
+/// `out`: (row tiles, column steps, 64).
+///
+/// # Errors
+/// A wrong length, or corrupt chunks.
+pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Option<&Pool>) -> Result<(), KernelError> {
+    let expected = tensor.row_tiles() * tensor.col_steps() * TILE_SYMBOLS;
+    if out.len() != expected {
+        return Err(KernelError::Shape { job: 0, what: "the length of out", expected, found: out.len() });
+    }
+    let out = SharedOut::new(out);
+    let errors = FirstError::default();
+    for_chunks(tensor, pool, &|chunks| {
+        let row_tile_bytes = tensor.col_steps() * TILE_SYMBOLS;
+        let first = tensor.chunk_row_tiles(chunks.start).start;
+        with_scratch(|scratch| {
+            // SAFETY: each task has its own chunks, and so its own part of the output.
+            let out = unsafe { out.slice(first * row_tile_bytes, symbols_of(tensor, &chunks)) };
+            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, out, &mut scratch.far) {
+                errors.report(KernelError::Corrupt { job: 0, chunk, source });
+            }
+        });
+    });
+    errors.into_result()
+}
+
+/// Runs `body` over all chunks, in runs that one task decodes together.
+fn for_chunks(tensor: &CodedTensor, pool: Option<&Pool>, body: &(dyn Fn(Range<usize>) + Sync)) {
+    let tasks = tensor.chunk_count().div_ceil(CHUNKS_TOGETHER);
+    let task = |task: usize| body(task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER));
+    match pool {
+        Some(pool) => pool.run(tasks, &task),
+        None => (0..tasks).for_each(task),
+    }
 }
 
 /// The sink that keeps: symbol bytes go to the decoded form.

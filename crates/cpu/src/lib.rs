@@ -4,8 +4,10 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod activations;
+mod bandwidth;
 mod buffer;
 mod decoded;
+mod dense;
 mod error;
 mod isa;
 mod level;
@@ -14,9 +16,13 @@ pub mod ops;
 mod pool;
 mod scales;
 mod source;
+#[cfg(test)]
+mod testing;
 
 pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX};
-pub use decoded::{Decoded, decode_into};
+pub use bandwidth::read_bandwidth;
+pub use decoded::{Decoded, decode_bytes, decode_into};
+pub use dense::{Dense, DenseType, dense_matmul};
 pub use error::KernelError;
 pub use level::{Avx2, Avx512, Level, LevelError};
 pub use matmul::{Job, Matrix, matmul, read_row};

@@ -13,6 +13,8 @@ use tersor_format::CodedTensor;
 
 use crate::decoded::{Decoded, Form, RowTile, expand};
 use crate::error::FirstError;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::avx512_rans;
 use crate::isa::{Isa, TileBytes, per_isa};
 use crate::scales::{TileScales, widen};
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
@@ -164,8 +166,19 @@ impl Dot<'_> {
     fn coded(&self, tensor: &CodedTensor, chunks: Range<usize>) -> Result<(), (usize, tersor_codec::DecodeError)> {
         with_scratch(|scratch| {
             let symbols = symbols_of(tensor, &chunks);
-            scratch.bytes.ensure(symbols);
             let first = tensor.chunk_row_tiles(chunks.start).start;
+            #[cfg(target_arch = "x86_64")]
+            if let (Level::Avx512(token), 1) = (self.level, self.x.tokens()) {
+                let sums = &mut scratch.sums;
+                sums.resize(symbols / (tensor.col_steps() * TILE_SYMBOLS), [0.0; TILE_ROWS]);
+                if avx512_rans::dot(token, tensor, chunks.clone(), self.scales, self.x, sums) {
+                    for (i, sums) in sums.iter().enumerate() {
+                        self.write(first + i, std::slice::from_ref(sums));
+                    }
+                    return Ok(());
+                }
+            }
+            scratch.bytes.ensure(symbols);
             decode_chunks(self.level, tensor, chunks, &mut scratch.bytes[..symbols], &mut scratch.far)?;
             let Scratch { bytes, far, sums } = scratch;
             let tiles: &[TileBytes] = bytes[..symbols].as_chunks().0;

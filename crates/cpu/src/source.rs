@@ -5,10 +5,12 @@
 
 use std::ops::Range;
 
-use tersor_codec::{DecodeError, decode_chunk_bytes};
+use tersor_codec::{DecodeError, Far, decode_chunk_bytes};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::avx512_rans;
 use crate::{Level, TILE_ROWS, TILE_SYMBOLS};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
@@ -19,6 +21,15 @@ pub(crate) struct FarAt {
     /// Position in the row tile: `step * 64 + lane`.
     pub position: u32,
     pub symbol: i16,
+}
+
+impl FarAt {
+    /// `first`: the row tile in which the chunk begins.
+    pub(crate) fn new(first: usize, row_tile_symbols: usize, far: Far) -> FarAt {
+        let position = far.position as usize;
+        // Row tiles are at most 2^20 and a row tile has at most 2^28 symbols: the format's limits.
+        FarAt { row_tile: (first + position / row_tile_symbols) as u32, position: (position % row_tile_symbols) as u32, symbol: far.symbol }
+    }
 }
 
 /// The far symbols of one row tile, of a list sorted by row tile.
@@ -63,7 +74,13 @@ pub(crate) fn symbols_of(tensor: &CodedTensor, chunks: &Range<usize>) -> usize {
 /// The error names the first chunk that does not decode.
 pub(crate) fn decode_chunks(level: Level, tensor: &CodedTensor, chunks: Range<usize>, out: &mut [u8], far: &mut Vec<FarAt>) -> Result<(), (usize, DecodeError)> {
     far.clear();
-    let _ = level;
+    #[cfg(target_arch = "x86_64")]
+    if let Level::Avx512(token) = level {
+        if avx512_rans::decode(token, tensor, chunks.clone(), out, far) {
+            return Ok(());
+        }
+        far.clear();
+    }
     let mut rest = out;
     for chunk in chunks {
         let (bytes, after) = rest.split_at_mut(tensor.chunk_symbols(chunk));
@@ -77,10 +94,6 @@ fn decode_by_codec(tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut
     let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), out)?;
     let first = tensor.chunk_row_tiles(chunk).start;
     let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;
-    far.extend(list.iter().map(|f| {
-        let position = f.position as usize;
-        // Row tiles are fewer than 2^20 and a row tile has at most 2^28 symbols: the format's limits.
-        FarAt { row_tile: (first + position / row_tile_symbols) as u32, position: (position % row_tile_symbols) as u32, symbol: f.symbol }
-    }));
+    far.extend(list.iter().map(|f| FarAt::new(first, row_tile_symbols, f)));
     Ok(())
 }

@@ -48,7 +48,7 @@ fn reads_every_float_type_exactly() {
     assert_eq!(floats("a"), [1.5, -2.0]);
     assert_eq!(floats("b"), [1.0, -2.0]);
     assert_eq!(floats("c"), [1.0, 2f32.powi(-24)]);
-    assert_eq!(floats("e"), []);
+    assert!(floats("e").is_empty());
     let Some(Tensor::Raw(d)) = dir.tensor("d") else {
         panic!("raw")
     };

@@ -1,9 +1,10 @@
 //! Rate control for `ecsq`: what a tensor would cost at any step, and the step at which a model has a given size.
 //!
-//! [`RateModel::measure`] keeps, for each grid, a histogram of the normalized weights u = w / rms in bins of 1/256 over -16..16, and
-//! the weights beyond exactly (by Chebyshev's inequality at most one in 256). The symbols' counts at a step follow from the
-//! cumulative histogram, interpolated linearly inside the bins that a decision threshold cuts: accurate to a few 1e-4 bits from 1.5 to
-//! 6 bits per weight on real weights (`tests/real_weights.rs` asserts 0.003).
+//! [`RateModel::measure`] keeps, for each grid, a histogram of the normalized weights u = w / rms in bins of 1/1024 over -8..8, and
+//! the weights beyond exactly (by Chebyshev's inequality at most one in 64; in trained tensors a handful). The symbols' counts at a step
+//! follow from the cumulative histogram, interpolated linearly inside the bins that a decision threshold cuts. The bins are finer than
+//! bf16's spacing near a threshold, or else a tensor step, whose thresholds fall between the same two bf16 values in every row, would be
+//! misjudged. `tests/real_weights.rs` asserts 0.003 bit and prints the largest difference.
 
 use crate::quantize::{all_row_stats, check_shape};
 use crate::{EcsqParams, Grid, QuantizeError, Rows, SolveError};
@@ -19,11 +20,11 @@ pub const EMBEDDING_STEP_MULTIPLIER: f64 = 0.65;
 pub const VALUE_STEP_MULTIPLIER: f64 = 0.7;
 
 /// Histogram bins per rms.
-const BINS_PER_RMS: usize = 256;
+const BINS_PER_RMS: usize = 1024;
 /// Magnitude in rms from which weights are kept exactly.
-const TAIL: f32 = 16.0;
+const TAIL: f32 = 8.0;
 const BINS: usize = 2 * TAIL as usize * BINS_PER_RMS;
-/// Weights a measuring task takes: its histograms are 64 KiB each, so it should not be short.
+/// Weights a measuring task takes: its two histograms are 128 KiB each, so it should not be short.
 const TASK_WEIGHTS: usize = 1 << 20;
 /// log2 of the relative steps [`solve_step`] searches: about 11 bits per weight down to none.
 const LOG_STEPS: (f64, f64) = (-9.0, 4.0);
@@ -65,7 +66,7 @@ pub struct RateModel {
 /// The distribution of u = w / rms.
 #[derive(Clone, Debug)]
 struct Distribution {
-    /// Bin whose lower edge is the first of `below`; bin b begins at u = b / 256 - 16.
+    /// Bin whose lower edge is the first of `below`; bin b begins at u = b / 1024 - 8.
     first_bin: usize,
     /// Number of weights below each bin edge, (bins in use + 1).
     below: Vec<f64>,
@@ -73,7 +74,7 @@ struct Distribution {
     moment_below: Vec<f64>,
     /// Sum of u^2 over all weights.
     energy: f64,
-    /// Weights of magnitude 16 and more, ascending.
+    /// Weights of magnitude 8 and more, ascending.
     tail: Vec<f32>,
 }
 
@@ -265,7 +266,7 @@ impl Bins {
                 normalized.iter_mut().zip(weights).for_each(|(u, &w)| *u = w * inverse);
             }
             for &u in normalized.iter() {
-                // Magnitudes of 16 and more fall outside: -16 exactly is caught by the comparison.
+                // Magnitudes of 8 and more fall outside: -8 exactly is caught by the comparison.
                 match self.counts.get_mut(((u + TAIL) * BINS_PER_RMS as f32) as usize) {
                     Some(count) if u > -TAIL => *count += 1,
                     _ => self.tail.push(u),

@@ -1,0 +1,61 @@
+//! Measured read bandwidth: the roof under which the kernels work.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::level::per_level;
+use crate::{Level, Pool};
+
+/// Bytes per second at which the pool's threads read `buffer`, the best of `passes` passes.
+///
+/// A buffer several times the size of the last-level cache measures memory, a small one the cache. Each task reads one contiguous part, as the kernels do.
+pub fn read_bandwidth(pool: &Pool, level: Level, buffer: &[u8], passes: u32) -> f64 {
+    let parts = 8 * pool.threads();
+    let part = buffer.len().div_ceil(parts).max(1);
+    // Kept and printed to nobody: it makes the reads observable.
+    let sum = AtomicU64::new(0);
+    let mut best = 0f64;
+    for _ in 0..passes {
+        let start = Instant::now();
+        pool.run(buffer.len().div_ceil(part), &|task| {
+            let part = &buffer[task * part..buffer.len().min((task + 1) * part)];
+            sum.fetch_xor(checksum(level, part), Ordering::Relaxed);
+        });
+        std::hint::black_box(sum.load(Ordering::Relaxed));
+        best = best.max(buffer.len() as f64 / start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+per_level! {
+    /// The xor of all whole words, in four cache lines at a time so that loads do not wait for each other.
+    fn checksum(bytes: &[u8]) -> u64 {
+        let mut lanes = [0u64; 32];
+        for words in bytes.as_chunks::<256>().0 {
+            for (lane, word) in lanes.iter_mut().zip(words.as_chunks::<8>().0) {
+                *lane ^= u64::from_le_bytes(*word);
+            }
+        }
+        lanes.into_iter().fold(0, |a, b| a ^ b)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::levels;
+
+    #[test]
+    fn every_level_reads_every_word() {
+        let mut bytes = vec![0u8; 4096];
+        let mut want = 0u64;
+        for (i, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            *word = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+            want ^= u64::from_le_bytes(*word);
+        }
+        for level in levels() {
+            assert_eq!(checksum(level, &bytes), want, "{level}");
+            assert!(read_bandwidth(&Pool::new(2), level, &bytes, 3) > 0.0);
+        }
+    }
+}
