@@ -1,1 +1,5 @@
 //! From prompt to text.
+
+pub mod sampler;
+pub mod session;
+pub mod tokenizer;

@@ -36,6 +36,8 @@ const GENERATION_CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// For which tokens logits are computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LogitsOf {
+    /// None: the tokens are context only.
+    None,
     /// The last token given.
     Last,
     /// Every token given.
@@ -158,7 +160,7 @@ impl Model {
         4 * (tokens * a_token + logits + vectors) as u64
     }
 
-    /// Continues one sequence by `tokens` and returns logits: (vocab,) of the last token, or (tokens, vocab) of all.
+    /// Continues one sequence by `tokens` and returns logits: nothing, (vocab,) of the last token, or (tokens, vocab).
     ///
     /// All of `tokens` are checked before anything is computed. If an error comes later, the cache holds whole slices only
     /// and can be truncated and used again.
@@ -328,7 +330,8 @@ impl Model {
         for piece in slice {
             let sequence = &batch[piece.sequence];
             for token in piece.tokens.clone() {
-                if sequence.want == LogitsOf::All || token + 1 == sequence.tokens.len() {
+                let last = token + 1 == sequence.tokens.len();
+                if sequence.want == LogitsOf::All || (sequence.want == LogitsOf::Last && last) {
                     wanted.push((first + token - piece.tokens.start, piece.sequence, token));
                 }
             }

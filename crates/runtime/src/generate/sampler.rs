@@ -1,0 +1,250 @@
+//! From logits to a token.
+
+use tersor_cpu::ops;
+use thiserror::Error;
+
+/// How the next token is chosen. The steps are those of transformers, in its order: repetition penalty, temperature, top-k,
+/// top-p, min-p, draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Divisor of the logits; 0: always the most likely token, and of equals the one with the least id.
+    pub temperature: f32,
+    /// Keep this many of the most likely tokens; 0: all.
+    pub top_k: usize,
+    /// Keep the fewest most likely tokens that together reach this probability; 1: all.
+    pub top_p: f32,
+    /// Keep tokens that are at least this many times as likely as the most likely one; 0: all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens that have occurred, prompt included; 1: nothing.
+    pub repetition_penalty: f32,
+    /// Start of the random numbers. Equal seeds give equal tokens.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    /// Greedy.
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+    }
+}
+
+/// A sampling parameter outside its range.
+#[derive(Clone, Debug, PartialEq, Error)]
+#[non_exhaustive]
+#[error("{name} {value} is outside {range}")]
+pub struct SamplingError {
+    /// Name of the parameter.
+    pub name: &'static str,
+    /// Its value.
+    pub value: f32,
+    /// Values that are allowed.
+    pub range: &'static str,
+}
+
+/// Chooses tokens by a [`Sampling`].
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    random: SplitMix64,
+    /// (logit, then weight; token)
+    candidates: Vec<(f32, u32)>,
+    seen: Vec<bool>,
+}
+
+impl Sampler {
+    /// Checks the parameters.
+    ///
+    /// # Errors
+    /// [`SamplingError`] for the first parameter outside its range.
+    pub fn new(sampling: Sampling) -> Result<Self, SamplingError> {
+        let s = &sampling;
+        let checks = [
+            ("temperature", s.temperature, (0.0..=100.0).contains(&s.temperature), "0..=100"),
+            ("top-p", s.top_p, s.top_p > 0.0 && s.top_p <= 1.0, "above 0 up to 1"),
+            ("min-p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0..=1"),
+            ("repetition-penalty", s.repetition_penalty, (0.01..=100.0).contains(&s.repetition_penalty), "0.01..=100"),
+        ];
+        if let Some(&(name, value, _, range)) = checks.iter().find(|check| !check.2) {
+            return Err(SamplingError { name, value, range });
+        }
+        let random = SplitMix64 { state: sampling.seed };
+        Ok(Self { sampling, random, candidates: Vec::new(), seen: Vec::new() })
+    }
+
+    /// Chooses the token that follows `history` (prompt and generated tokens), given its logits (vocab,), all finite.
+    ///
+    /// # Panics
+    /// If `logits` is empty.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+        self.candidates.clear();
+        self.candidates.extend(logits.iter().copied().zip(0..));
+        self.penalize(history);
+        let most_likely = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if self.sampling.temperature == 0.0 {
+            return self.candidates.iter().min_by(|a, b| most_likely(a, b)).expect("a vocabulary has tokens").1;
+        }
+        let top_k = self.sampling.top_k;
+        if top_k > 0 && top_k < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(top_k, most_likely);
+            self.candidates.truncate(top_k);
+        }
+        self.candidates.sort_unstable_by(most_likely);
+        self.weigh();
+        let kept = self.kept();
+        let total: f64 = self.candidates[..kept].iter().map(|c| f64::from(c.0)).sum();
+        let mut rest = self.random.uniform() * total;
+        for &(weight, token) in &self.candidates[..kept] {
+            rest -= f64::from(weight);
+            if rest < 0.0 {
+                return token;
+            }
+        }
+        // Rounding can leave a rest of a few parts in 10^16 after the last one.
+        self.candidates[kept - 1].1
+    }
+
+    fn penalize(&mut self, history: &[u32]) {
+        let penalty = self.sampling.repetition_penalty;
+        if penalty == 1.0 {
+            return;
+        }
+        self.seen.clear();
+        self.seen.resize(self.candidates.len(), false);
+        for &token in history {
+            let Some(seen) = self.seen.get_mut(token as usize) else { continue };
+            if !std::mem::replace(seen, true) {
+                let logit = &mut self.candidates[token as usize].0;
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+
+    /// Turns sorted logits into weights relative to the first, which gets 1.
+    fn weigh(&mut self) {
+        let best = self.candidates[0].0;
+        for candidate in &mut self.candidates {
+            candidate.0 = ops::exp((candidate.0 - best) / self.sampling.temperature);
+        }
+    }
+
+    /// How many of the sorted candidates top-p and min-p leave; at least 1.
+    fn kept(&self) -> usize {
+        let mut kept = self.candidates.len();
+        if self.sampling.top_p < 1.0 {
+            let total: f64 = self.candidates.iter().map(|c| f64::from(c.0)).sum();
+            let enough = f64::from(self.sampling.top_p) * total;
+            let mut sum = 0.0;
+            let reached = self.candidates.iter().position(|c| {
+                sum += f64::from(c.0);
+                sum >= enough
+            });
+            kept = reached.map_or(kept, |last| last + 1);
+        }
+        let likely = self.candidates[..kept].partition_point(|c| c.0 >= self.sampling.min_p);
+        likely.max(1)
+    }
+}
+
+/// SplitMix64 by Sebastiano Vigna (<https://prng.di.unimi.it/splitmix64.c>, public domain): a counter and a mixer. One number
+/// a token is drawn, so its period of 2^64 is plenty.
+#[derive(Clone, Debug)]
+struct SplitMix64 {
+    state: u64,
+}
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// In `0.0..1.0`, a multiple of 2^-53.
+    fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draw(sampling: Sampling, logits: &[f32], draws: usize) -> Vec<usize> {
+        let mut sampler = Sampler::new(sampling).unwrap();
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..draws {
+            counts[sampler.sample(logits, &[]) as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn split_mix_matches_the_published_sequence() {
+        // From the reference implementation, seed 1234567.
+        let mut random = SplitMix64 { state: 1_234_567 };
+        assert_eq!(random.next(), 6_457_827_717_110_365_317);
+        assert_eq!(random.next(), 3_203_168_211_198_807_973);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        let mut sampler = Sampler::new(Sampling::default()).unwrap();
+        assert_eq!(sampler.sample(&[0.0, 3.0, 1.0, 3.0], &[]), 1);
+    }
+
+    #[test]
+    fn penalty_reaches_prompt_tokens_once_and_both_signs() {
+        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+        let mut sampler = Sampler::new(sampling).unwrap();
+        assert_eq!(sampler.sample(&[1.9, 3.0, -5.0], &[1, 1, 1]), 0, "3.0 becomes 1.5 however often it occurred");
+        assert_eq!(sampler.sample(&[-3.0, -1.6, -3.1], &[1]), 0, "-1.6 becomes -3.2");
+        assert_eq!(sampler.sample(&[1.0, 0.5, 0.0], &[7]), 0, "ids outside the vocabulary are ignored");
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        // Probabilities 1/2, 1/4, 1/4 at temperature 2: logits 2 ln(2), 0, 0.
+        let logits = [2.0 * 2f32.ln(), 0.0, 0.0];
+        let counts = draw(Sampling { temperature: 2.0, seed: 7, ..Sampling::default() }, &logits, 40_000);
+        for (count, expected) in counts.iter().zip([20_000, 10_000, 10_000]) {
+            assert!(count.abs_diff(expected) < 500, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn filters_keep_what_they_say() {
+        let logits: Vec<f32> = [0.1f32, 0.4, 0.3, 0.2].iter().map(|p| p.ln()).collect();
+        let base = Sampling { temperature: 1.0, seed: 3, ..Sampling::default() };
+        let kept = |sampling| draw(sampling, &logits, 2000).iter().map(|&n| n > 0).collect::<Vec<_>>();
+        assert_eq!(kept(base.clone()), [true, true, true, true]);
+        assert_eq!(kept(Sampling { top_k: 2, ..base.clone() }), [false, true, true, false]);
+        assert_eq!(kept(Sampling { top_k: 9, ..base.clone() }), [true, true, true, true]);
+        assert_eq!(kept(Sampling { top_p: 0.65, ..base.clone() }), [false, true, true, false]);
+        assert_eq!(kept(Sampling { top_p: 0.75, ..base.clone() }), [false, true, true, true]);
+        assert_eq!(kept(Sampling { min_p: 0.45, ..base.clone() }), [false, true, true, true]);
+        assert_eq!(kept(Sampling { top_p: 1e-6, min_p: 1.0, ..base }), [false, true, false, false]);
+    }
+
+    #[test]
+    fn seeds_decide_everything() {
+        let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32 * 0.1).collect();
+        let run = |seed| {
+            let mut sampler = Sampler::new(Sampling { temperature: 1.0, seed, ..Sampling::default() }).unwrap();
+            (0..40).map(|_| sampler.sample(&logits, &[])).collect::<Vec<_>>()
+        };
+        assert_eq!(run(5), run(5));
+        assert_ne!(run(5), run(6));
+    }
+
+    #[test]
+    fn parameters_outside_their_range_are_refused_by_name() {
+        let refused = |sampling| Sampler::new(sampling).unwrap_err().name;
+        assert_eq!(refused(Sampling { temperature: f32::NAN, ..Sampling::default() }), "temperature");
+        assert_eq!(refused(Sampling { temperature: -0.1, ..Sampling::default() }), "temperature");
+        assert_eq!(refused(Sampling { top_p: 0.0, ..Sampling::default() }), "top-p");
+        assert_eq!(refused(Sampling { min_p: 1.1, ..Sampling::default() }), "min-p");
+        assert_eq!(refused(Sampling { repetition_penalty: 0.0, ..Sampling::default() }), "repetition-penalty");
+    }
+}

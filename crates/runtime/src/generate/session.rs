@@ -1,0 +1,260 @@
+//! Generation: a session is one sequence, [`step`] moves a batch of them, [`generate`] runs one to its end.
+
+use super::sampler::{Sampler, Sampling, SamplingError};
+use crate::model::config::Config;
+use crate::model::kv::{KvCache, KvPrecision};
+use crate::model::llama::{Continuation, LogitsOf, Model, SLICE_TOKENS_MAX};
+use crate::model::weights::{RunError, Weights};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use xxhash_rust::xxh3::Xxh3Default;
+
+/// What a session is to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Most tokens to generate.
+    pub tokens_max: usize,
+    /// Positions of the KV cache: prompt and generated tokens together.
+    pub context: usize,
+    /// How the cache stores keys and values.
+    pub kv_precision: KvPrecision,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Generate past end tokens, for measurements of a fixed length.
+    pub ignore_eos: bool,
+}
+
+/// Why a session cannot begin.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The prompt has no tokens, so there is nothing to continue.
+    #[error("the prompt is empty: it has no tokens")]
+    EmptyPrompt,
+    /// The prompt leaves no room for a token.
+    #[error("the prompt has {tokens} tokens, which leaves no room in a context of {context}")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Positions of the KV cache.
+        context: usize,
+    },
+    /// A sampling parameter is outside its range.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    /// The cache cannot be allocated.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+/// Why a session ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// The model chose an end token.
+    Eos,
+    /// All the tokens that were asked for are there.
+    Length,
+    /// The KV cache is full.
+    ContextFull,
+    /// The stop flag was set.
+    Interrupted,
+}
+
+/// One sequence: its tokens, its cache and its sampler.
+pub struct Session {
+    kv: KvCache,
+    /// Prompt, then generated tokens. Those from `kv.len()` on have not passed through the model yet.
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    tokens_max: usize,
+    eos: Vec<u32>,
+    sampler: Sampler,
+    hash: Xxh3Default,
+    stop: Option<Stop>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("Session");
+        f.field("tokens", &self.tokens).field("prompt_tokens", &self.prompt_tokens).field("stop", &self.stop);
+        f.finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// A session that is to continue `prompt`.
+    ///
+    /// # Errors
+    /// A prompt that is empty or fills the context, sampling parameters outside their range, too little memory.
+    pub fn new(config: &Config, prompt: &[u32], options: &Options) -> Result<Self, SessionError> {
+        if prompt.is_empty() {
+            return Err(SessionError::EmptyPrompt);
+        }
+        if prompt.len() >= options.context {
+            return Err(SessionError::PromptTooLong { tokens: prompt.len(), context: options.context });
+        }
+        Ok(Self {
+            sampler: Sampler::new(options.sampling.clone())?,
+            kv: KvCache::new(config, options.context, options.kv_precision)?,
+            tokens: prompt.to_vec(),
+            prompt_tokens: prompt.len(),
+            tokens_max: options.tokens_max,
+            eos: if options.ignore_eos { Vec::new() } else { config.eos.clone() },
+            hash: Xxh3Default::new(),
+            stop: (options.tokens_max == 0).then_some(Stop::Length),
+        })
+    }
+
+    /// The tokens generated so far; an end token is the last of them.
+    #[must_use]
+    pub fn generated(&self) -> &[u32] {
+        &self.tokens[self.prompt_tokens..]
+    }
+
+    /// Tokens of the prompt.
+    #[must_use]
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    /// Why the session ended, if it has.
+    #[must_use]
+    pub fn stop(&self) -> Option<Stop> {
+        self.stop
+    }
+
+    /// xxh3-64 of the little-endian f32 logits, before any penalty or temperature, of every generated token.
+    #[must_use]
+    pub fn logits_hash(&self) -> u64 {
+        self.hash.digest()
+    }
+
+    /// The tokens that pass through the model next: at most a slice of the prompt, or the last token.
+    fn pending(&self) -> std::ops::Range<usize> {
+        let start = self.kv.len();
+        start..self.tokens.len().min(start + SLICE_TOKENS_MAX)
+    }
+
+    fn take(&mut self, logits: &[f32]) {
+        for logit in logits {
+            self.hash.update(&logit.to_le_bytes());
+        }
+        let token = self.sampler.sample(logits, &self.tokens);
+        self.tokens.push(token);
+        self.stop = if self.eos.contains(&token) {
+            Some(Stop::Eos)
+        } else if self.generated().len() >= self.tokens_max {
+            Some(Stop::Length)
+        } else if self.tokens.len() > self.kv.capacity() {
+            // The new token would need one more position to be continued.
+            Some(Stop::ContextFull)
+        } else {
+            None
+        };
+    }
+}
+
+/// Moves every session that has not ended: by a slice of its prompt, or by one generated token. All share each decoded
+/// weight. Ended sessions are left alone.
+///
+/// # Errors
+/// As [`Model::forward_batch`], and logits that are not finite.
+pub fn step(model: &mut Model, weights: &mut dyn Weights, sessions: &mut [&mut Session]) -> Result<(), RunError> {
+    let mut moving: Vec<&mut Session> =
+        sessions.iter_mut().map(|session| &mut **session).filter(|session| session.stop.is_none()).collect();
+    let vocab = model.config().vocab;
+    let mut logits = vec![Vec::new(); moving.len()];
+    let mut batch = Vec::with_capacity(moving.len());
+    for session in &mut moving {
+        let pending = session.pending();
+        let want = if pending.end == session.tokens.len() { LogitsOf::Last } else { LogitsOf::None };
+        batch.push(Continuation { kv: &mut session.kv, tokens: &session.tokens[pending], want });
+    }
+    model.forward_batch(weights, &mut batch, &mut |sequence, _, row| {
+        debug_assert_eq!(row.len(), vocab);
+        logits[sequence].extend_from_slice(row);
+    })?;
+    for (session, logits) in moving.into_iter().zip(&logits) {
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            return Err(RunError::NotFinite { position: session.tokens.len() });
+        }
+        if !logits.is_empty() {
+            session.take(logits);
+        }
+    }
+    Ok(())
+}
+
+/// What [`generate`] did, in time.
+#[derive(Clone, Copy, Debug)]
+pub struct Generation {
+    /// Why it ended.
+    pub stop: Stop,
+    /// From the start to the first generated token.
+    pub prefill: Duration,
+    /// From the first generated token to the last.
+    pub steps: Duration,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Generated tokens.
+    pub generated_tokens: usize,
+}
+
+impl Generation {
+    /// Prompt tokens per second; 0 if nothing was generated.
+    #[must_use]
+    pub fn prefill_tokens_per_second(&self) -> f64 {
+        rate(self.prompt_tokens, self.prefill)
+    }
+
+    /// Generated tokens per second. The first is not counted: it comes out of the prefill.
+    #[must_use]
+    pub fn step_tokens_per_second(&self) -> f64 {
+        rate(self.generated_tokens.saturating_sub(1), self.steps)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
+}
+
+/// Runs a session to its end. `on_token` sees every generated token as it comes. If `interrupt` is set meanwhile (by a
+/// Ctrl-C handler, say), the session ends after the token or prompt slice in work.
+///
+/// # Errors
+/// As [`step`].
+pub fn generate(
+    model: &mut Model,
+    weights: &mut dyn Weights,
+    session: &mut Session,
+    interrupt: &AtomicBool,
+    on_token: &mut dyn FnMut(u32),
+) -> Result<Generation, RunError> {
+    let start = Instant::now();
+    let mut first = None;
+    let mut last = start;
+    let before = session.generated().len();
+    while session.stop.is_none() {
+        if interrupt.load(Ordering::Relaxed) {
+            session.stop = Some(Stop::Interrupted);
+            break;
+        }
+        let known = session.tokens.len();
+        step(model, weights, &mut [session])?;
+        if session.tokens.len() > known {
+            last = Instant::now();
+            first.get_or_insert(last);
+            on_token(session.tokens[known]);
+        }
+    }
+    let first = first.unwrap_or(start);
+    Ok(Generation {
+        stop: session.stop.expect("the loop ends when there is a reason"),
+        prefill: first - start,
+        steps: last - first,
+        prompt_tokens: session.prompt_tokens,
+        generated_tokens: session.generated().len() - before,
+    })
+}
