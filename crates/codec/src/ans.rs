@@ -79,13 +79,10 @@ pub(crate) fn pop(state: &mut u32, pop_entries: &[u32], prob_bits: u32) -> u8 {
 /// Takes `word` into `state` if it is below `STATE_MIN`; returns how many words were taken, 0 or 1.
 #[inline(always)]
 pub(crate) fn refill<const WORD_BITS: u32>(state: &mut u32, word: u32) -> usize {
-    let needed = *state < state_min::<WORD_BITS>();
-    *state = if needed {
-        *state << WORD_BITS | word
-    } else {
-        *state
-    };
-    usize::from(needed)
+    // Arithmetic, since compilers make a branch of an `if`, which is mispredicted at every other word.
+    let needed = u32::from(*state < state_min::<WORD_BITS>());
+    *state = (*state << (needed * WORD_BITS)) | (word & needed.wrapping_neg());
+    needed as usize
 }
 
 pub(crate) const fn state_min<const WORD_BITS: u32>() -> u32 {

@@ -68,7 +68,7 @@ impl Params {
         state_bits: 32,
         word_bits: 16,
         prob_bits: 12,
-        lanes: 64,
+        lanes: 32,
     };
 
     /// Refuses what the layout cannot hold.
@@ -289,7 +289,7 @@ fn decode_codes<const WORD_BITS: u32>(
             // Enough words for any step: the lanes need not ask, and the mask tells the compiler so.
             for (state, code) in states.iter_mut().zip(step) {
                 *code = pop(state, entries, prob_bits);
-                let at = taken * word_bytes & (WINDOW_BYTES - word_bytes);
+                let at = (taken * word_bytes) & (WINDOW_BYTES - word_bytes);
                 let word = match WORD_BITS {
                     8 => u32::from(window[at]),
                     _ => u32::from(u16::from_le_bytes([window[at], window[at + 1]])),
@@ -351,8 +351,8 @@ mod tests {
         // Eight bits later the state is full: the ninth symbol first moves the low byte out.
         out.clear();
         encode(&table, &[1, 0, 0, 0, 0, 0, 0, 1, 1], &mut out).unwrap();
-        // 1_0000_0000 then backward 1, 1, 0 x 5 -> 1_0000_0000_1100_000 (16 bits, full); 0 moves 0110_0000 ...
-        let state = 0b1_0000_0000_1100_000u32;
+        // 1_0000_0000 then backward 1, 1 and five times 0: 16 bits, full, so that the next 0 moves 0110_0000 out.
+        let state = 0b1000_0000_0110_0000u32;
         let moved = state as u8;
         let x = (state >> 8) << 1 << 1 | 1;
         assert_eq!(out[8..], [x as u8, (x >> 8) as u8, moved]);
