@@ -73,6 +73,16 @@ pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
+/// The flag itself, for loops of other crates.
+pub fn flag() -> &'static AtomicBool {
+    &REQUESTED
+}
+
+/// Asks the command to end, as a signal would.
+pub fn request() {
+    REQUESTED.store(true, Ordering::Relaxed);
+}
+
 /// [`requested`] as an error for `?`.
 pub fn check() -> Result<(), Interrupted> {
     if requested() { Err(Interrupted) } else { Ok(()) }

@@ -4,6 +4,7 @@
 
 mod account;
 mod commands;
+mod engine;
 mod interrupt;
 mod machine;
 mod options;
@@ -31,11 +32,11 @@ enum Command {
     Quantize(commands::quantize::Args),
     Inspect(commands::inspect::Args),
     Verify(commands::verify::Args),
-    //     Generate(commands::generate::Args),
-    //     Bench(commands::bench::Args),
+    Generate(commands::generate::Args),
+    Bench(commands::bench::Args),
     Kernels(commands::kernels::Args),
-    //     Eval(commands::eval::Args),
-    //     Info(commands::info::Args),
+    Eval(commands::eval::Args),
+    Info(commands::info::Args),
 }
 
 fn main() -> ExitCode {
@@ -48,11 +49,11 @@ fn main() -> ExitCode {
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
-        //         Command::Generate(args) => commands::generate::run(&args),
-        //         Command::Bench(args) => commands::bench::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Kernels(args) => commands::kernels::run(&args),
-        //         Command::Eval(args) => commands::eval::run(&args),
-        //         Command::Info(args) => commands::info::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
+        Command::Info(args) => commands::info::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -80,10 +81,11 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    if error.downcast_ref::<StdoutError>().is_some_and(StdoutError::is_closed_pipe) {
+    let stdout = error.downcast_ref::<StdoutError>();
+    if stdout.is_some_and(StdoutError::is_closed_pipe) {
         return ExitCode::SUCCESS;
     }
-    if error.downcast_ref::<Interrupted>().is_some() || interrupt::requested() {
+    if stdout.is_none() && (error.is::<Interrupted>() || interrupt::requested()) {
         eprintln!("error: interrupted");
         return ExitCode::from(interrupt::EXIT_CODE);
     }

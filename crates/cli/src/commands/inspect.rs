@@ -170,9 +170,9 @@ fn render(report: &Report) -> String {
     let mut text = table.render();
     let _ = writeln!(
         text,
-        "\n{} model, {}weights, {}: {:.3} bits per weight, everything counted",
+        "\n{} model, {} weights, {}: {:.3} bits per weight, everything counted",
         report.model_type.as_deref().unwrap_or("unknown"),
-        units::si(report.weights as f64),
+        units::count(report.weights as f64),
         units::bytes(report.bytes),
         report.bpw
     );
@@ -199,8 +199,8 @@ fn draw(path: &std::path::Path, report: &Report, accounts: &[TensorAccount]) -> 
     }
     let subtitle = match (report.coded_bpw, report.entropy_bits) {
         (Some(bpw), Some(entropy)) => format!(
-            "{}weights, {:.3} bpw over an entropy of {entropy:.3}; {}; area of a mark: weights",
-            units::si(report.coded_weights as f64),
+            "{} weights, {:.3} bpw over an entropy of {entropy:.3}; {}; area of a mark: weights",
+            units::count(report.coded_weights as f64),
             bpw,
             codecs.join(", ")
         ),

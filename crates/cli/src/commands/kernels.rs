@@ -24,8 +24,8 @@ use crate::progress::Progress;
 const CACHE_WEIGHTS: usize = 1 << 19;
 /// Bytes of the memory working set at least, however small the last-level cache says it is.
 const MEMORY_BYTES: u64 = 256 << 20;
-/// Sweeps that are timed; their median counts.
-const SWEEPS: usize = 5;
+/// Windows that are timed.
+const WINDOWS: usize = 5;
 
 /// Measure decode and GEMV rates beside the machine's read bandwidth
 ///
@@ -183,7 +183,7 @@ fn memory_working_set() -> u64 {
     (machine::last_level_cache_bytes() * 4).max(MEMORY_BYTES).min(limit)
 }
 
-/// Sequential read bandwidth in bytes per second: the best of [`SWEEPS`], since others on the machine can only take away.
+/// Sequential read bandwidth in bytes per second: the best of [`WINDOWS`], since others on the machine can only take away.
 fn read_bandwidth(pool: &Pool, buffer: &[u64]) -> f64 {
     let parts: Vec<&[u64]> = buffer.chunks(64 * 1024).collect();
     let sweep = || {
@@ -201,7 +201,7 @@ fn read_bandwidth(pool: &Pool, buffer: &[u64]) -> f64 {
         });
         start.elapsed()
     };
-    let best = (0..=SWEEPS).map(|_| sweep()).min().unwrap_or(Duration::MAX);
+    let best = (0..=WINDOWS).map(|_| sweep()).min().unwrap_or(Duration::MAX);
     size_of_val(buffer) as f64 / best.as_secs_f64()
 }
 
@@ -381,22 +381,28 @@ impl Bench<'_> {
         Ok(matmul(self.pool, self.level, &mut [job])?)
     }
 
-    /// Matrices per second: the median of [`SWEEPS`] runs over all `count` matrices, after one to warm up.
+    /// Matrices per second: the median of [`WINDOWS`] windows after one to warm up. Windows go on through the `count` matrices where the
+    /// last one stopped, so that matrices come from memory again if all of them do not fit the cache.
     fn rate(&self, count: usize, mut body: impl FnMut(usize) -> Result<()>) -> Result<f64> {
-        let mut sweep = |repeat: usize| -> Result<f64> {
+        let length = self.seconds / WINDOWS as f64;
+        let mut next = 0;
+        let mut window = || -> Result<f64> {
             let start = Instant::now();
-            for _ in 0..repeat {
-                for index in 0..count {
-                    body(index)?;
+            let mut done = 0;
+            loop {
+                body(next)?;
+                next = (next + 1) % count;
+                done += 1;
+                let seconds = start.elapsed().as_secs_f64();
+                if seconds >= length {
+                    return Ok(f64::from(done) / seconds);
                 }
             }
-            Ok(start.elapsed().as_secs_f64())
         };
-        let once = sweep(1)?.max(1e-9);
-        let repeat = (self.seconds / SWEEPS as f64 / once).ceil().max(1.0) as usize;
-        let mut times = (0..SWEEPS).map(|_| sweep(repeat)).collect::<Result<Vec<f64>>>()?;
-        times.sort_by(f64::total_cmp);
-        Ok((repeat * count) as f64 / times[SWEEPS / 2])
+        window()?;
+        let mut rates = (0..WINDOWS).map(|_| window()).collect::<Result<Vec<f64>>>()?;
+        rates.sort_by(f64::total_cmp);
+        Ok(rates[WINDOWS / 2])
     }
 }
 

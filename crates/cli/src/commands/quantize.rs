@@ -452,7 +452,7 @@ fn coded_bits(codec: Codec, counts: &SymbolCounts, linear: &LinearInfo) -> Resul
 }
 
 /// Symbols in a histogram of expected counts: enough that what is rounded away is far below the accuracy that is promised.
-const HISTOGRAM_SYMBOLS: f64 = 262_144.0;
+const HISTOGRAM_SYMBOLS: f64 = 65_536.0;
 
 /// Expected counts, and `padding` zeros, as a histogram of about [`HISTOGRAM_SYMBOLS`] symbols.
 fn histogram(counts: &SymbolCounts, padding: f64, total: f64) -> Histogram {
@@ -507,7 +507,7 @@ fn render(report: &Report) -> String {
     row("before", units::bytes(report.bytes_before));
     row("after", units::bytes(report.bytes_after));
     row("ratio", format!("{:.2}x", report.bytes_before as f64 / report.bytes_after.max(1) as f64));
-    row("weights", units::si(report.weights as f64).trim_end().to_owned());
+    row("weights", units::count(report.weights as f64));
     match report.target_bpw {
         Some(target) => row("bits per weight", format!("{:.3} (asked {target})", report.bpw)),
         None => row("bits per weight", format!("{:.3}", report.bpw)),
@@ -518,7 +518,7 @@ fn render(report: &Report) -> String {
     row("scheme", report.scheme.clone());
     row("codec", report.codec.clone());
     row("time", units::seconds(report.seconds));
-    row("weights/s", units::si(report.weights_per_second).trim_end().to_owned());
+    row("weights/s", units::count(report.weights_per_second));
     let mut text = table.render();
     if let Some(target) = report.target_bpw.filter(|target| (report.bpw / target - 1.0).abs() > 0.005) {
         text +=

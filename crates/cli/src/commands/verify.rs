@@ -56,11 +56,11 @@ pub fn run(args: &Args) -> Result<()> {
         });
     }
     let mut text = format!(
-        "ok: {} files, {} coded tensors ({} chunks, {}symbols decoded), {} raw tensors, {}\n",
+        "ok: {} files, {} coded tensors ({} chunks, {} symbols decoded), {} raw tensors, {}\n",
         report.files,
         report.coded_tensors,
         report.chunks,
-        units::si(report.symbols as f64),
+        units::count(report.symbols as f64),
         report.raw_tensors,
         units::seconds(seconds)
     );

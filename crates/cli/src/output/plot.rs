@@ -55,7 +55,7 @@ pub fn svg(title: &str, subtitle: &str, points: &[Point]) -> String {
     order.sort_by_key(|point| std::cmp::Reverse(point.weights));
     for point in order {
         let class = classes.iter().position(|&class| class == point.class).unwrap_or(0);
-        let radius = 3.5 + 6.5 * (point.weights as f64 / weights_max).sqrt();
+        let radius = 2.5 + 6.5 * (point.weights as f64 / weights_max).sqrt();
         let _ = writeln!(
             out,
             r##"<circle cx="{:.1}" cy="{:.1}" r="{radius:.1}" fill="{}" fill-opacity="0.65" stroke="#fff" stroke-width="0.8"><title>{}: {:.3} bpw, entropy {:.3}</title></circle>"##,

@@ -5,8 +5,13 @@ pub fn bytes(count: u64) -> String {
     if count < 1000 { format!("{count} B") } else { format!("{}B", si(count as f64)) }
 }
 
-/// A number with an SI prefix: `12.3 k`, `1.45 G`; plain below 1000.
-pub fn si(value: f64) -> String {
+/// A count with an SI prefix: `12.3 k`, `1.45 G`; plain below 1000.
+pub fn count(value: f64) -> String {
+    si(value).trim_end().to_owned()
+}
+
+/// A number and an SI prefix to put a unit behind: `12.3 k`, `1.45 G`, `7 `.
+fn si(value: f64) -> String {
     const PREFIXES: [&str; 5] = ["", "k", "M", "G", "T"];
     let mut scaled = value;
     let mut prefix = 0;
@@ -52,7 +57,8 @@ mod tests {
         assert_eq!(bytes(999_500), "1.00 MB");
         assert_eq!(bytes(25_100_000), "25.1 MB");
         assert_eq!(bytes(u64::MAX), "18446744 TB");
-        assert_eq!(si(12_340_000_000.0), "12.3 G");
+        assert_eq!(count(12_340_000_000.0), "12.3 G");
+        assert_eq!(count(7.0), "7.00");
     }
 
     #[test]
