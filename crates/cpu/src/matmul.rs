@@ -399,7 +399,7 @@ per_isa! {
     }
 }
 
-/// One row of the matrix as reals, for an embedding: `out[c] = symbol * scale`, and for affine scales `symbol * scale + (bias + 8 * scale)`.
+/// One row of the matrix as reals, for an embedding: `out[c] = scale * symbol`, and for affine scales `scale * (symbol + 8) + bias`.
 ///
 /// `out`: (cols).
 ///
@@ -442,8 +442,7 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
             let byte = tiles[col / TILE_COLS][position];
             let far = || far.iter().find(|f| f.position as usize == col / TILE_COLS * TILE_SYMBOLS + position).map(|f| f.symbol);
             let symbol = if byte == 0 { far().unwrap_or(-128) } else { i16::from(byte) - 128 };
-            let (scale, bias) = scales.at(row, col);
-            *out = f32::from(symbol) * scale + bias;
+            *out = scales.weight(row, col, symbol);
         }
         Ok(())
     })

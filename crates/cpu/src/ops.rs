@@ -378,3 +378,177 @@ per_level! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::levels;
+    use proptest::prelude::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..n)
+            .map(|_| {
+                s ^= s << 13;
+                s ^= s >> 7;
+                s ^= s << 17;
+                (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    #[test]
+    fn exp_is_within_2e_7_wherever_the_result_is_normal() {
+        let mut worst = 0f64;
+        // Every 61st float of each sign: some millions, all exponents.
+        for bits in (0..88.73f32.to_bits()).step_by(61) {
+            for x in [f32::from_bits(bits), -f32::from_bits(bits)] {
+                let exact = f64::from(x).exp();
+                if !(f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&exact) {
+                    continue;
+                }
+                worst = worst.max((f64::from(exp(x)) / exact - 1.0).abs());
+            }
+        }
+        assert!(worst < 2e-7, "{worst}");
+    }
+
+    #[test]
+    fn exp_at_its_ends() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert_eq!(exp(90.0), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn every_f16_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}: {ours} {theirs}");
+        }
+    }
+
+    #[test]
+    fn cache_elements_round_to_nearest_and_saturate() {
+        assert_eq!(<f16 as KvElement>::store(1e6), f16::MAX);
+        assert_eq!(<f16 as KvElement>::store(-1e6), f16::MIN);
+        assert!(<f16 as KvElement>::store(f32::NAN).is_nan());
+        assert_eq!(<f16 as KvElement>::store(1.0 + 1.0 / 2048.0).load(), 1.0, "a tie goes to even");
+        let mut out = [0f32; 2];
+        store_kv(&[1.5, -2.0], &mut out);
+        assert_eq!(out, [1.5, -2.0]);
+    }
+
+    #[test]
+    fn by_hand() {
+        let mut out = [0.0; 4];
+        rms_norm(Level::Scalar, &[3.0, 4.0, 0.0, 0.0], &[1.0, 2.0], 0.0, &mut out);
+        let r = 1.0 / 12.5f32.sqrt();
+        assert_eq!(out[..2], [3.0 * r, 4.0 * r * 2.0]);
+        let mut x = [1.0, 2.0, 3.0, 4.0];
+        rope(Level::Scalar, &mut x, 1, 1, &[0.0, 1.0], &[1.0, 0.0]);
+        assert_eq!(x, [-3.0, 2.0, 1.0, 4.0], "the first pair (1, 3) turns by 90 degrees, the second stays");
+        let mut x = [0.0, std::f32::consts::LN_2];
+        softmax(Level::Scalar, &mut x);
+        assert!((x[0] - 1.0 / 3.0).abs() < 1e-7 && (x[1] - 2.0 / 3.0).abs() < 1e-7);
+        let mut gate = [0.0, 100.0, -200.0];
+        silu_mul(Level::Scalar, &mut gate, &[5.0, 2.0, 1.0]);
+        assert_eq!(gate, [0.0, 200.0, -0.0]);
+        let mut x = [1.0, 2.0, 3.0, 4.0];
+        add(Level::Scalar, &mut x, &[10.0, 20.0]);
+        assert_eq!(x, [11.0, 22.0, 13.0, 24.0]);
+        assert_eq!(argmax(&[1.0, f32::NAN, 3.0, 3.0]), 2);
+        assert_eq!(argmax(&[]), 0);
+    }
+
+    /// Attention in f64, straight from the definition.
+    fn attention_in_f64(shape: Attention, q: &[f32], token: usize, position: usize, keys: &[f32], values: &[f32], capacity: usize) -> Vec<f64> {
+        let Attention { heads, kv_heads, head_dim, .. } = shape;
+        let mut out = Vec::new();
+        for h in 0..heads {
+            let kv = h / (heads / kv_heads);
+            let q = &q[(token * heads + h) * head_dim..][..head_dim];
+            let end = position + token + 1;
+            let start = end.saturating_sub(shape.window.unwrap_or(end));
+            let row = |x: &[f32], p: usize| -> Vec<f64> { x[(kv * capacity + p) * head_dim..][..head_dim].iter().map(|v| f64::from(*v)).collect() };
+            let e: Vec<f64> = (start..end)
+                .map(|p| (row(keys, p).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum::<f64>() * f64::from(shape.scale)).exp())
+                .collect();
+            let sum: f64 = e.iter().sum();
+            out.extend((0..head_dim).map(|d| (start..end).zip(&e).map(|(p, e)| e / sum * row(values, p)[d]).sum::<f64>()));
+        }
+        out
+    }
+
+    #[test]
+    fn attention_is_the_definition_at_every_level_and_slicing() {
+        for (heads, kv_heads, head_dim, window) in [(4, 2, 16, None), (3, 1, 20, Some(5)), (2, 2, 7, Some(1))] {
+            let shape = Attention { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window };
+            let (tokens, position, capacity) = (6, 9, 17);
+            let q = values(tokens * heads * head_dim, 1);
+            let (keys, vals) = (values(kv_heads * capacity * head_dim, 2), values(kv_heads * capacity * head_dim, 3));
+            let half = |x: &[f32]| x.iter().map(|v| <f16 as KvElement>::store(*v)).collect::<Vec<f16>>();
+            let back = |x: &[f16]| x.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
+            let (keys16, vals16) = (half(&keys), half(&vals));
+            let (keys, vals) = (back(&keys16), back(&vals16));
+            let mut first: Option<Vec<f32>> = None;
+            for level in levels() {
+                for threads in [1, 3] {
+                    let pool = Pool::new(threads);
+                    let mut out = vec![f32::NAN; q.len()];
+                    attend(&pool, level, shape, &q, tokens, position, KvView { keys: &keys, values: &vals, capacity }, &mut out);
+                    let want = first.get_or_insert_with(|| out.clone());
+                    assert_eq!(&out, want, "{level} f32");
+                    // In two slices, from f16: the same values.
+                    let cut = 2 * heads * head_dim;
+                    let kv = KvView { keys: &keys16, values: &vals16, capacity };
+                    let mut out = vec![f32::NAN; q.len()];
+                    attend(&pool, level, shape, &q[..cut], 2, position, kv, &mut out[..cut]);
+                    attend(&pool, level, shape, &q[cut..], tokens - 2, position + 2, kv, &mut out[cut..]);
+                    assert_eq!(&out, want, "{level} f16 sliced");
+                }
+            }
+            for token in 0..tokens {
+                let exact = attention_in_f64(shape, &q, token, position, &keys, &vals, capacity);
+                let ours = &first.as_ref().unwrap()[token * heads * head_dim..];
+                for (ours, exact) in ours.iter().zip(exact) {
+                    assert!((f64::from(*ours) - exact).abs() < 1e-6, "{ours} {exact}");
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn levels_agree(n in 1usize..200, rows in 1usize..4, seed in any::<u64>(), wide in any::<bool>()) {
+            let stretch = if wide { 100.0 } else { 1.0 };
+            let x: Vec<f32> = values(n * rows, seed).iter().map(|v| v * stretch).collect();
+            let w = values(n, seed ^ 1);
+            let run = |level| {
+                let mut norm = vec![0.0; x.len()];
+                rms_norm(level, &x, &w, 1e-5, &mut norm);
+                let mut in_place = x.clone();
+                rms_norm_in_place(level, &w, 1e-5, &mut in_place);
+                assert_eq!(norm, in_place);
+                let mut soft = x.clone();
+                softmax(level, &mut soft);
+                let mut gate = x.clone();
+                silu_mul(level, &mut gate, &norm);
+                let mut turned = [x.clone(), x.clone()].concat();
+                rope(level, &mut turned, rows, 1, &x, &norm);
+                let mut sum = x.clone();
+                add(level, &mut sum, &w);
+                [norm, soft, gate, turned, sum].map(|v| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+            };
+            let want = run(Level::Scalar);
+            for level in levels() {
+                prop_assert_eq!(run(level), want.clone(), "{}", level);
+            }
+        }
+    }
+}

@@ -168,14 +168,17 @@ impl KernelScales {
         }
     }
 
-    /// Scale and bias of a symbol: `w = scale * symbol + bias`.
-    pub(crate) fn at(&self, row: usize, col: usize) -> (f32, f32) {
+    /// The real weight of a symbol, by the formulas of `tersor_quant`: `scale * symbol`, or `scale * (symbol + 8) + bias`.
+    pub(crate) fn weight(&self, row: usize, col: usize, symbol: i16) -> f32 {
         match (self.tile(row / TILE_ROWS), row % TILE_ROWS) {
-            (TileScales::Row(scales), lane) => (scales[lane], 0.0),
+            (TileScales::Row(scales), lane) => scales[lane] * f32::from(symbol),
             (TileScales::Group { scales, biases, brain }, lane) => {
                 let group = col / self.segment();
                 let scale = widen(scales[group][lane], brain);
-                (scale, biases.map_or(0.0, |b| widen(b[group][lane], brain) + 8.0 * scale))
+                match biases {
+                    None => scale * f32::from(symbol),
+                    Some(biases) => scale * (i32::from(symbol) + 8) as f32 + widen(biases[group][lane], brain),
+                }
             }
         }
     }
