@@ -152,13 +152,11 @@ impl Detokenizer<'_> {
 /// `text` less the replacement characters at its end that may be the bytes of an unfinished character, which has at most
 /// three.
 fn settled(text: &str) -> &str {
-    let strip = |text: &mut &str| match text.strip_suffix(char::REPLACEMENT_CHARACTER) {
-        Some(shorter) => *text = shorter,
-        None => {}
-    };
-    let mut text = text;
-    (0..3).for_each(|_| strip(&mut text));
-    text
+    let mut settled = text;
+    for _ in 0..3 {
+        settled = settled.strip_suffix(char::REPLACEMENT_CHARACTER).unwrap_or(settled);
+    }
+    settled
 }
 
 fn one_line(cause: &str) -> String {

@@ -128,8 +128,7 @@ impl Model {
         let generation = read_generation_config(dir.path())?;
         let config = Config::from_json(dir.path(), dir.config(), generation.as_ref())?;
         for linear in names::linears(&config) {
-            let tensor = find(dir, &linear.name)?;
-            check_shape(dir, &linear.name, &tensor.shape(), &[linear.rows, linear.cols])?;
+            super::find(dir, &linear.name, &[linear.rows, linear.cols])?;
         }
         let layers = (0..config.layers).map(|layer| Layer::load(dir, &config, layer)).collect::<Result<_, _>>()?;
         let final_norm = vector(dir, names::FINAL_NORM, config.hidden)?;
@@ -435,28 +434,10 @@ fn add_bias(level: Level, x: &mut [f32], bias: &[f32]) {
     }
 }
 
-fn find<'a>(dir: &'a ModelDir, name: &str) -> Result<&'a Tensor, ModelError> {
-    let missing = || ModelError::TensorMissing { dir: dir.path().to_owned(), tensor: name.to_owned() };
-    dir.tensor(name).ok_or_else(missing)
-}
-
-fn check_shape(dir: &ModelDir, name: &str, found: &[usize], expected: &[usize]) -> Result<(), ModelError> {
-    if found == expected {
-        return Ok(());
-    }
-    Err(ModelError::TensorShape { dir: dir.path().to_owned(), tensor: name.to_owned(), expected: expected.to_vec(), found: found.to_vec() })
-}
-
 /// A norm or bias, in f32.
 fn vector(dir: &ModelDir, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-    let form = |found: String| ModelError::TensorForm {
-        dir: dir.path().to_owned(),
-        tensor: name.to_owned(),
-        expected: "F32, BF16 or F16, all finite,",
-        found,
-    };
-    let tensor = find(dir, name)?;
-    check_shape(dir, name, &tensor.shape(), &[len])?;
+    let form = |found: String| super::wrong_form(dir, name, "F32, BF16 or F16, all finite,", found);
+    let tensor = super::find(dir, name, &[len])?;
     let Tensor::Raw(raw) = tensor else { return Err(form("entropy coded".to_owned())) };
     let values = raw.to_f32().map_err(|_| form(raw.dtype().to_string()))?;
     match values.iter().position(|value| !value.is_finite()) {

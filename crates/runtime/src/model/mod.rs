@@ -11,6 +11,7 @@ pub mod weights;
 pub use llama::Model;
 
 use std::path::PathBuf;
+use tersor_format::{ModelDir, Place, Tensor};
 use thiserror::Error;
 
 /// Why a directory cannot be run as a model.
@@ -46,24 +47,20 @@ pub enum ModelError {
         tensor: String,
     },
     /// A tensor has another shape than the configuration says.
-    #[error("{}: tensor {tensor} has shape {found:?}, the configuration asks for {expected:?}", dir.display())]
+    #[error("{place} has shape {found:?}, the configuration asks for {expected:?}")]
     TensorShape {
-        /// The model directory.
-        dir: PathBuf,
-        /// Name of the tensor.
-        tensor: String,
+        /// The file and the tensor.
+        place: Place,
         /// Shape that the configuration asks for.
         expected: Vec<usize>,
         /// Shape in the file.
         found: Vec<usize>,
     },
     /// A tensor is stored in a form that cannot be used in its place.
-    #[error("{}: tensor {tensor} is {found}, {expected} is needed", dir.display())]
+    #[error("{place} is {found}, {expected} is needed")]
     TensorForm {
-        /// The model directory.
-        dir: PathBuf,
-        /// Name of the tensor.
-        tensor: String,
+        /// The file and the tensor.
+        place: Place,
         /// What is needed, in words.
         expected: &'static str,
         /// What the file has, in words.
@@ -77,4 +74,20 @@ pub enum ModelError {
         /// What the system or the parser said, in one line.
         cause: String,
     },
+}
+
+/// The tensor `name`, which must have this shape.
+pub(crate) fn find<'a>(dir: &'a ModelDir, name: &str, expected: &[usize]) -> Result<&'a Tensor, ModelError> {
+    let missing = || ModelError::TensorMissing { dir: dir.path().to_owned(), tensor: name.to_owned() };
+    let tensor = dir.tensor(name).ok_or_else(missing)?;
+    let found = tensor.shape();
+    if found != expected {
+        return Err(ModelError::TensorShape { place: dir.place(name), expected: expected.to_vec(), found });
+    }
+    Ok(tensor)
+}
+
+/// The error for a tensor that is stored in a form that its place cannot use.
+pub(crate) fn wrong_form(dir: &ModelDir, name: &str, expected: &'static str, found: String) -> ModelError {
+    ModelError::TensorForm { place: dir.place(name), expected, found }
 }
