@@ -1,2 +1,136 @@
-//! placeholder
-fn main() {}
+//! `tersor`: language models whose weights are entropy coded. This binary is the only part of the project that prints, and its
+//! contract is in `CLI.md`: exit code 0 when done, 1 on failure, 2 on wrong usage, 130 when interrupted; an error is one line on stderr.
+#![forbid(unsafe_code)]
+
+mod account;
+mod commands;
+mod engine;
+mod interrupt;
+mod machine;
+mod options;
+mod output;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use interrupt::Interrupted;
+use output::StdoutError;
+
+/// Language models with entropy-coded weights.
+#[derive(Parser)]
+#[command(name = "tersor", version, about, max_term_width = 110, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Quantize(commands::quantize::Args),
+    Inspect(commands::inspect::Args),
+    Verify(commands::verify::Args),
+    Generate(commands::generate::Args),
+    Bench(commands::bench::Args),
+    Kernels(commands::kernels::Args),
+    Eval(commands::eval::Args),
+    Info(commands::info::Args),
+}
+
+fn main() -> ExitCode {
+    interrupt::install();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let result = match cli.command {
+        Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Verify(args) => commands::verify::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
+        Command::Kernels(args) => commands::kernels::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
+        Command::Info(args) => commands::info::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// Help and version go to stdout; a usage error becomes one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        // A closed pipe is all that can go wrong here, and then nobody reads.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return ExitCode::from(2);
+    }
+    // clap's first paragraph names the argument and the cause; what follows is advice and the usage line.
+    let rendered = error.to_string();
+    let first = rendered.split("\n\n").next().unwrap_or(&rendered);
+    let line = one_line(first);
+    eprintln!("{}", if line.starts_with("error: ") { line } else { format!("error: {line}") });
+    ExitCode::from(2)
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let stdout = error.downcast_ref::<StdoutError>();
+    if stdout.is_some_and(StdoutError::is_closed_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    if stdout.is_none() && (error.is::<Interrupted>() || interrupt::requested()) {
+        eprintln!("error: interrupted");
+        return ExitCode::from(interrupt::EXIT_CODE);
+    }
+    eprintln!("error: {}", one_line(&chain(error)));
+    ExitCode::from(if error.is::<options::Usage>() { 2 } else { 1 })
+}
+
+/// The causes from the outermost in, joined by `: `. A cause that its parent's text already ends with is not said twice.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.ends_with(&cause) {
+            continue;
+        }
+        if !text.is_empty() {
+            text.push_str(": ");
+        }
+        text.push_str(&cause);
+    }
+    text
+}
+
+/// Names from files may hold anything: no line breaks, no terminal control.
+fn one_line(text: &str) -> String {
+    let words: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    words.join(" ").chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn chains_say_each_cause_once_and_on_one_line() {
+        let inner = std::io::Error::other("cause\nwith a \u{1b}[31mbreak");
+        let error = anyhow::Error::new(inner).context("model.safetensors: layers.0").context("m");
+        assert_eq!(one_line(&chain(&error)), "m: model.safetensors: layers.0: cause with a \u{fffd}[31mbreak");
+        let repeated = anyhow::anyhow!("cause").context("x: cause");
+        assert_eq!(chain(&repeated), "x: cause");
+    }
+}

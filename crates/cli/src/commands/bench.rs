@@ -1,0 +1,280 @@
+//! `tersor bench`: prefill and step rates of every strategy, in one run on one machine.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use tersor_cpu::Level;
+use tersor_runtime::generate::sampler::Sampling;
+use tersor_runtime::generate::session::{self, Generation, Options, Session, Stop};
+use tersor_runtime::residency::Strategy;
+
+use crate::engine::{Engine, LimitArgs, Opened, Setup};
+use crate::interrupt::{self, Interrupted};
+use crate::machine;
+use crate::options::{Usage, default_threads, thread_count};
+use crate::output::table::Table;
+use crate::output::{self, units};
+use crate::progress::Progress;
+
+/// Prompt and generated tokens unless the user says otherwise, as far as the context allows.
+const LENGTHS_DEFAULT: (usize, usize) = (512, 128);
+/// Generated tokens of the run that warms up.
+const WARM_UP_TOKENS: usize = 4;
+
+/// Measure prefill and step rates of strategies and thread counts
+///
+/// Every run continues the same prompt of pseudo-random tokens greedily. Figures are medians over --repeat runs after one to warm up; they
+/// are printed only if all runs, whatever their strategy and threads, computed bit-identical logits.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Model directory
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Strategies (auto, fused, cached, prefetch, lru), or all
+    #[arg(long, value_name = "S,S", value_delimiter = ',', default_value = "auto")]
+    strategy: Vec<String>,
+    /// Tokens of the prompt [default: 512, less for models of a short context]
+    #[arg(short = 'p', long = "prompt-tokens", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: Option<u32>,
+    /// Tokens to generate [default: 128, less for models of a short context]
+    #[arg(short = 'n', long = "tokens", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    tokens: Option<u32>,
+    /// Thread counts [default: all cores]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = thread_count)]
+    threads: Vec<usize>,
+    /// Timed runs, of which the median counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    machine: Machine,
+    prompt_tokens: usize,
+    tokens: usize,
+    repeat: u32,
+    logits_hash: String,
+    runs: Vec<Run>,
+}
+
+#[derive(Serialize)]
+struct Machine {
+    cpu: String,
+    level: String,
+    cores: usize,
+    memory_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Run {
+    strategy: String,
+    strategy_detail: String,
+    device: String,
+    threads: usize,
+    load_seconds: f64,
+    prefill_tokens_per_second: f64,
+    step_tokens_per_second: f64,
+    resident_weight_bytes: u64,
+    peak_rss_bytes: u64,
+    /// Part of the time that went into decoding and was not hidden behind other work.
+    decode_fraction: f64,
+    /// Part of the decoded bytes that were found decoded; `null` where nothing is ever looked up.
+    hit_fraction: Option<f64>,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    let strategies = strategies(&args.strategy)?;
+    let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
+    let (prompt_tokens, tokens) = lengths(args)?;
+    let _graceful = interrupt::graceful();
+    let progress = Progress::new("bench", (strategies.len() * threads.len()) as u64 * u64::from(args.repeat + 1));
+    let mut runs = Vec::new();
+    let mut hash: Option<(u64, String)> = None;
+    for &strategy in &strategies {
+        for &count in &threads {
+            let name = format!("{strategy}, {count} threads");
+            progress.message(&name);
+            let setup = Setup::of(strategy, &args.limits, count)?;
+            let (run, found) = measure(args, &setup, prompt_tokens, tokens, &progress).with_context(|| name.clone())?;
+            match &hash {
+                None => hash = Some((found, name)),
+                Some((expected, first)) => ensure!(
+                    found == *expected,
+                    "{}: logits of {name} ({found:016x}) differ from those of {first} ({expected:016x}); timings of wrong answers are not shown",
+                    args.directory.display()
+                ),
+            }
+            runs.push(run);
+        }
+    }
+    drop(progress);
+    let machine = Machine {
+        cpu: machine::cpu_name(),
+        level: args.limits.level.unwrap_or_else(Level::best).to_string(),
+        cores: default_threads(),
+        memory_bytes: machine::memory_bytes(),
+    };
+    let logits_hash = hash.map_or_else(String::new, |(hash, _)| format!("{hash:016x}"));
+    let report = Report { machine, prompt_tokens, tokens, repeat: args.repeat, logits_hash, runs };
+    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+}
+
+fn strategies(names: &[String]) -> Result<Vec<Strategy>> {
+    if names.iter().any(|name| name == "all") {
+        return Ok(Strategy::CPU.to_vec());
+    }
+    names.iter().map(|name| name.parse().map_err(|error| Usage(format!("--strategy: {error}")).into())).collect()
+}
+
+/// Prompt and generated tokens: the defaults are scaled down to the model's context, what the user asks for must fit.
+fn lengths(args: &Args) -> Result<(usize, usize)> {
+    let most = Opened::new(&args.directory)?.model.config().context_max;
+    let (prompt_default, tokens_default) = LENGTHS_DEFAULT;
+    let (prompt_default, tokens_default) = if prompt_default + tokens_default <= most {
+        LENGTHS_DEFAULT
+    } else {
+        ((most * 4 / 5).max(1), (most / 5).max(1))
+    };
+    let prompt = args.prompt_tokens.map_or(prompt_default, |n| n as usize);
+    let tokens = args.tokens.map_or(tokens_default, |n| n as usize);
+    ensure!(
+        prompt + tokens <= most,
+        Usage(format!("{prompt} prompt tokens and {tokens} more do not fit the context of {most}; give smaller -p and -n"))
+    );
+    Ok((prompt, tokens))
+}
+
+fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, progress: &Progress) -> Result<(Run, u64)> {
+    machine::reset_peak_rss();
+    let opened = Opened::new(&args.directory)?;
+    let context = opened.context(None, prompt_tokens + tokens)?;
+    let mut engine = opened.load(setup, context, true)?;
+    let prompt = prompt(prompt_tokens, engine.model.config().vocab);
+    generate(&mut engine, &prompt, WARM_UP_TOKENS.min(tokens))?;
+    progress.add(1);
+
+    let before = engine.weights.report();
+    let (mut prefill, mut step, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut time = Duration::ZERO;
+    for _ in 0..args.repeat {
+        let (generation, hash) = generate(&mut engine, &prompt, tokens)?;
+        prefill.push(generation.prefill_tokens_per_second());
+        step.push(generation.step_tokens_per_second());
+        hashes.push(hash);
+        time += generation.prefill + generation.steps;
+        progress.add(1);
+    }
+    ensure!(hashes.iter().all(|hash| *hash == hashes[0]), "two equal runs gave different logits");
+    let after = engine.weights.report();
+    let decode_ns = (after.decode_exposed_ns - before.decode_exposed_ns) + (after.decode_fused_ns - before.decode_fused_ns);
+    let (hit, miss) = (after.hit_bytes - before.hit_bytes, after.miss_bytes - before.miss_bytes);
+    let run = Run {
+        strategy: after.strategy,
+        strategy_detail: after.detail,
+        device: args.limits.device.clone(),
+        threads: setup.threads,
+        load_seconds: engine.load_seconds,
+        prefill_tokens_per_second: median(prefill),
+        step_tokens_per_second: median(step),
+        resident_weight_bytes: after.resident_bytes,
+        peak_rss_bytes: machine::peak_rss_bytes(),
+        decode_fraction: decode_ns as f64 / (time.as_nanos() as f64).max(1.0),
+        hit_fraction: (hit + miss > 0).then(|| hit as f64 / (hit + miss) as f64),
+    };
+    Ok((run, hashes[0]))
+}
+
+fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize) -> Result<(Generation, u64)> {
+    let options = Options {
+        tokens_max: tokens,
+        context: engine.context,
+        kv_precision: engine.kv_precision,
+        sampling: Sampling::default(),
+        ignore_eos: true,
+    };
+    let mut session = Session::new(engine.model.config(), prompt, &options)?;
+    let generation = session::generate(&mut engine.model, engine.weights.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
+    if generation.stop == Stop::Interrupted {
+        return Err(Interrupted.into());
+    }
+    Ok((generation, session.logits_hash()))
+}
+
+/// The same tokens on every machine, spread over the vocabulary.
+fn prompt(tokens: usize, vocab: usize) -> Vec<u32> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = || {
+        // xorshift64 (Marsaglia 2003)
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 32) * vocab as u64 >> 32) as u32
+    };
+    (0..tokens).map(|_| next()).collect()
+}
+
+/// The middle value, or the mean of the two in the middle.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+}
+
+fn render(report: &Report) -> String {
+    let mut text = format!(
+        "{}, {} cores, {}; {} prompt tokens, {} generated; medians of {}; all logits equal ({})\n\n",
+        report.machine.cpu,
+        report.machine.cores,
+        report.machine.level,
+        report.prompt_tokens,
+        report.tokens,
+        report.repeat,
+        report.logits_hash
+    );
+    let mut table =
+        Table::new(&["strategy", ">threads", ">load", ">prefill tok/s", ">step tok/s", ">weights", ">peak RSS", ">decoding", ">hits", "detail"]);
+    for run in &report.runs {
+        table.row([
+            run.strategy.clone(),
+            run.threads.to_string(),
+            units::seconds(run.load_seconds),
+            units::digits3(run.prefill_tokens_per_second),
+            units::digits3(run.step_tokens_per_second),
+            units::bytes(run.resident_weight_bytes),
+            units::bytes(run.peak_rss_bytes),
+            format!("{:.0} %", run.decode_fraction * 100.0),
+            run.hit_fraction.map_or("-".to_owned(), |part| format!("{:.0} %", part * 100.0)),
+            run.strategy_detail.clone(),
+        ]);
+    }
+    text += &table.render();
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_stay_in_the_vocabulary_and_spread() {
+        let prompt = prompt(1000, 10);
+        for token in 0..10 {
+            let count = prompt.iter().filter(|&&t| t == token).count();
+            assert!((50..200).contains(&count), "{token}: {count}");
+        }
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+}

@@ -1,0 +1,268 @@
+//! `tersor generate`: continue a text.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+use tersor_runtime::generate::sampler::Sampling;
+use tersor_runtime::generate::session::{self, Options, Session, SessionError, Stop};
+use tersor_runtime::generate::tokenizer::Tokenizer;
+use tersor_runtime::model::kv::KvPrecision;
+use tersor_runtime::residency::{Plan, PlanRow};
+
+use crate::engine::{Engine, EngineArgs, Opened, Setup};
+use crate::interrupt::{self, Interrupted};
+use crate::machine;
+use crate::options::Usage;
+use crate::output::table::Table;
+use crate::output::{self, units};
+
+/// Continue a text
+///
+/// The text goes to stdout as it is made, figures to stderr. DIR may also be an unquantized Hugging Face directory. Greedy unless --temp
+/// is given; equal options give equal tokens, whatever the strategy and the number of threads.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Model directory
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Tokens to generate at most
+    #[arg(short = 'n', long = "tokens", value_name = "N", default_value_t = 128)]
+    tokens: usize,
+    /// Positions of the KV cache: prompt and generated tokens [default: as many as needed]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Temperature; 0 takes the most likely token
+    #[arg(long = "temp", value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Keep the most likely tokens that reach this probability together
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Keep tokens at least this many times as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Divide the logits of tokens that have occurred; 1 does nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Start of the random numbers
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Say on stderr what the strategy holds where, and why
+    #[arg(long)]
+    explain: bool,
+    /// Print one JSON document instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    text: String,
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    stop: &'static str,
+    strategy: String,
+    strategy_detail: String,
+    device: String,
+    level: String,
+    threads: usize,
+    context: usize,
+    load_seconds: f64,
+    prefill_tokens_per_second: f64,
+    step_tokens_per_second: f64,
+    resident_weight_bytes: u64,
+    peak_rss_bytes: u64,
+    hits: u64,
+    misses: u64,
+    decode_hidden_seconds: f64,
+    decode_exposed_seconds: f64,
+    logits_hash: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    explain: Option<Explanation>,
+}
+
+#[derive(Serialize)]
+struct Explanation {
+    total_bytes: u64,
+    weight_bytes: u64,
+    step_seconds: f64,
+    groups: Vec<Group>,
+}
+
+#[derive(Serialize)]
+struct Group {
+    group: String,
+    tensors: usize,
+    choice: String,
+    bytes: u64,
+    step_seconds: f64,
+    slice_seconds: f64,
+    reason: String,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<()> {
+    if args.prompt.is_empty() {
+        bail!("the prompt is empty: there is nothing to continue");
+    }
+    let setup = Setup::new(&args.engine)?;
+    let opened = Opened::new(&args.directory)?;
+    let tokenizer = Tokenizer::load(&args.directory)?;
+    let prompt = tokenizer.encode(&args.prompt)?;
+    let context = opened.context(args.context, prompt.len().saturating_add(args.tokens))?;
+    let options = options(args, context, opened.kv_precision());
+    // Checks the prompt and the sampler's options before the weights are loaded.
+    let mut session = Session::new(opened.model.config(), &prompt, &options).map_err(usage_if_sampling)?;
+    let plan = if args.explain { opened.explain(&setup, context)? } else { None };
+    if args.explain {
+        eprint!("{}", explain(plan.as_ref()));
+    }
+    let mut engine = opened.load(&setup, context, false)?;
+
+    let _graceful = interrupt::graceful();
+    let mut detokenizer = tokenizer.detokenizer(&prompt);
+    let mut text = String::new();
+    let mut stdout = Ok(());
+    let Engine { model, weights, .. } = &mut engine;
+    let generation = session::generate(model, weights.as_mut(), &mut session, interrupt::flag(), &mut |token| {
+        let piece = detokenizer.push(token);
+        if !args.json && stdout.is_ok() {
+            stdout = output::text(&piece);
+            if stdout.is_err() {
+                interrupt::request();
+            }
+        }
+        text += &piece;
+    })?;
+    stdout?;
+    let rest = detokenizer.finish();
+    text += &rest;
+    if !args.json {
+        output::text(&(rest + "\n"))?;
+    }
+    if generation.stop == Stop::Interrupted {
+        return Err(Interrupted.into());
+    }
+    let report = engine.weights.report();
+    let report = Report {
+        text,
+        tokens: session.generated().to_vec(),
+        prompt_tokens: prompt.len(),
+        stop: match generation.stop {
+            Stop::Eos => "eos",
+            Stop::Length => "length",
+            Stop::ContextFull => "context",
+            Stop::Interrupted => "interrupted",
+        },
+        strategy: report.strategy,
+        strategy_detail: report.detail,
+        device: args.engine.limits.device.clone(),
+        level: setup.level().to_string(),
+        threads: setup.threads,
+        context,
+        load_seconds: engine.load_seconds,
+        prefill_tokens_per_second: generation.prefill_tokens_per_second(),
+        step_tokens_per_second: generation.step_tokens_per_second(),
+        resident_weight_bytes: report.resident_bytes,
+        peak_rss_bytes: machine::peak_rss_bytes(),
+        hits: report.hits,
+        misses: report.misses,
+        decode_hidden_seconds: report.decode_hidden_ns as f64 / 1e9,
+        decode_exposed_seconds: report.decode_exposed_ns as f64 / 1e9,
+        logits_hash: format!("{:016x}", session.logits_hash()),
+        explain: plan.as_ref().map(explanation),
+    };
+    if args.json {
+        return output::json(&report);
+    }
+    eprintln!(
+        "{} prompt tokens at {}/s; {} tokens at {}/s ({}); {}; weights {}, peak {}; loaded in {}",
+        report.prompt_tokens,
+        units::digits3(report.prefill_tokens_per_second),
+        report.tokens.len(),
+        units::digits3(report.step_tokens_per_second),
+        report.stop,
+        report.strategy,
+        units::bytes(report.resident_weight_bytes),
+        units::bytes(report.peak_rss_bytes),
+        units::seconds(report.load_seconds)
+    );
+    Ok(())
+}
+
+fn options(args: &Args, context: usize, kv_precision: KvPrecision) -> Options {
+    Options {
+        tokens_max: args.tokens,
+        context,
+        kv_precision,
+        sampling: Sampling {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repetition_penalty: args.repeat_penalty,
+            seed: args.seed,
+        },
+        ignore_eos: false,
+    }
+}
+
+/// An option of the sampler outside its range is a mistake in the command line.
+fn usage_if_sampling(error: SessionError) -> anyhow::Error {
+    match error {
+        SessionError::Sampling(error) => Usage(error.to_string()).into(),
+        other => other.into(),
+    }
+}
+
+fn explanation(plan: &Plan) -> Explanation {
+    let group = |row: &PlanRow| Group {
+        group: row.group.to_owned(),
+        tensors: row.tensors,
+        choice: row.choice.to_string(),
+        bytes: row.bytes,
+        step_seconds: row.step_seconds,
+        slice_seconds: row.slice_seconds,
+        reason: row.reason.clone(),
+    };
+    Explanation {
+        total_bytes: plan.footprint.total_bytes(),
+        weight_bytes: plan.footprint.weight_bytes(),
+        step_seconds: plan.step_seconds(),
+        groups: plan.rows.iter().map(group).collect(),
+    }
+}
+
+fn explain(plan: Option<&Plan>) -> String {
+    let Some(plan) = plan else {
+        return "dense: the directory is not quantized; its weights are used where they lie\n".to_owned();
+    };
+    let mut table = Table::new(&["matrices", ">count", "held", ">bytes", ">step", ">256 tokens", "because"]);
+    for row in &plan.rows {
+        table.row([
+            row.group.to_owned(),
+            row.tensors.to_string(),
+            row.choice.to_string(),
+            units::bytes(row.bytes),
+            units::seconds(row.step_seconds),
+            units::seconds(row.slice_seconds),
+            row.reason.clone(),
+        ]);
+    }
+    format!(
+        "{}: {} in all ({}); predicted {} a token\n{}",
+        plan.strategy,
+        units::bytes(plan.footprint.total_bytes()),
+        plan.footprint,
+        units::seconds(plan.step_seconds()),
+        table.render()
+    )
+}

@@ -1,0 +1,10 @@
+//! One file per command: its arguments, its work, its report.
+
+pub mod bench;
+pub mod eval;
+pub mod generate;
+pub mod info;
+pub mod inspect;
+pub mod kernels;
+pub mod quantize;
+pub mod verify;

@@ -1,0 +1,177 @@
+//! Opens a model directory for the commands that run it: model, weights under a strategy, and how long that took.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use tersor_cpu::{Level, Pool};
+use tersor_format::ModelDir;
+use tersor_runtime::model::kv::{KvCache, KvPrecision};
+use tersor_runtime::model::llama::{Model, SLICE_TOKENS_MAX};
+use tersor_runtime::model::weights::Weights;
+use tersor_runtime::residency::dense::Dense;
+use tersor_runtime::residency::{self, MachineProfile, Plan, Policy, Strategy};
+
+use crate::machine;
+use crate::options::{ByteSize, Usage, default_threads, device_cpu, thread_count};
+
+/// Options of the commands that run one model.
+#[derive(clap::Args, Clone)]
+pub struct EngineArgs {
+    /// Where weights live decoded: auto, fused, cached, prefetch, lru
+    #[arg(long, value_name = "S", default_value = "auto")]
+    pub strategy: Strategy,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = thread_count)]
+    pub threads: Option<usize>,
+}
+
+/// Options that hold for every strategy.
+#[derive(clap::Args, Clone)]
+pub struct LimitArgs {
+    /// What lru evicts: pin (nothing; recommended), lru, mru
+    #[arg(long, value_name = "POLICY", default_value = "pin")]
+    pub lru_policy: Policy,
+    /// Bound on weights, buffers, tables and KV cache, such as 2GiB or 500MB [default: none]
+    #[arg(long, value_name = "BYTES")]
+    pub memory_budget: Option<ByteSize>,
+    /// SIMD level: scalar, avx2, avx512 [default: the best of this machine]
+    #[arg(long, value_name = "LEVEL")]
+    pub level: Option<Level>,
+    /// Where to run: cpu
+    #[arg(long, default_value = "cpu", value_parser = device_cpu)]
+    pub device: String,
+}
+
+/// How a model is to be run.
+pub struct Setup {
+    strategy: Strategy,
+    limits: LimitArgs,
+    pub threads: usize,
+}
+
+impl Setup {
+    /// From the options of a command.
+    pub fn new(args: &EngineArgs) -> Result<Self> {
+        Self::of(args.strategy, &args.limits, args.threads.unwrap_or_else(default_threads))
+    }
+
+    /// From its parts.
+    pub fn of(strategy: Strategy, limits: &LimitArgs, threads: usize) -> Result<Self> {
+        if strategy == Strategy::GpuAsync {
+            return Err(Usage("strategy gpu-async needs a GPU, and this build has no CUDA yet; use prefetch or auto".to_owned()).into());
+        }
+        Ok(Self { strategy, limits: limits.clone(), threads })
+    }
+
+    /// The SIMD level.
+    pub fn level(&self) -> Level {
+        self.limits.level.unwrap_or_else(Level::best)
+    }
+
+    /// What the machine can do: from the user's cache, or measured now, which is said on stderr as it takes a few seconds.
+    pub fn profile(&self) -> Result<Arc<MachineProfile>> {
+        let (directory, level) = (machine::cache_dir(), self.level());
+        if let Some(profile) = MachineProfile::load(&directory, level, self.threads) {
+            return Ok(Arc::new(profile));
+        }
+        eprintln!("measuring this machine once, for {} threads at {level}", self.threads);
+        Ok(Arc::new(MachineProfile::load_or_measure(&directory, level, self.threads)?))
+    }
+}
+
+/// A directory whose configuration is known and whose weights are not loaded yet.
+pub struct Opened {
+    dir: ModelDir,
+    path: PathBuf,
+    /// The model without its matrices.
+    pub model: Model,
+    seconds: f64,
+}
+
+impl Opened {
+    /// Opens a Tersor directory or an unquantized Hugging Face one.
+    pub fn new(path: &Path) -> Result<Self> {
+        let start = Instant::now();
+        let dir = ModelDir::open(path)?;
+        let model = Model::load(&dir)?;
+        Ok(Self { dir, path: path.to_owned(), model, seconds: start.elapsed().as_secs_f64() })
+    }
+
+    /// The longest context: what the user asks for, else `wanted` as far as the model was made for it.
+    pub fn context(&self, asked: Option<usize>, wanted: usize) -> Result<usize> {
+        let most = self.model.config().context_max;
+        match asked {
+            Some(asked) if asked > most => Err(Usage(format!("--context {asked}: {} was made for {most} tokens", self.path.display())).into()),
+            Some(asked) => Ok(asked),
+            None => Ok(wanted.min(most)),
+        }
+    }
+
+    /// Bytes of all tensors, and bits per weight with everything counted.
+    pub fn size(&self) -> (u64, f64) {
+        let bytes: u64 = self.dir.tensors().map(|(_, tensor)| tensor.bytes()).sum();
+        let weights: f64 = self.dir.tensors().map(|(_, tensor)| tensor.shape().iter().map(|&n| n as f64).product::<f64>()).sum();
+        (bytes, bytes as f64 * 8.0 / weights.max(1.0))
+    }
+
+    /// How the KV cache is stored: exactly for an unquantized model, which is the reference.
+    pub fn kv_precision(&self) -> KvPrecision {
+        if self.dir.is_tersor() { KvPrecision::F16 } else { KvPrecision::F32 }
+    }
+
+    fn options(&self, setup: &Setup, context: usize, profile: Option<Arc<MachineProfile>>) -> residency::Options {
+        let mut options = residency::Options::new(setup.threads, setup.level());
+        options.memory_budget = setup.limits.memory_budget.map(|size| size.0);
+        options.kv_bytes = KvCache::bytes_for(self.model.config(), context, self.kv_precision());
+        options.model_bytes = self.model.bytes(SLICE_TOKENS_MAX.min(context));
+        options.policy = setup.limits.lru_policy;
+        options.profile = profile;
+        options
+    }
+
+    /// What the strategy would hold, and why. Nothing for an unquantized directory, which leaves no choice.
+    pub fn explain(&self, setup: &Setup, context: usize) -> Result<Option<Plan>> {
+        if !self.dir.is_tersor() {
+            return Ok(None);
+        }
+        let options = self.options(setup, context, Some(setup.profile()?));
+        Ok(Some(residency::explain(&self.dir, setup.strategy, &options)?))
+    }
+
+    /// Loads the weights. `measured` asks for a machine profile even where the strategy does not need one, so that the report can tell
+    /// how much of the products is decoding.
+    pub fn load(self, setup: &Setup, context: usize, measured: bool) -> Result<Engine> {
+        let profile = if self.dir.is_tersor() && (measured || setup.strategy == Strategy::Auto) { Some(setup.profile()?) } else { None };
+        let kv_precision = self.kv_precision();
+        let start = Instant::now();
+        let weights: Box<dyn Weights> = if self.dir.is_tersor() {
+            let options = self.options(setup, context, profile);
+            residency::open(self.dir, setup.strategy, &options)?
+        } else {
+            if !matches!(setup.strategy, Strategy::Auto) {
+                bail!(Usage(format!("{}: not quantized, so there is nothing to decode; leave --strategy out", self.path.display())));
+            }
+            if let Some(budget) = setup.limits.memory_budget {
+                bail!(Usage(format!("--memory-budget {}: {} is not quantized and is used where it lies; quantize it first", budget.0, self.path.display())));
+            }
+            Box::new(Dense::new(&self.dir, self.model.config(), Arc::new(Pool::new(setup.threads)), setup.level())?)
+        };
+        let load_seconds = self.seconds + start.elapsed().as_secs_f64();
+        Ok(Engine { model: self.model, weights, kv_precision, context, load_seconds })
+    }
+}
+
+/// A model that can run.
+pub struct Engine {
+    pub model: Model,
+    pub weights: Box<dyn Weights>,
+    pub kv_precision: KvPrecision,
+    /// Positions of a KV cache.
+    pub context: usize,
+    /// From opening the directory to being ready to run.
+    pub load_seconds: f64,
+}
