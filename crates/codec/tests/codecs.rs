@@ -1,4 +1,5 @@
-//! Every codec through the same tests: what goes in comes out, what is broken is refused, and nothing panics.
+//! Every codec through the same tests: what goes in comes out, what is broken is refused, and
+//! nothing panics.
 
 use proptest::prelude::*;
 use tersor_codec::{
@@ -304,7 +305,8 @@ fn payload_bits_predict_the_size() {
     }
 }
 
-/// What the two defaults promise, on chunks of 65,536 Gaussian symbols, everything in the chunk counted.
+/// What the two defaults promise, on chunks of 65,536 Gaussian symbols, everything in the chunk
+/// counted.
 #[test]
 fn rans_keeps_its_promises() {
     for step in [1.6, 0.9, 0.5, 0.3, 0.1] {
@@ -369,8 +371,8 @@ fn every_flipped_bit_is_survived() {
         for bit in 0..8 * chunk.len() {
             let mut broken = chunk.clone();
             broken[bit / 8] ^= 1 << (bit % 8);
-            // Whether it decodes is for checksums to say; that all decoders agree, and that the same bytes come from no
-            // other symbols, is asserted.
+            // Whether it decodes is for checksums to say; that all decoders agree, and that the
+            // same bytes come from no other symbols, is asserted.
             if let Ok(decoded) = decode(&table, &broken, 150) {
                 assert_eq!(decoded.len(), 150);
                 assert_ne!(encoded(&table, &decoded), chunk, "{codec}: bit {bit}");
@@ -418,7 +420,8 @@ proptest! {
         let at = at.index(bytes.len());
         bytes[at] = value;
         if let Ok(mutated) = Table::read(codec, &bytes) {
-            // Another table: what the good one coded may decode to anything or nothing, but all decoders agree on it.
+            // Another table: what the good one coded may decode to anything or nothing, but all
+            // decoders agree on it.
             let _ = decode(&mutated, &encoded(&good, &symbols), symbols.len());
         }
     }

@@ -76,7 +76,8 @@ fn tables_are_the_best_possible() {
             Table::Huffman(table) => 16 * table.entries().len(),
             _ => unreachable!("golden tables are of rans and huffman"),
         };
-        // The far list (48 bits an entry) is the same whatever the table, and not in the golden figure.
+        // The far list (48 bits an entry) is the same whatever the table, and not in the golden
+        // figure.
         let bits = table.payload_bits(&histogram) - 48.0 * far + entry_bits as f64;
         let least = case["least_bits"].as_f64().expect("least_bits");
         assert!(
