@@ -1,7 +1,8 @@
 //! The arithmetic of one rANS state, shared by `rans` and `block-ans`.
 //!
-//! A state `x` is a number that holds the symbols coded so far. Coding symbol `s` with frequency `freq` out of
-//! `2^prob_bits` multiplies it by about `2^prob_bits / freq`, that is, adds `-log2(probability)` bits to it:
+//! A state `x` is a number that holds the symbols coded so far. Coding symbol `s` with frequency
+//! `freq` out of `2^prob_bits` multiplies it by about `2^prob_bits / freq`, that is, adds
+//! `-log2(probability)` bits to it:
 //!
 //! ```text
 //! push:  x' = (x / freq) << prob_bits | (cum + x % freq)          cum = sum of the frequencies of smaller symbol bytes
@@ -9,13 +10,14 @@
 //!        x = freq * (x' >> prob_bits) + (slot - cum)
 //! ```
 //!
-//! States are kept in `STATE_MIN .. STATE_MIN * 2^word_bits`, where `STATE_MIN = 2^(state_bits - word_bits)`: `push`
-//! first moves the low word of `x` to the stream if `x'` would be too large, and `pop` takes a word when `x` falls below
-//! `STATE_MIN`. Here `state_bits = 2 * word_bits`, thus one word always suffices, and a state is below `STATE_MIN`
-//! exactly when its upper half is zero: the SIMD decoder's test is "is the plane of high bytes zero".
+//! States are kept in `STATE_MIN .. STATE_MIN * 2^word_bits`, where `STATE_MIN = 2^(state_bits -
+//! word_bits)`: `push` first moves the low word of `x` to the stream if `x'` would be too large,
+//! and `pop` takes a word when `x` falls below `STATE_MIN`. Here `state_bits = 2 * word_bits`, thus
+//! one word always suffices, and a state is below `STATE_MIN` exactly when its upper half is zero:
+//! the SIMD decoder's test is "is the plane of high bytes zero".
 //!
-//! `pop` undoes `push`, so decoding runs in the opposite order: the encoder goes from the last symbol to the first and
-//! its words are reversed, so that the decoder reads forward.
+//! `pop` undoes `push`, so decoding runs in the opposite order: the encoder goes from the last
+//! symbol to the first and its words are reversed, so that the decoder reads forward.
 
 /// What the encoder needs to know of one entry.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,10 +41,11 @@ impl PushEntry {
 
 /// Codes one symbol into `state`; returns the word that left it and whether one did.
 ///
-/// The division is a multiplication. With `S = state_bits`, `p = prob_bits`, `r = (2^(S+p) + e) / freq`, `0 <= e < freq`:
-/// `x * r / 2^(S+p) = x / freq + x * e / (freq * 2^(S+p))`. After the move of a word `x < freq * 2^(S-p)`, so the second
-/// term is below `freq / 2^(2p) <= 1 / 2^p <= 1 / freq`, too little to lift `x / freq` over the next integer: the quotient
-/// is exact. The product is below `2^(S-p) * 2^(S+p) = 2^(2S) <= 2^64`.
+/// The division is a multiplication. With `S = state_bits`, `p = prob_bits`, `r = (2^(S+p) + e) /
+/// freq`, `0 <= e < freq`: `x * r / 2^(S+p) = x / freq + x * e / (freq * 2^(S+p))`. After the move
+/// of a word `x < freq * 2^(S-p)`, so the second term is below `freq / 2^(2p) <= 1 / 2^p <= 1 /
+/// freq`, too little to lift `x / freq` over the next integer: the quotient is exact. The product
+/// is below `2^(S-p) * 2^(S+p) = 2^(2S) <= 2^64`.
 #[inline(always)]
 pub(crate) fn push<const WORD_BITS: u32>(
     state: &mut u32,
@@ -60,14 +63,15 @@ pub(crate) fn push<const WORD_BITS: u32>(
     (word, moves)
 }
 
-/// What the decoder needs to know of one slot, in 32 bits: `freq - 1` (12) | offset (12) | symbol byte (8). A frequency
-/// goes up to 4096, so it is stored less one.
+/// What the decoder needs to know of one slot, in 32 bits: `freq - 1` (12) | offset (12) | symbol
+/// byte (8). A frequency goes up to 4096, so it is stored less one.
 pub(crate) fn pop_entry(freq: u32, offset: u32, symbol_byte: u8) -> u32 {
     (freq - 1) << 20 | offset << 8 | u32::from(symbol_byte)
 }
 
-/// Takes one symbol byte from `state`, which may then be below `STATE_MIN`: see [`refill`]. No overflow whatever the
-/// state: `freq * (q + 1) - 1 < 2^prob_bits * (q + 1) <= 2^state_bits` for `q = state >> prob_bits`.
+/// Takes one symbol byte from `state`, which may then be below `STATE_MIN`: see [`refill`]. No
+/// overflow whatever the state: `freq * (q + 1) - 1 < 2^prob_bits * (q + 1) <= 2^state_bits` for `q
+/// = state >> prob_bits`.
 #[inline(always)]
 pub(crate) fn pop(state: &mut u32, pop_entries: &[u32], prob_bits: u32) -> u8 {
     let x = *state;
@@ -79,13 +83,11 @@ pub(crate) fn pop(state: &mut u32, pop_entries: &[u32], prob_bits: u32) -> u8 {
 /// Takes `word` into `state` if it is below `STATE_MIN`; returns how many words were taken, 0 or 1.
 #[inline(always)]
 pub(crate) fn refill<const WORD_BITS: u32>(state: &mut u32, word: u32) -> usize {
-    let needed = *state < state_min::<WORD_BITS>();
-    *state = if needed {
-        *state << WORD_BITS | word
-    } else {
-        *state
-    };
-    usize::from(needed)
+    // Arithmetic, since compilers make a branch of an `if`, which is mispredicted at every other
+    // word.
+    let needed = u32::from(*state < state_min::<WORD_BITS>());
+    *state = (*state << (needed * WORD_BITS)) | (word & needed.wrapping_neg());
+    needed as usize
 }
 
 pub(crate) const fn state_min<const WORD_BITS: u32>() -> u32 {
@@ -96,7 +98,8 @@ pub(crate) const fn state_min<const WORD_BITS: u32>() -> u32 {
 mod tests {
     use super::*;
 
-    /// push against the definition with `/` and `%`, for every frequency and the states at the edges of every quotient.
+    /// push against the definition with `/` and `%`, for every frequency and the states at the
+    /// edges of every quotient.
     fn check_push<const WORD_BITS: u32>(prob_bits: u32, states: impl Fn(u32) -> Vec<u32>) {
         for freq in 1..=1u32 << prob_bits {
             let cum = (1 << prob_bits) - freq;

@@ -13,13 +13,13 @@ use crate::{block_ans, fixed, huffman, rans};
 /// | `fixed/b4` | `fixed` |
 /// | `huffman/c12-l4` | `huffman` |
 /// | `rans/s16-w8-p7-l64` | `rans` |
-/// | `rans/s32-w16-p12-l64` | `rans-precise` |
+/// | `rans/s32-w16-p12-l32` | `rans-precise` |
 /// | `block-ans/s32-w16-p12-n1024` | `block-ans` |
 ///
 /// ```
 /// use tersor_codec::{Codec, rans};
 /// assert_eq!("rans".parse::<Codec>().unwrap(), Codec::Rans(rans::Params::DEFAULT));
-/// assert_eq!("rans-precise".parse::<Codec>().unwrap().to_string(), "rans/s32-w16-p12-l64");
+/// assert_eq!("rans-precise".parse::<Codec>().unwrap().to_string(), "rans/s32-w16-p12-l32");
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 #[non_exhaustive]

@@ -147,7 +147,8 @@ pub enum EncodeError {
     },
 }
 
-/// Chunk bytes that do not decode. All variants mean that the bytes are corrupt (or belong to another table or length).
+/// Chunk bytes that do not decode. All variants mean that the bytes are corrupt (or belong to
+/// another table or length).
 #[derive(Error, Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DecodeError {

@@ -1,16 +1,18 @@
 //! Symbols without an entry of their own: escape bytes and the far list, the same for every codec.
 //!
-//! Weights have a few large outliers. Giving each an entry would fill the decoder's tables, which should stay in
-//! registers, with symbols that hardly occur. So a table has entries for the *core alphabet* only, and one more,
-//! ESCAPE, for all other symbols:
+//! Weights have a few large outliers. Giving each an entry would fill the decoder's tables, which
+//! should stay in registers, with symbols that hardly occur. So a table has entries for the *core
+//! alphabet* only, and one more, ESCAPE, for all other symbols:
 //!
-//! - a **core symbol** (-127..=127) without an entry is coded as ESCAPE, and its *symbol byte* (symbol + 128, 1..=255)
-//!   is appended to the chunk's escape bytes. A SIMD decoder needs one `vpexpandb` to put 64 of them in place;
-//! - a **far symbol** (all others) is coded as ESCAPE with escape byte 0, and listed in the *far list* with its
-//!   position. Decoders of bytes leave the byte 0, which dot products take for -128, and patch the difference.
+//! - a **core symbol** (-127..=127) without an entry is coded as ESCAPE, and its *symbol byte*
+//!   (symbol + 128, 1..=255) is appended to the chunk's escape bytes. A SIMD decoder needs one
+//!   `vpexpandb` to put 64 of them in place;
+//! - a **far symbol** (all others) is coded as ESCAPE with escape byte 0, and listed in the *far
+//!   list* with its position. Decoders of bytes leave the byte 0, which dot products take for -128,
+//!   and patch the difference.
 //!
-//! The far list is `far_count` entries of 6 bytes, ascending by position: `u32 position | i16 symbol`. It is redundant
-//! with the escape bytes of value 0: both must name the same positions.
+//! The far list is `far_count` entries of 6 bytes, ascending by position: `u32 position | i16
+//! symbol`. It is redundant with the escape bytes of value 0: both must name the same positions.
 
 use crate::error::{DecodeError, EncodeError};
 use crate::histogram::symbol_byte;
@@ -33,7 +35,8 @@ pub struct Far {
     pub symbol: i16,
 }
 
-/// The far symbols of a chunk by ascending position: a view of the chunk's bytes, checked when parsed.
+/// The far symbols of a chunk by ascending position: a view of the chunk's bytes, checked when
+/// parsed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FarList<'a> {
     bytes: &'a [u8],
@@ -136,7 +139,8 @@ impl Classified {
         })
     }
 
-    /// The header `u32 escape_bytes | u32 far_count`. Both fit: there are at most `CHUNK_SYMBOLS_MAX` of each.
+    /// The header `u32 escape_bytes | u32 far_count`. Both fit: there are at most
+    /// `CHUNK_SYMBOLS_MAX` of each.
     pub(crate) fn write_header(&self, out: &mut Vec<u8>) {
         out.extend((self.escapes.len() as u32).to_le_bytes());
         self.write_far_count(out);
@@ -160,7 +164,8 @@ impl Classified {
     }
 }
 
-/// A chunk cut at its header and its end: `u32 escape_bytes | u32 far_count | body | escapes | far`.
+/// A chunk cut at its header and its end: `u32 escape_bytes | u32 far_count | body | escapes |
+/// far`.
 pub(crate) struct Parts<'a> {
     pub(crate) body: &'a [u8],
     pub(crate) escapes: &'a [u8],
@@ -241,7 +246,8 @@ fn take_u32(bytes: &mut &[u8]) -> Option<u32> {
     Some(u32::from_le_bytes(*value))
 }
 
-/// Replaces every ESCAPE among the decoded `codes` by its escape byte; proves that escapes and far list are used up.
+/// Replaces every ESCAPE among the decoded `codes` by its escape byte; proves that escapes and far
+/// list are used up.
 pub(crate) fn resolve(
     codes: &mut [u8],
     escapes: &[u8],
@@ -291,7 +297,8 @@ pub(crate) fn resolve(
 
 /// 0x80 in every byte of `word` that is zero, 0 in the others.
 fn zero_bytes(word: u64) -> u64 {
-    // The sum of the low seven bits carries into bit 7 unless they are all zero, and never into the next byte.
+    // The sum of the low seven bits carries into bit 7 unless they are all zero, and never into the
+    // next byte.
     const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
     !(((word & LOW) + LOW) | word | LOW)
 }

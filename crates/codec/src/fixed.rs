@@ -1,4 +1,5 @@
-//! `fixed`: fields of equal width, no entropy coding; the baseline, and the form in which decoded weights are kept.
+//! `fixed`: fields of equal width, no entropy coding; the baseline, and the form in which decoded
+//! weights are kept.
 //!
 //! # Method
 //! A *window* of consecutive symbols has field values of its own:
@@ -6,9 +7,10 @@
 //! - without escape, field `f` is symbol `base + f`;
 //! - with escape, field 0 is ESCAPE and field `f >= 1` is symbol `base + f - 1`.
 //!
-//! If all symbols fit a window of `2^bits`, the table has no escape and the window begins at the least symbol (4 bits:
-//! -8..=7 for a classic 4-bit checkpoint). Otherwise the window is the symmetric one, as weights are: `2^bits - 1` symbols around 0,
-//! with 4 bits -7..=7. With 8 bits the table always is the latter: a field is a symbol byte, and only far symbols escape.
+//! If all symbols fit a window of `2^bits`, the table has no escape and the window begins at the
+//! least symbol (4 bits: -8..=7 for a classic 4-bit checkpoint). Otherwise the window is the
+//! symmetric one, as weights are: `2^bits - 1` symbols around 0, with 4 bits -7..=7. With 8 bits
+//! the table always is the latter: a field is a symbol byte, and only far symbols escape.
 //!
 //! # Bytes of the table (little-endian)
 //! ```text
@@ -21,21 +23,25 @@
 //! ```
 //! Fields are packed by tiles of 64 symbols:
 //!
-//! | bits | packing | bytes |
-//! |---|---|---|
-//! | 8 | one byte a symbol | n |
-//! | 4 | byte `j` of 64: low nibble symbol `j` of tile `2g`, high nibble symbol `j` of tile `2g + 1` | ceil(n / 128) * 64 |
-//! | 2 | byte `j` of 64: symbols `j` of tiles `4g .. 4g + 4`, lowest bits first | ceil(n / 256) * 64 |
-//! | 3, 5, 6, 7 | per tile `bits` planes of 8 bytes, lowest bit first; bit `i` of a plane belongs to symbol `i` | ceil(n / 64) * 8 * bits |
+//! - 8 bits, `n` bytes: one byte a symbol;
+//! - 4 bits, `ceil(n / 128) * 64` bytes: byte `j` of group `g` has symbol `j` of tile `2g` in its low
+//!   and symbol `j` of tile `2g + 1` in its high nibble;
+//! - 2 bits, `ceil(n / 256) * 64` bytes: byte `j` of group `g` has symbols `j` of tiles `4g` to
+//!   `4g + 3`, the first in the lowest bits;
+//! - 3, 5, 6, 7 bits, `ceil(n / 64) * 8 * bits` bytes: each tile is `bits` planes of 8 bytes, that of
+//!   the lowest bit first; bit `i` of a plane belongs to symbol `i`.
 //!
-//! Fields beyond the last symbol are zero, and so are those of the tiles that fill up the last 64 bytes.
+//! Fields beyond the last symbol are zero, and so are those of the tiles that fill up the last 64
+//! bytes.
 //!
 //! # Why this suits SIMD and GPUs
-//! Unpacking a 64-byte register of nibbles is one `and`, one shift and `and`, and gives two whole tiles in the order in which they
-//! are multiplied, with no shuffle between bytes. Planes are mask registers: `bits` masked additions give 64 bytes.
+//! Unpacking a 64-byte register of nibbles is one `and`, one shift and `and`, and gives two whole
+//! tiles in the order in which they are multiplied, with no shuffle between bytes. Planes are mask
+//! registers: `bits` masked additions give 64 bytes.
 //!
 //! # Proof of validity
-//! The length of the fields is that of the number of symbols, unused fields are zero, escapes and far list are used up.
+//! The length of the fields is that of the number of symbols, unused fields are zero, escapes and
+//! far list are used up.
 
 use crate::error::{DecodeError, EncodeError, ParamsError, TableError};
 use crate::escape::{Classified, Parts, resolve};
@@ -212,7 +218,8 @@ pub struct Chunk<'a> {
 }
 
 impl<'a> Chunk<'a> {
-    /// Splits a chunk of `symbols` symbols into its parts. Lengths and the far list are checked, the rest only decoding can prove.
+    /// Splits a chunk of `symbols` symbols into its parts. Lengths and the far list are checked,
+    /// the rest only decoding can prove.
     pub fn parse(params: Params, symbols: usize, chunk: &'a [u8]) -> Result<Self, DecodeError> {
         let field_bytes = params.field_bytes(symbols);
         let Parts { body, escapes, far } = Parts::parse(chunk, symbols, field_bytes)?;

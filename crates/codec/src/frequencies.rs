@@ -1,19 +1,21 @@
-//! Static frequencies of `rans` and `block-ans`: how they are chosen, their bytes, and the lookup tables they become.
+//! Static frequencies of `rans` and `block-ans`: how they are chosen, their bytes, and the lookup
+//! tables they become.
 //!
 //! # Bytes
 //! ```text
 //! u16 count | count x ( u8 symbol byte | u16 freq )      little-endian, symbol bytes strictly ascending
 //! ```
-//! Frequencies are at least 1 and sum to `2^prob_bits`; `cum` of an entry is the sum of those before it. With 16-bit
-//! states none is above 255, so that decoders keep them in bytes: a lone symbol at `prob_bits` 8 gets a companion entry of
-//! frequency 1.
+//! Frequencies are at least 1 and sum to `2^prob_bits`; `cum` of an entry is the sum of those
+//! before it. With 16-bit states none is above 255, so that decoders keep them in bytes: a lone
+//! symbol at `prob_bits` 8 gets a companion entry of frequency 1.
 //!
 //! # Choice
-//! The bits that a table costs, `sum count * (prob_bits - log2 freq)`, are a sum of convex functions of the frequencies.
-//! For such a sum, a distribution of the `2^prob_bits` slots that no move of a single slot improves is the best of all:
-//! slots are moved from where they are missed least to where they help most until nothing improves. Which symbols
-//! deserve an entry is found by trying: the most frequent one, the two most frequent, and so on, all others
-//! escaping at 8 bits more. Each trial starts from the last one's frequencies and needs few moves.
+//! The bits that a table costs, `sum count * (prob_bits - log2 freq)`, are a sum of convex
+//! functions of the frequencies. For such a sum, a distribution of the `2^prob_bits` slots that no
+//! move of a single slot improves is the best of all: slots are moved from where they are missed
+//! least to where they help most until nothing improves. Which symbols deserve an entry is found by
+//! trying: the most frequent one, the two most frequent, and so on, all others escaping at 8 bits
+//! more. Each trial starts from the last one's frequencies and needs few moves.
 
 use crate::ans::{self, PushEntry};
 use crate::error::{ParamsError, TableError};
@@ -75,7 +77,8 @@ impl Widths {
         1 << self.prob
     }
 
-    /// Largest frequency that decoders can hold: a byte with 16-bit states, 12 bits plus one with 32-bit states.
+    /// Largest frequency that decoders can hold: a byte with 16-bit states, 12 bits plus one with
+    /// 32-bit states.
     fn freq_max(self) -> u32 {
         if self.state == 16 {
             self.slots().min(255)
@@ -222,7 +225,8 @@ impl Frequencies {
     }
 }
 
-/// Bits of all symbols of `histogram` when symbol byte `b` (0: ESCAPE) costs `bits_of[b]`, infinite if it has no entry.
+/// Bits of all symbols of `histogram` when symbol byte `b` (0: ESCAPE) costs `bits_of[b]`, infinite
+/// if it has no entry.
 pub(crate) fn payload_bits(histogram: &Histogram, bits_of: &[f64; 256]) -> f64 {
     let escape_bits = bits_of[usize::from(ESCAPE)];
     let bits = histogram.iter().map(|(symbol, count)| {
@@ -297,7 +301,8 @@ fn check_entries(widths: Widths, entries: &[(u8, u16)]) -> Result<(), TableError
     }
 }
 
-/// The best frequencies for the `n` most frequent core symbols and ESCAPE, for one `n` after the other.
+/// The best frequencies for the `n` most frequent core symbols and ESCAPE, for one `n` after the
+/// other.
 struct Trial<'a> {
     widths: Widths,
     population: &'a Population,
@@ -356,7 +361,8 @@ impl<'a> Trial<'a> {
                 self.freqs[shrunk] -= 1;
                 sum -= 1;
             } else if gain_bits > loss_bits {
-                // A strict gain, and the same expression gives gain and loss of a slot: no slot goes back and forth.
+                // A strict gain, and the same expression gives gain and loss of a slot: no slot
+                // goes back and forth.
                 self.freqs[grown] += 1;
                 self.freqs[shrunk] -= 1;
             } else {
@@ -419,7 +425,8 @@ impl<'a> Trial<'a> {
         }
         let missing = self.widths.slots() - self.freqs.iter().sum::<u32>();
         if missing > 0 {
-            // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is ESCAPE itself.
+            // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is
+            // ESCAPE itself.
             let companion = if self.freqs[0] > 0 {
                 SYMBOL_BIAS as u8
             } else {
@@ -520,40 +527,52 @@ mod tests {
         }
     }
 
-    /// Every split of the slots among up to three entries, against the moves of single slots.
+    /// Every split of the slots among three entries, against the moves of single slots. Starting
+    /// from fewer entries, as `build` does, ESCAPE has slots to give up again.
     #[test]
     fn no_split_of_the_slots_is_better() {
         let widths = Widths { prob: 5, ..DEFAULT };
-        for counts in [
+        let samples = [
             [1u64, 1, 1],
             [100, 10, 1],
             [1000, 999, 1],
             [7, 3, 2],
             [1_000_000, 1, 1],
-        ] {
+        ];
+        for (counts, first) in samples
+            .into_iter()
+            .flat_map(|counts| [(counts, 0), (counts, 2)])
+        {
             let core: Vec<(u8, u64)> = (128..).zip(counts).collect();
-            let population = Population {
-                core,
-                core_total: counts.iter().sum(),
-                far_total: 0,
-            };
-            let mut trial = Trial::new(widths, &population);
-            assert!(trial.extend_to(3));
-            let cost = |freqs: [u32; 3]| -> f64 {
-                counts
-                    .iter()
-                    .zip(freqs)
-                    .map(|(&n, f)| n as f64 * (5.0 - f64::from(f).log2()))
-                    .sum()
-            };
-            let found = cost([trial.freqs[1], trial.freqs[2], trial.freqs[3]]);
-            for a in 1..=30 {
-                for b in 1..=31 - a {
-                    assert!(
-                        found <= cost([a, b, 32 - a - b]) + 1e-9,
-                        "{counts:?}: {:?}",
-                        trial.freqs
-                    );
+            for far_total in [0, 5, 2000] {
+                let core_total = counts.iter().sum();
+                let population = Population {
+                    core: core.clone(),
+                    core_total,
+                    far_total,
+                };
+                let mut trial = Trial::new(widths, &population);
+                for entries in first..=2 {
+                    assert!(trial.extend_to(entries));
+                }
+                let counts = [counts[0], counts[1], counts[2] + far_total];
+                let cost = |freqs: [u32; 3]| -> f64 {
+                    let bits = freqs.map(|freq| 5.0 - f64::from(freq).log2());
+                    counts
+                        .iter()
+                        .zip(bits)
+                        .map(|(&count, bits)| count as f64 * bits)
+                        .sum()
+                };
+                let found = cost([trial.freqs[1], trial.freqs[2], trial.freqs[0]]);
+                for a in 1..=30 {
+                    for b in 1..=31 - a {
+                        assert!(
+                            found <= cost([a, b, 32 - a - b]) + 1e-9,
+                            "{counts:?}: {:?}",
+                            trial.freqs
+                        );
+                    }
                 }
             }
         }

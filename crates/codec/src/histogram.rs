@@ -29,8 +29,9 @@ impl Histogram {
 
     /// Counts `symbols` in.
     pub fn add(&mut self, symbols: &[i16]) {
-        // Equal neighbours would wait for each other's increment: four columns of counters keep them apart, and u32
-        // counters for the symbols that matter stay in L1. The slices are short enough for u32 never to overflow.
+        // Equal neighbours would wait for each other's increment: four columns of counters keep
+        // them apart, and u32 counters for the symbols that matter stay in L1. The slices are short
+        // enough for u32 never to overflow.
         for symbols in symbols.chunks(1 << 30) {
             let mut core = [[0u32; 256]; 4];
             let mut quads = symbols.chunks_exact(4);
@@ -136,7 +137,8 @@ pub(crate) fn symbol_byte(symbol: i16) -> u8 {
 
 /// The symbols of a histogram as a table sees them.
 pub(crate) struct Population {
-    /// Symbol byte and count of the core symbols that occur: frequent ones first, ties by ascending byte.
+    /// Symbol byte and count of the core symbols that occur: frequent ones first, ties by ascending
+    /// byte.
     pub(crate) core: Vec<(u8, u64)>,
     /// Core symbols counted.
     pub(crate) core_total: u64,

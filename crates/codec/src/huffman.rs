@@ -1,37 +1,45 @@
 //! `huffman`: length-limited canonical Huffman codes; the coder that needs no multiplication.
 //!
 //! # Method
-//! Code lengths are the best possible under the limit `code_bits_max`, found by package-merge (Larmore and Hirschberg 1990): think of
-//! the code length of a symbol as coins of values 1/2, 1/4, ..., each at the price of the symbol's count; the cheapest coins
-//! that sum to `symbols - 1` are found by pairing the cheapest of each value into the next. The core alphabet is the one with the
-//! fewest bits in total, all others escaping at 8 bits more. Codes are canonical: ordered by length, then symbol byte.
+//! Code lengths are the best possible under the limit `code_bits_max`, found by package-merge
+//! (Larmore and Hirschberg 1990): think of the code length of a symbol as coins of values 1/2, 1/4,
+//! ..., each at the price of the symbol's count; the cheapest coins that sum to `symbols - 1` are
+//! found by pairing the cheapest of each value into the next. The core alphabet is the one with the
+//! fewest bits in total, all others escaping at 8 bits more. Codes are canonical: ordered by
+//! length, then symbol byte.
 //!
 //! # Bytes of the table (little-endian)
 //! ```text
 //! u16 count | count x ( u8 symbol byte | u8 code bits )      symbol bytes strictly ascending
 //! ```
-//! The codes are complete: the sum of `2^-bits` is exactly 1. A lone entry has 0 bits, which satisfies just that.
+//! The codes are complete: the sum of `2^-bits` is exactly 1. A lone entry has 0 bits, which
+//! satisfies just that.
 //!
 //! # Bytes of a chunk (little-endian)
 //! ```text
 //! u32 escape_bytes | u32 far_count | lanes x u32 lane_bytes | lane streams | escapes | far entries (6 bytes each)
 //! ```
-//! Symbol `i` is in lane `i % lanes`. A lane's bits fill its bytes from the lowest bit upward, and so do the bits of a code, first bit
-//! first (the code is stored bit-reversed): the next `code_bits_max` bits of a little-endian load are the index of the lookup table.
-//! The last byte of a lane is filled up with zeros.
+//! Symbol `i` is in lane `i % lanes`. A lane's bits fill its bytes from the lowest bit upward, and
+//! so do the bits of a code, first bit first (the code is stored bit-reversed): the next
+//! `code_bits_max` bits of a little-endian load are the index of the lookup table. The last byte of
+//! a lane is filled up with zeros.
 //!
 //! # Why this suits SIMD and GPUs
-//! A lane is one chain of dependent lookups, about 10 cycles a symbol; four lanes keep a scalar core busy. On a GPU a lane is a thread
-//! and the lookup table, 2^12 x 2 bytes, lies in shared memory; limited to 8 bits it takes 512 bytes. The code length is in the low byte of
-//! an entry so that a shift by the entry needs no mask where shifts are taken modulo the width.
+//! A lane is one chain of dependent lookups, some 10 cycles a symbol; four lanes keep a scalar core
+//! busy. On a GPU a lane is a thread and the lookup table, 2^12 x 2 bytes, lies in shared memory;
+//! limited to 8 bits it takes 512 bytes. The code length is in the low byte of an entry so that a
+//! shift by the entry needs no mask where shifts are taken modulo the width.
 //!
 //! # Proof of validity
-//! Decoders run optimistically, past the end of a lane if the bytes say so. A chunk is valid if and only if each lane's symbols end in
-//! the lane's last byte, the rest of that byte is zero, and escapes and far list are used up.
+//! Decoders run optimistically, past the end of a lane if the bytes say so. A chunk is valid if and
+//! only if each lane's symbols end in the lane's last byte, the rest of that byte is zero, and
+//! escapes and far list are used up.
 //!
 //! # Cost
-//! Whole bits for every symbol: 0.01 to 0.1 bit above the entropy for Gaussian weights at 2 bits and more, and much more below 1.5 bits. Run
-//! the example `rates`.
+//! Whole bits for every symbol. Above the entropy of 1.51, 2.25, 3.06 and 3.79 bits (Gaussian):
+//! 0.164, 0.075, 0.059 and 0.037 bit; limited to codes of 8 bits 0.164, 0.075, 0.068 and 0.050. The
+//! scalar coder in this crate, one Zen 5 core, shared: encode 0.55 to 0.7, decode 1.1 G symbols/s
+//! at every entropy (example `rates`).
 
 use crate::ESCAPE;
 use crate::error::{DecodeError, EncodeError, ParamsError, TableError};
@@ -112,7 +120,8 @@ impl Table {
         by_length.sort_unstable_by_key(|&(byte, bits)| (bits, byte));
         let mut lookup = vec![0; params.leaves()];
         let (mut codes, mut coded) = (Box::new([0; 256]), Box::new([false; 256]));
-        // Codes as numbers of `code_bits_max` bits, first bit highest: canonical order is numeric order.
+        // Codes as numbers of `code_bits_max` bits, first bit highest: canonical order is numeric
+        // order.
         let mut next_leaf = 0u32;
         for (byte, bits) in by_length {
             let reversed = if bits == 0 {
@@ -250,10 +259,12 @@ impl Table {
     }
 }
 
-/// Best code lengths of at most `bits_max` for `alphabet`, which ascends by count and has 1..=`2^bits_max` entries.
+/// Best code lengths of at most `bits_max` for `alphabet`, which ascends by count and has
+/// 1..=`2^bits_max` entries.
 fn package_merge(alphabet: &[(u64, u8)], bits_max: u8) -> Vec<u8> {
     let mut lengths = vec![0; alphabet.len()];
-    // One list of coins for every value, 2^-bits_max first: (price, whether it is a symbol's own coin and no package).
+    // One list of coins for every value, 2^-bits_max first: (price, whether it is a symbol's own
+    // coin and no package).
     let mut levels: Vec<Vec<bool>> = Vec::new();
     let mut packages: Vec<u64> = Vec::new();
     for _ in 0..bits_max {
@@ -281,8 +292,9 @@ fn package_merge(alphabet: &[(u64, u8)], bits_max: u8) -> Vec<u8> {
             .collect();
         levels.push(list.into_iter().map(|(_, own)| own).collect());
     }
-    // Coins of value 1/2 that sum to `symbols - 1`; each package taken stands for two coins of the level below. A symbol's code is
-    // as long as the number of its coins taken, and those of rarer symbols come first in every list.
+    // Coins of value 1/2 that sum to `symbols - 1`; each package taken stands for two coins of the
+    // level below. A symbol's code is as long as the number of its coins taken, and those of rarer
+    // symbols come first in every list.
     let mut take = 2 * (alphabet.len() - 1);
     for level in levels.iter().rev() {
         let own = level[..take].iter().filter(|&&own| own).count();
@@ -308,7 +320,8 @@ pub struct Chunk<'a> {
 }
 
 impl<'a> Chunk<'a> {
-    /// Splits a chunk of `symbols` symbols into its parts. Lengths and the far list are checked, the rest only decoding can prove.
+    /// Splits a chunk of `symbols` symbols into its parts. Lengths and the far list are checked,
+    /// the rest only decoding can prove.
     pub fn parse(params: Params, symbols: usize, chunk: &'a [u8]) -> Result<Self, DecodeError> {
         let index_bytes = usize::from(params.lanes) * 4;
         let Parts { body, escapes, far } = Parts::parse(chunk, symbols, index_bytes)?;
@@ -528,7 +541,7 @@ mod tests {
 
     #[test]
     fn a_chunk_by_hand() {
-        // Codes: 128 -> 0, 129 -> 10, ESCAPE -> 11 (equal lengths ascend by byte: ESCAPE 10, 129 11).
+        // Codes: 128 is 0; of equal lengths the lower byte comes first: ESCAPE is 10, 129 is 11.
         let params = Params {
             code_bits_max: 3,
             lanes: 2,

@@ -1,7 +1,8 @@
-//! A base-2 logarithm from the four basic operations alone, so that tables come out the same on every machine.
+//! A base-2 logarithm from the four basic operations alone, so that tables come out the same on
+//! every machine.
 //!
-//! The `log2` of the standard library is that of the platform, and may differ in the last bit; where two choices cost
-//! nearly the same, that bit would decide which table a file gets.
+//! The `log2` of the standard library is that of the platform, and may differ in the last bit;
+//! where two choices cost nearly the same, that bit would decide which table a file gets.
 
 /// log2 of `value` >= 1, within 1e-14; 0 for 0, so that `0 * log2(0)` is the 0 that entropy wants.
 pub(crate) fn log2(value: u64) -> f64 {
@@ -10,7 +11,8 @@ pub(crate) fn log2(value: u64) -> f64 {
     }
     let exponent = value.ilog2();
     let mantissa = value as f64 / (1u64 << exponent) as f64; // [1, 2)
-    // ln m = 2 artanh(y), y = (m - 1) / (m + 1) in [0, 1/3): every term is at most a ninth of the one before.
+    // ln m = 2 artanh(y), y = (m - 1) / (m + 1) in [0, 1/3): every term is at most a ninth of the
+    // one before.
     let y = (mantissa - 1.0) / (mantissa + 1.0);
     let y_squared = y * y;
     let mut series = 0.0;

@@ -1,8 +1,10 @@
-//! The slow decoder: each codec as its layout says it, one symbol after the other, every check in place.
+//! The slow decoder: each codec as its layout says it, one symbol after the other, every check in
+//! place.
 //!
-//! It shares with the fast decoders only the cutting of a chunk into its parts (`parse`). It is what "decodes correctly" means:
-//! the fast decoders accept the same chunks and give the same symbols, and tests compare them on good and on broken chunks. Which error is
-//! reported may differ, since fast decoders notice later.
+//! It shares with the fast decoders only the cutting of a chunk into its parts (`parse`). It is
+//! what "decodes correctly" means: the fast decoders accept the same chunks and give the same
+//! symbols, and tests compare them on good and on broken chunks. Which error is reported may
+//! differ, since fast decoders notice later.
 
 use crate::error::DecodeError;
 use crate::{ESCAPE, FarList, SYMBOL_BIAS, Table, block_ans, fixed, huffman, rans};
@@ -227,7 +229,8 @@ fn decode_block_ans(
     }
 }
 
-/// The symbol whose frequencies cover the slot of `state`; `state` becomes what it was before that symbol was coded.
+/// The symbol whose frequencies cover the slot of `state`; `state` becomes what it was before that
+/// symbol was coded.
 fn take_symbol(state: &mut u32, entries: &[(u8, u16)], prob_bits: u8) -> u8 {
     let slot = *state % (1 << prob_bits);
     let mut cum = 0;

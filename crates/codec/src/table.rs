@@ -4,7 +4,8 @@ use crate::error::{DecodeError, EncodeError, TableError};
 use crate::escape::widen;
 use crate::{Codec, FarList, Histogram, block_ans, fixed, huffman, rans};
 
-/// The static table of one tensor: what encoder and decoder must share, with the codec's parameters.
+/// The static table of one tensor: what encoder and decoder must share, with the codec's
+/// parameters.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Table {
@@ -19,8 +20,9 @@ pub enum Table {
 }
 
 impl Table {
-    /// The table of `codec` that codes symbols distributed as `histogram` in the fewest bits, escapes and the table itself
-    /// counted. The same on every machine. A symbol that is not in `histogram` may have no code.
+    /// The table of `codec` that codes symbols distributed as `histogram` in the fewest bits,
+    /// escapes and the table itself counted. The same on every machine. A symbol that is not in
+    /// `histogram` may have no code.
     pub fn build(codec: Codec, histogram: &Histogram) -> Result<Self, TableError> {
         Ok(match codec {
             Codec::Fixed(params) => Self::Fixed(fixed::Table::build(params, histogram)?),
@@ -70,8 +72,8 @@ impl Table {
         }
     }
 
-    /// Expected bits of all symbols of `histogram`: codes, escape bytes and far entries, without what a chunk or block costs beside
-    /// its symbols. Infinite if a symbol has no code.
+    /// Expected bits of all symbols of `histogram`: codes, escape bytes and far entries, without
+    /// what a chunk or block costs beside its symbols. Infinite if a symbol has no code.
     pub fn payload_bits(&self, histogram: &Histogram) -> f64 {
         match self {
             Self::Fixed(table) => table.payload_bits(histogram),
@@ -82,7 +84,8 @@ impl Table {
     }
 }
 
-/// Appends one chunk with all of `symbols` to `out`. The bytes depend on nothing else, so chunks may be encoded in parallel.
+/// Appends one chunk with all of `symbols` to `out`. The bytes depend on nothing else, so chunks
+/// may be encoded in parallel.
 ///
 /// Chunks of no symbols are refused. After an error, `out` is as it was.
 pub fn encode_chunk(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
@@ -118,8 +121,8 @@ pub fn decode_chunk(table: &Table, chunk: &[u8], out: &mut [i16]) -> Result<(), 
     Ok(())
 }
 
-/// Decodes a chunk of `out.len()` symbols to symbol bytes, 0 for far symbols, which the returned list names: what SIMD kernels
-/// compute with, and are compared with.
+/// Decodes a chunk of `out.len()` symbols to symbol bytes, 0 for far symbols, which the returned
+/// list names: what SIMD kernels compute with, and are compared with.
 ///
 /// After an error, `out` holds nothing of use.
 pub fn decode_chunk_bytes<'a>(

@@ -15,7 +15,7 @@ use crate::safetensors::UniqueMap;
 /// Name of the manifest.
 pub(crate) const MANIFEST_FILE: &str = "tersor.manifest.json";
 /// Bytes read at a time.
-const READ_BYTES: usize = 1 << 20;
+const READ_BYTES: usize = 1 << 17;
 
 /// Size and checksum of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

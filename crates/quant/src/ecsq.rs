@@ -96,7 +96,6 @@ impl Step {
             *q = (if u < 0.0 { -magnitude } else { magnitude }) as i16;
             *w = u;
         }
-        // Exact: |q| < 2^15, so products fit f64 with room for 2^23 of them.
         let (mut weight_symbol, mut symbol_symbol) = (0.0, 0.0);
         let mut block = [0f32; 256];
         for (u, q) in row.chunks(block.len()).zip(symbols.chunks(block.len())) {

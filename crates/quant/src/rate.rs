@@ -1,9 +1,10 @@
 //! Rate control for `ecsq`: what a tensor would cost at any step, and the step at which a model has a given size.
 //!
-//! [`RateModel::measure`] keeps, for each grid, a histogram of the normalized weights u = w / rms in bins of 1/256 over -16..16, and
-//! the weights beyond exactly (by Chebyshev's inequality at most one in 256). The symbols' counts at a step follow from the
-//! cumulative histogram, interpolated linearly inside the bins that a decision threshold cuts: accurate to a few 1e-4 bits from 1.5 to
-//! 6 bits per weight on real weights (`tests/real_weights.rs` asserts 0.003).
+//! [`RateModel::measure`] keeps, for each grid, a histogram of the normalized weights u = w / rms in bins of 1/1024 over -8..8, and
+//! the weights beyond exactly (by Chebyshev's inequality at most one in 64; in trained tensors a handful). The symbols' counts at a step
+//! follow from the cumulative histogram, interpolated linearly inside the bins that a decision threshold cuts. The bins are finer than
+//! bf16's spacing near a threshold, or else a tensor step, whose thresholds fall between the same two bf16 values in every row, would be
+//! misjudged. `tests/real_weights.rs` asserts 0.003 bit and prints the largest difference.
 
 use crate::quantize::{all_row_stats, check_shape};
 use crate::{EcsqParams, Grid, QuantizeError, Rows, SolveError};
@@ -19,14 +20,17 @@ pub const EMBEDDING_STEP_MULTIPLIER: f64 = 0.65;
 pub const VALUE_STEP_MULTIPLIER: f64 = 0.7;
 
 /// Histogram bins per rms.
-const BINS_PER_RMS: usize = 256;
+const BINS_PER_RMS: usize = 1024;
 /// Magnitude in rms from which weights are kept exactly.
-const TAIL: f32 = 16.0;
+const TAIL: f32 = 8.0;
 const BINS: usize = 2 * TAIL as usize * BINS_PER_RMS;
-/// Weights a measuring task takes: its histograms are 64 KiB each, so it should not be short.
+/// Weights a measuring task takes: its two histograms are 128 KiB each, so it should not be short.
 const TASK_WEIGHTS: usize = 1 << 20;
-/// log2 of the relative steps [`solve_step`] searches: about 11 bits per weight down to none.
-const LOG_STEPS: (f64, f64) = (-9.0, 4.0);
+/// [`solve_step`] searches relative steps 2^(k / 4096) with whole k: 0.00024 bit apart, and far enough for the answer not to depend on
+/// the last digit of a platform's logarithm.
+const STEPS_PER_OCTAVE: i32 = 4096;
+/// Range of k: about 11 bits per weight down to none.
+const STEP_INDEXES: (i32, i32) = (-9 * STEPS_PER_OCTAVE, 4 * STEPS_PER_OCTAVE);
 const SYMBOL_MAX: f64 = i16::MAX as f64;
 
 /// Expected number of each symbol; counts need not be whole.
@@ -65,7 +69,7 @@ pub struct RateModel {
 /// The distribution of u = w / rms.
 #[derive(Clone, Debug)]
 struct Distribution {
-    /// Bin whose lower edge is the first of `below`; bin b begins at u = b / 256 - 16.
+    /// Bin whose lower edge is the first of `below`; bin b begins at u = b / 1024 - 8.
     first_bin: usize,
     /// Number of weights below each bin edge, (bins in use + 1).
     below: Vec<f64>,
@@ -73,7 +77,7 @@ struct Distribution {
     moment_below: Vec<f64>,
     /// Sum of u^2 over all weights.
     energy: f64,
-    /// Weights of magnitude 16 and more, ascending.
+    /// Weights of magnitude 8 and more, ascending.
     tail: Vec<f32>,
 }
 
@@ -265,7 +269,7 @@ impl Bins {
                 normalized.iter_mut().zip(weights).for_each(|(u, &w)| *u = w * inverse);
             }
             for &u in normalized.iter() {
-                // Magnitudes of 16 and more fall outside: -16 exactly is caught by the comparison.
+                // Magnitudes of 8 and more fall outside: -8 exactly is caught by the comparison.
                 match self.counts.get_mut(((u + TAIL) * BINS_PER_RMS as f32) as usize) {
                     Some(count) if u > -TAIL => *count += 1,
                     _ => self.tail.push(u),
@@ -387,7 +391,7 @@ pub fn entropy_cost_bits(_tensor: usize, counts: &SymbolCounts) -> f64 {
     counts.entropy_bits() * counts.total()
 }
 
-/// Finds the common relative step at which the model has the target size, from below and within 0.0005 bit where the cost is
+/// Finds the common relative step at which the model has the target size, from below and within 0.0003 bit where the cost is
 /// continuous.
 ///
 /// `cost_bits(tensor index, expected counts)` returns the coded bits of a tensor: payload and table, without scales. It is called for
@@ -406,8 +410,8 @@ pub fn solve_step(
     check(tensors, target)?;
     let rounding = f64::from(target.rounding);
     let weights = tensors.iter().map(|t| t.model.weights()).sum::<f64>() + target.fixed_weights;
-    let evaluate = |log_step: f64| -> Solution {
-        let relative_step = log_step.exp2();
+    let evaluate = |index: i32| -> Solution {
+        let relative_step = (f64::from(index) / f64::from(STEPS_PER_OCTAVE)).exp2();
         let each: Vec<(f64, EcsqParams)> = tensors
             .par_iter()
             .enumerate()
@@ -427,20 +431,18 @@ pub fn solve_step(
         Solution { relative_step, bpw: bits / weights, params: each.into_iter().map(|(_, params)| params).collect() }
     };
 
-    let (mut fine_at, mut coarse_at) = LOG_STEPS;
+    let (mut fine_at, mut coarse_at) = STEP_INDEXES;
     let (mut fine, mut coarse) = (evaluate(fine_at), evaluate(coarse_at));
     if !(coarse.bpw <= target.bpw && target.bpw <= fine.bpw) {
         return Err(SolveError::OutOfReach { target_bpw: target.bpw, least_bpw: coarse.bpw, most_bpw: fine.bpw });
     }
     // The rate is nearly linear in log2(step), so interpolation takes few steps; every third is a bisection, which bounds them.
-    for round in 0..60 {
-        if target.bpw - coarse.bpw < 5e-4 || coarse_at - fine_at < 1e-7 {
-            break;
-        }
-        let share = (target.bpw - coarse.bpw) / (fine.bpw - coarse.bpw);
-        // aim a little below the target: the answer comes from the coarse side
-        let share = if round % 3 == 2 { 0.5 } else { share - 2e-4 / (fine.bpw - coarse.bpw) };
-        let middle_at = coarse_at - (coarse_at - fine_at) * share.clamp(0.001, 0.999);
+    let mut round = 0;
+    while coarse_at - fine_at > 1 {
+        round += 1;
+        let share = if round % 3 == 0 { 0.5 } else { (target.bpw - coarse.bpw) / (fine.bpw - coarse.bpw) };
+        let middle_at = coarse_at - (f64::from(coarse_at - fine_at) * share) as i32;
+        let middle_at = middle_at.clamp(fine_at + 1, coarse_at - 1);
         let middle = evaluate(middle_at);
         if middle.bpw <= target.bpw {
             (coarse_at, coarse) = (middle_at, middle);

@@ -45,11 +45,16 @@ pub(crate) fn row_stats(row: usize, weights: &[f32]) -> Result<RowStats, Quantiz
     Ok(RowStats { abs_max, energy: lane_sum(weights, weights, |w, _| f64::from(w) * f64::from(w)) })
 }
 
+/// `floor(log2(x))` of a positive, normal x, from its bits: the same on every machine.
+fn binary_exponent(x: f64) -> i32 {
+    (x.to_bits() >> 52 & 0x7ff) as i32 - 1023
+}
+
 /// The power of two by which weights are multiplied before f32 arithmetic: 0 unless their magnitude is so extreme that a step or
 /// its reciprocal would leave f32's normal range.
 pub(crate) fn guard_exponent(abs_max: f32) -> i32 {
-    let exponent = f64::from(abs_max).log2().floor();
-    if abs_max == 0.0 || exponent.abs() < 60.0 { 0 } else { -exponent as i32 }
+    let exponent = binary_exponent(f64::from(abs_max));
+    if abs_max == 0.0 || exponent.abs() < 60 { 0 } else { -exponent }
 }
 
 /// Multiplies by `2^exponent`, exactly but for weights that underflow.
@@ -71,7 +76,7 @@ pub(crate) fn to_f16(scales: &[f64]) -> (Vec<u16>, i8) {
         most = most.max(s);
     }
     let normal = least >= f16::MIN_POSITIVE.to_f64() && most <= f16::MAX.to_f64();
-    let exponent = if most == 0.0 || normal { 0 } else { (most.log2().floor() as i32 - 14).clamp(-128, 127) };
+    let exponent = if most == 0.0 || normal { 0 } else { (binary_exponent(most) - 14).clamp(-128, 127) };
     let factor = 2f64.powi(-exponent);
     (scales.iter().map(|&s| f16::from_f64(s * factor).to_bits()).collect(), exponent as i8)
 }
