@@ -7,9 +7,8 @@ use crate::model::config::Config;
 use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::names::{self, LinearInfo};
 use crate::model::weights::{LinearId, LinearKind};
-use crate::model::{ModelError, find};
+use crate::model::{find, wrong_form};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tersor_codec::Codec;
 use tersor_cpu::{Dense, DenseType, KernelScales, Pool};
 use tersor_format::{CodedTensor, DecodedForm, Dtype, ModelDir, RawTensor, Tensor};
@@ -243,8 +242,7 @@ impl TensorSet {
 
 fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
     let tensor = find(dir, &info.name, &[info.rows, info.cols])?;
-    let unusable =
-        |found: String| ModelError::TensorForm { place: dir.place(&info.name), expected: "entropy coded, F32, BF16 or F16", found };
+    let unusable = |found: String| wrong_form(dir, &info.name, "entropy coded, F32, BF16 or F16", found);
     let source = match tensor {
         Tensor::Coded(tensor) => {
             let scales = KernelScales::from_coded(tensor);
@@ -260,19 +258,14 @@ fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
 /// Compares the checksums of every tensor of the directory, in parallel, the largest first; `then(name)` runs on the same thread
 /// right after the check of a tensor, while its bytes are still in the cache.
 ///
-/// The error is that of the first bad tensor in the order of names, whatever the number of threads.
+/// The error is that of the first bad tensor in the order of names, whatever the number of threads: damage does not end the sweep.
 pub(super) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync)) -> Result<(), OpenError> {
     let mut tensors: Vec<(&str, &Tensor)> = dir.tensors().collect();
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes()));
-    let failed = AtomicBool::new(false);
     let failures: Mutex<Vec<(&str, OpenError)>> = Mutex::new(Vec::new());
     pool.run(tensors.len(), &|task| {
         let (name, tensor) = tensors[task];
-        if failed.load(Ordering::Relaxed) {
-            return;
-        }
         if let Err(error) = check(dir, name, tensor).and_then(|()| then(name)) {
-            failed.store(true, Ordering::Relaxed);
             failures.lock().unwrap_or_else(|e| e.into_inner()).push((name, error));
         }
     });
