@@ -7,7 +7,8 @@ use std::ptr::NonNull;
 /// Alignment in bytes: a cache line, and a whole AVX-512 register.
 const ALIGN: usize = 64;
 
-/// A byte buffer that starts on a cache line. It comes zeroed from the system, so that pages nobody writes cost nothing.
+/// A byte buffer that starts on a cache line. It comes zeroed from the system, so that pages nobody
+/// writes cost nothing.
 pub(crate) struct AlignedBytes {
     start: NonNull<u8>,
     len: usize,
@@ -31,7 +32,10 @@ impl AlignedBytes {
         let layout = AlignedBytes::layout(len);
         // SAFETY: the layout has a size above 0.
         let start = unsafe { alloc::alloc_zeroed(layout) };
-        AlignedBytes { start: NonNull::new(start).unwrap_or_else(|| alloc::handle_alloc_error(layout)), len }
+        AlignedBytes {
+            start: NonNull::new(start).unwrap_or_else(|| alloc::handle_alloc_error(layout)),
+            len,
+        }
     }
 
     /// Makes it at least `len` bytes long; what it held is lost if it grows.
@@ -46,7 +50,10 @@ impl AlignedBytes {
 
 impl Default for AlignedBytes {
     fn default() -> AlignedBytes {
-        AlignedBytes { start: NonNull::without_provenance(std::num::NonZero::new(ALIGN).expect("not 0")), len: 0 }
+        AlignedBytes {
+            start: NonNull::without_provenance(std::num::NonZero::new(ALIGN).expect("not 0")),
+            len: 0,
+        }
     }
 }
 

@@ -16,8 +16,11 @@ pub enum KernelError {
         /// What the codec says.
         source: DecodeError,
     },
-    /// A chunk decodes to symbols that the tensor's header excludes, so that they do not fit the decoded form.
-    #[error("chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives")]
+    /// A chunk decodes to symbols that the tensor's header excludes, so that they do not fit the
+    /// decoded form.
+    #[error(
+        "chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives"
+    )]
     OutOfRange {
         /// Index in the tensor.
         chunk: usize,
@@ -55,13 +58,16 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// Order in which errors of parallel tasks are reported, so that the same input gives the same error: by job, then by chunk.
+    /// Order in which errors of parallel tasks are reported, so that the same input gives the same
+    /// error: by job, then by chunk.
     pub(crate) fn place(&self) -> (usize, usize) {
         match *self {
             KernelError::Corrupt { job, chunk, .. } => (job, chunk),
             KernelError::OutOfRange { chunk, .. } => (0, chunk),
             KernelError::Shape { job, .. } => (job, 0),
-            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => (usize::MAX, 0),
+            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => {
+                (usize::MAX, 0)
+            }
         }
     }
 }
@@ -79,6 +85,9 @@ impl FirstError {
     }
 
     pub(crate) fn into_result(self) -> Result<(), KernelError> {
-        self.0.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+        self.0
+            .into_inner()
+            .unwrap_or_else(|e| e.into_inner())
+            .map_or(Ok(()), Err)
     }
 }

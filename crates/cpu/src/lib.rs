@@ -1,6 +1,7 @@
 //! CPU kernels: decode, GEMV and GEMM at every SIMD level.
 //!
-//! Every result is the same to the bit at every [`Level`], for coded and decoded weights, for any number of threads and however tokens are batched; the crate opens no file.
+//! Every result is the same to the bit at every [`Level`], for coded and decoded weights, for any
+//! number of threads and however tokens are batched; the crate opens no file.
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod activations;
@@ -51,14 +52,19 @@ pub(crate) struct SharedOut<'a, T> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it is a `&mut [T]` whose parts are handed out by `slice`, whose contract demands that they be disjoint.
+// SAFETY: it is a `&mut [T]` whose parts are handed out by `slice`, whose contract demands that
+// they be disjoint.
 unsafe impl<T: Send> Sync for SharedOut<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for SharedOut<'_, T> {}
 
 impl<'a, T> SharedOut<'a, T> {
     pub(crate) fn new(out: &'a mut [T]) -> SharedOut<'a, T> {
-        SharedOut { start: out.as_mut_ptr(), len: out.len(), lifetime: PhantomData }
+        SharedOut {
+            start: out.as_mut_ptr(),
+            len: out.len(),
+            lifetime: PhantomData,
+        }
     }
 
     /// `len` elements from `at` on.
@@ -70,7 +76,11 @@ impl<'a, T> SharedOut<'a, T> {
     /// If the slice reaches beyond the end.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn slice(&self, at: usize, len: usize) -> &'a mut [T] {
-        assert!(at <= self.len && len <= self.len - at, "{at} + {len} is beyond {}", self.len);
+        assert!(
+            at <= self.len && len <= self.len - at,
+            "{at} + {len} is beyond {}",
+            self.len
+        );
         // SAFETY: within the borrowed slice, as just checked, and disjoint from all others by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }

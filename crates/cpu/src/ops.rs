@@ -1,10 +1,14 @@
-//! What a transformer needs besides its linears, in f32. Every operation gives the same bits at every level and thread count.
+//! What a transformer needs besides its linears, in f32. Every operation gives the same bits at
+//! every level and thread count.
 //!
-//! Sums run in 16 fixed lanes: lane `j` adds the elements `j, j + 16, ...` in order, then the lanes are added as a balanced tree (8 apart, 4, 2, 1).
-//! Products and sums are rounded one by one, never fused. `exp` is our own, so that no libm decides a token.
+//! Sums run in 16 fixed lanes: lane `j` adds the elements `j, j + 16, ...` in order, then the lanes
+//! are added as a balanced tree (8 apart, 4, 2, 1). Products and sums are rounded one by one, never
+//! fused. `exp` is our own, so that no libm decides a token.
 
 use half::f16;
 
+use crate::dense::dot_block;
+use crate::isa::per_isa;
 use crate::level::per_level;
 use crate::{Level, Pool, SharedOut};
 
@@ -40,9 +44,11 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     fold(lanes)
 }
 
-/// `e^x`, within 2e-7 of the exact value relatively: 0 below about -87.3 (where the result would be subnormal), infinite above about 88.7, NaN for NaN.
+/// `e^x`, within 2e-7 of the exact value relatively: 0 below about -87.3 (where the result would be
+/// subnormal), infinite above about 88.7, NaN for NaN.
 ///
-/// Cody and Waite's reduction to `|r| <= ln 2 / 2`, then the Taylor polynomial of degree 7 in Horner's form; only additions and multiplications that are rounded one by one.
+/// Cody and Waite's reduction to `|r| <= ln 2 / 2`, then the Taylor polynomial of degree 7 in
+/// Horner's form; only additions and multiplications that are rounded one by one.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_145_75; // 16 significant bits: products with |n| <= 256 are exact
@@ -106,8 +112,9 @@ per_level! {
 }
 
 per_level! {
-    /// Rotary position embedding, as Hugging Face's Llama turns the halves of a head: for `i < head_dim / 2`,
-    /// `(x[i], x[i + head_dim / 2])` becomes `(x[i] cos - x[i + head_dim / 2] sin, x[i + head_dim / 2] cos + x[i] sin)`.
+    /// Rotary position embedding, as Hugging Face's Llama turns the halves of a head: for `i <
+    /// head_dim / 2`, `(x[i], x[i + head_dim / 2])` becomes `(x[i] cos - x[i + head_dim / 2] sin,
+    /// x[i + head_dim / 2] cos + x[i] sin)`.
     ///
     /// `x`: (tokens, heads, head_dim); `cos`, `sin`: (tokens, head_dim / 2).
     ///
@@ -155,7 +162,8 @@ fn softmax_body(x: &mut [f32]) {
     }
 }
 
-/// The greatest element; the order does not matter for a maximum. NaNs are passed over (and then poison the sum).
+/// The greatest element; the order does not matter for a maximum. NaNs are passed over (and then
+/// poison the sum).
 #[inline(always)]
 fn max_of(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -168,7 +176,9 @@ fn max_of(x: &[f32]) -> f32 {
     for x in tail {
         lanes[0] = if *x > lanes[0] { *x } else { lanes[0] };
     }
-    lanes.into_iter().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m })
+    lanes
+        .into_iter()
+        .fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m })
 }
 
 per_level! {
@@ -211,7 +221,8 @@ per_level! {
     }
 }
 
-/// Index of the greatest element, the first of equals; NaNs never win. 0 if there is nothing greater than minus infinity.
+/// Index of the greatest element, the first of equals; NaNs never win. 0 if there is nothing
+/// greater than minus infinity.
 pub fn argmax(x: &[f32]) -> usize {
     let mut best = (f32::NEG_INFINITY, 0);
     for (i, v) in x.iter().enumerate() {
@@ -232,8 +243,12 @@ mod sealed {
 pub trait KvElement: sealed::Sealed + Copy + Default + Send + Sync + 'static {
     /// Exact.
     fn load(self) -> f32;
-    /// Rounded to nearest even; values beyond the largest finite one of the type become that, so that one outlier does not turn a row into NaNs.
+    /// Rounded to nearest even; values beyond the largest finite one of the type become that, so
+    /// that one outlier does not turn a row into NaNs.
     fn store(x: f32) -> Self;
+    /// The values in f32: themselves, or converted into `buffer`, which is long enough.
+    #[doc(hidden)]
+    fn widen<'a>(level: Level, x: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
 }
 
 impl KvElement for f32 {
@@ -245,6 +260,9 @@ impl KvElement for f32 {
     fn store(x: f32) -> f32 {
         x
     }
+    fn widen<'a>(_level: Level, x: &'a [f32], _buffer: &'a mut [f32]) -> &'a [f32] {
+        x
+    }
 }
 
 impl KvElement for f16 {
@@ -254,21 +272,42 @@ impl KvElement for f16 {
     }
     #[inline(always)]
     fn store(x: f32) -> f16 {
-        f16::from_f32_const(if x.is_nan() { x } else { x.clamp(-65504.0, 65504.0) })
+        f16::from_f32_const(if x.is_nan() {
+            x
+        } else {
+            x.clamp(-65504.0, 65504.0)
+        })
+    }
+    fn widen<'a>(level: Level, x: &'a [f16], buffer: &'a mut [f32]) -> &'a [f32] {
+        let buffer = &mut buffer[..x.len()];
+        widen_f16(level, x, buffer);
+        buffer
     }
 }
 
-/// f16 bits to f32, exact; branch-free integer arithmetic, so that it vectorizes at every level. NaNs keep their payload.
+/// f16 bits to f32, exact; branch-free integer arithmetic, so that it vectorizes at every level.
+/// NaNs keep their payload.
 #[inline(always)]
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let sign = u32::from(bits & 0x8000) << 16;
     let magnitude = u32::from(bits & 0x7fff);
-    // Normal numbers: shift into place and rebias the exponent by 112. Infinities and NaNs: rebias once more.
-    let rebias = if magnitude >= 0x7c00 { 224u32 << 23 } else { 112 << 23 };
+    // Normal numbers: shift into place and rebias the exponent by 112. Infinities and NaNs: rebias
+    // once more.
+    let rebias = if magnitude >= 0x7c00 {
+        224u32 << 23
+    } else {
+        112 << 23
+    };
     let normal = (magnitude << 13) + rebias;
     // Subnormal numbers: magnitude * 2^-24, by an exact conversion and an exact product.
     let subnormal = (magnitude as i32 as f32 * 5.960_464_5e-8).to_bits();
-    f32::from_bits(sign | if magnitude < 0x0400 { subnormal } else { normal })
+    f32::from_bits(
+        sign | if magnitude < 0x0400 {
+            subnormal
+        } else {
+            normal
+        },
+    )
 }
 
 /// Copies f32 values into a cache, each by [`KvElement::store`].
@@ -297,7 +336,8 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
-/// Keys and values of one layer: a slice of (kv_heads, capacity, head_dim) each, of which the positions that the call can see are filled.
+/// Keys and values of one layer: a slice of (kv_heads, capacity, head_dim) each, of which the
+/// positions that the call can see are filled.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a, E> {
     /// (kv_heads, capacity, head_dim)
@@ -310,18 +350,51 @@ pub struct KvView<'a, E> {
 
 /// Causal attention of `tokens` new tokens at positions `position ..`, parallel over heads and tokens.
 ///
-/// `q`, `out`: (tokens, heads, head_dim). The cache already holds the keys and values of the new tokens. Every token's result depends only on its own query and on the positions
-/// it sees, so it does not matter how a prompt is sliced.
+/// `q`, `out`: (tokens, heads, head_dim). The cache already holds the keys and values of the new
+/// tokens. Every token's result depends only on its own query and on the positions it sees, so it
+/// does not matter how a prompt is sliced.
 ///
 /// # Panics
 /// If the lengths disagree with the shape, `position + tokens > capacity`, or a window is 0.
-pub fn attend<E: KvElement>(pool: &Pool, level: Level, shape: Attention, q: &[f32], tokens: usize, position: usize, kv: KvView<'_, E>, out: &mut [f32]) {
-    let Attention { heads, kv_heads, head_dim, .. } = shape;
-    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{kv_heads} key heads cannot serve {heads} query heads");
-    assert!(shape.window != Some(0), "a window of 0 positions sees nothing");
-    assert!(q.len() == tokens * heads * head_dim && out.len() == q.len(), "q and out must be (tokens, heads, head_dim)");
-    assert!(kv.keys.len() == kv_heads * kv.capacity * head_dim && kv.values.len() == kv.keys.len(), "keys and values must be (kv_heads, capacity, head_dim)");
-    assert!(position + tokens <= kv.capacity, "the cache has {} positions, {} are needed", kv.capacity, position + tokens);
+#[allow(clippy::too_many_arguments)] // Each is a dimension or a buffer of its own, as for every op here.
+pub fn attend<E: KvElement>(
+    pool: &Pool,
+    level: Level,
+    shape: Attention,
+    q: &[f32],
+    tokens: usize,
+    position: usize,
+    kv: KvView<'_, E>,
+    out: &mut [f32],
+) {
+    let Attention {
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = shape;
+    assert!(
+        kv_heads > 0 && heads.is_multiple_of(kv_heads),
+        "{kv_heads} key heads cannot serve {heads} query heads"
+    );
+    assert!(
+        shape.window != Some(0),
+        "a window of 0 positions sees nothing"
+    );
+    assert!(
+        q.len() == tokens * heads * head_dim && out.len() == q.len(),
+        "q and out must be (tokens, heads, head_dim)"
+    );
+    assert!(
+        kv.keys.len() == kv_heads * kv.capacity * head_dim && kv.values.len() == kv.keys.len(),
+        "keys and values must be (kv_heads, capacity, head_dim)"
+    );
+    assert!(
+        position + tokens <= kv.capacity,
+        "the cache has {} positions, {} are needed",
+        kv.capacity,
+        position + tokens
+    );
     if q.is_empty() {
         return;
     }
@@ -331,50 +404,147 @@ pub fn attend<E: KvElement>(pool: &Pool, level: Level, shape: Attention, q: &[f3
         let (token, kv_head) = (task / kv_heads, task % kv_heads);
         let end = position + token + 1;
         let start = shape.window.map_or(0, |w| end.saturating_sub(w));
-        let cached = (kv_head * kv.capacity + start) * head_dim..(kv_head * kv.capacity + end) * head_dim;
+        let cached =
+            (kv_head * kv.capacity + start) * head_dim..(kv_head * kv.capacity + end) * head_dim;
         let at = (token * heads + kv_head * group) * head_dim;
         // SAFETY: each (token, kv_head) has its own `group * head_dim` elements of `out`.
         let out = unsafe { out.slice(at, group * head_dim) };
-        SCORES.with_borrow_mut(|scores| {
-            scores.resize(end - start, 0.0);
-            attend_group(level, &q[at..][..group * head_dim], &kv.keys[cached.clone()], &kv.values[cached], shape.scale, scores, out);
-        });
+        let group = Group {
+            level,
+            head_dim,
+            q: &q[at..][..group * head_dim],
+            keys: &kv.keys[cached.clone()],
+            values: &kv.values[cached],
+            scale: shape.scale,
+        };
+        SCRATCH.with_borrow_mut(|scratch| group.attend(scratch, out));
     });
 }
 
 thread_local! {
-    /// One score a position, kept between calls so that a step allocates nothing.
-    static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// Kept between calls, so that a step allocates nothing.
+    static SCRATCH: std::cell::RefCell<AttendScratch> = const { std::cell::RefCell::new(AttendScratch { scores: Vec::new(), wide: Vec::new() }) };
+}
+
+struct AttendScratch {
+    /// (group, positions)
+    scores: Vec<f32>,
+    /// Keys or values of some positions in f32.
+    wide: Vec<f32>,
+}
+
+/// Elements of keys or values that are widened at a time: 16 KiB, half of a usual L1 cache.
+const WIDE: usize = 4096;
+
+/// The query heads that share one key head, for one token.
+struct Group<'a, E> {
+    level: Level,
+    head_dim: usize,
+    /// (group, head_dim)
+    q: &'a [f32],
+    /// (positions, head_dim)
+    keys: &'a [E],
+    /// (positions, head_dim)
+    values: &'a [E],
+    scale: f32,
+}
+
+impl<E: KvElement> Group<'_, E> {
+    /// `out = softmax(q K^T scale) V`, (group, head_dim). Keys and values are widened once for all
+    /// heads of the group.
+    fn attend(&self, scratch: &mut AttendScratch, out: &mut [f32]) {
+        let (head_dim, level) = (self.head_dim, self.level);
+        let positions = self.keys.len() / head_dim;
+        let block = (WIDE / head_dim).max(1);
+        scratch
+            .scores
+            .resize(self.q.len() / head_dim * positions, 0.0);
+        scratch.wide.resize(block * head_dim, 0.0);
+        let (scores, wide) = (&mut scratch.scores[..], &mut scratch.wide[..]);
+        for (i, keys) in self.keys.chunks(block * head_dim).enumerate() {
+            let keys = E::widen(level, keys, wide);
+            for (q, scores) in self
+                .q
+                .chunks_exact(head_dim)
+                .zip(scores.chunks_exact_mut(positions))
+            {
+                score(
+                    level,
+                    q,
+                    keys,
+                    self.scale,
+                    &mut scores[i * block..][..keys.len() / head_dim],
+                );
+            }
+        }
+        for scores in scores.chunks_exact_mut(positions) {
+            softmax(level, scores);
+        }
+        out.fill(0.0);
+        for (i, values) in self.values.chunks(block * head_dim).enumerate() {
+            let values = E::widen(level, values, wide);
+            for (out, scores) in out
+                .chunks_exact_mut(head_dim)
+                .zip(scores.chunks_exact(positions))
+            {
+                mix(
+                    level,
+                    &scores[i * block..][..values.len() / head_dim],
+                    values,
+                    out,
+                );
+            }
+        }
+    }
+}
+
+per_isa! {
+    /// `scores[p] = (q . keys[p]) * scale`. `keys`: (positions, q.len())
+    fn score(isa; q: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) {
+        const TOGETHER: usize = 4;
+        let (fours, rest) = scores.as_chunks_mut::<TOGETHER>();
+        let (keys_of_fours, keys_of_rest) = keys.split_at(fours.len() * TOGETHER * q.len());
+        for (keys, scores) in keys_of_fours.chunks_exact(TOGETHER * q.len()).zip(fours) {
+            dot_block::<_, TOGETHER>(isa, keys, q, scores);
+            for score in scores {
+                *score *= scale;
+            }
+        }
+        for (key, score) in keys_of_rest.chunks_exact(q.len()).zip(rest) {
+            dot_block::<_, 1>(isa, key, q, std::slice::from_mut(score));
+            *score *= scale;
+        }
+    }
+}
+
+per_isa! {
+    /// `out[d] += p[i] * values[i, d]` for all `i` in order.
+    fn mix(isa; p: &[f32], values: &[f32], out: &mut [f32]) {
+        let head_dim = out.len();
+        let (out16, tail) = out.as_chunks_mut::<LANES>();
+        let whole = out16.len() * LANES;
+        for (block, out) in out16.iter_mut().enumerate() {
+            let mut acc = isa.floats(out);
+            for (p, value) in p.iter().zip(values.chunks_exact(head_dim)) {
+                let value = value[block * LANES..].first_chunk().expect("a whole block of lanes");
+                acc = isa.multiply_add(acc, isa.floats(&[*p; LANES]), isa.floats(value));
+            }
+            isa.store_floats(acc, out);
+        }
+        for (p, value) in p.iter().zip(values.chunks_exact(head_dim)) {
+            for (out, v) in tail.iter_mut().zip(&value[whole..]) {
+                *out += p * v;
+            }
+        }
+    }
 }
 
 per_level! {
-    /// Attention of the query heads that share one key head, for one token: `out = softmax(q K^T scale) V`.
-    ///
-    /// `q`, `out`: (group, head_dim); `keys`, `values`: (positions, head_dim); `scores`: (positions), scratch.
-    fn attend_group[E: KvElement](q: &[f32], keys: &[E], values: &[E], scale: f32, scores: &mut [f32], out: &mut [f32]) {
-        let head_dim = keys.len() / scores.len();
-        for (q, out) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
-            let (q16, q_tail) = q.as_chunks::<LANES>();
-            for (key, score) in keys.chunks_exact(head_dim).zip(scores.iter_mut()) {
-                let mut lanes = [0f32; LANES];
-                let (k16, k_tail) = key.as_chunks::<LANES>();
-                for (q, k) in q16.iter().zip(k16) {
-                    for j in 0..LANES {
-                        lanes[j] += q[j] * k[j].load();
-                    }
-                }
-                for (j, (q, k)) in q_tail.iter().zip(k_tail).enumerate() {
-                    lanes[j] += q * k.load();
-                }
-                *score = fold(lanes) * scale;
-            }
-            softmax_body(scores);
-            out.fill(0.0);
-            for (value, p) in values.chunks_exact(head_dim).zip(scores.iter()) {
-                for (out, v) in out.iter_mut().zip(value) {
-                    *out += p * v.load();
-                }
-            }
+    /// Widens f16 values. Integer arithmetic that vectorizes: no slower than the cache it reads
+    /// from, and the heads of a group share it.
+    fn widen_f16(x: &[f16], out: &mut [f32]) {
+        for (x, out) in x.iter().zip(out) {
+            *out = f16_to_f32(x.to_bits());
         }
     }
 }
@@ -428,7 +598,10 @@ mod tests {
     fn every_f16_widens_exactly() {
         for bits in 0..=u16::MAX {
             let (ours, theirs) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
-            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}: {ours} {theirs}");
+            assert!(
+                ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(),
+                "{bits:#x}: {ours} {theirs}"
+            );
         }
     }
 
@@ -437,7 +610,11 @@ mod tests {
         assert_eq!(<f16 as KvElement>::store(1e6), f16::MAX);
         assert_eq!(<f16 as KvElement>::store(-1e6), f16::MIN);
         assert!(<f16 as KvElement>::store(f32::NAN).is_nan());
-        assert_eq!(<f16 as KvElement>::store(1.0 + 1.0 / 2048.0).load(), 1.0, "a tie goes to even");
+        assert_eq!(
+            <f16 as KvElement>::store(1.0 + 1.0 / 2048.0).load(),
+            1.0,
+            "a tie goes to even"
+        );
         let mut out = [0f32; 2];
         store_kv(&[1.5, -2.0], &mut out);
         assert_eq!(out, [1.5, -2.0]);
@@ -446,12 +623,22 @@ mod tests {
     #[test]
     fn by_hand() {
         let mut out = [0.0; 4];
-        rms_norm(Level::Scalar, &[3.0, 4.0, 0.0, 0.0], &[1.0, 2.0], 0.0, &mut out);
+        rms_norm(
+            Level::Scalar,
+            &[3.0, 4.0, 0.0, 0.0],
+            &[1.0, 2.0],
+            0.0,
+            &mut out,
+        );
         let r = 1.0 / 12.5f32.sqrt();
         assert_eq!(out[..2], [3.0 * r, 4.0 * r * 2.0]);
         let mut x = [1.0, 2.0, 3.0, 4.0];
         rope(Level::Scalar, &mut x, 1, 1, &[0.0, 1.0], &[1.0, 0.0]);
-        assert_eq!(x, [-3.0, 2.0, 1.0, 4.0], "the first pair (1, 3) turns by 90 degrees, the second stays");
+        assert_eq!(
+            x,
+            [-3.0, 2.0, 1.0, 4.0],
+            "the first pair (1, 3) turns by 90 degrees, the second stays"
+        );
         let mut x = [0.0, std::f32::consts::LN_2];
         softmax(Level::Scalar, &mut x);
         assert!((x[0] - 1.0 / 3.0).abs() < 1e-7 && (x[1] - 2.0 / 3.0).abs() < 1e-7);
@@ -466,32 +653,78 @@ mod tests {
     }
 
     /// Attention in f64, straight from the definition.
-    fn attention_in_f64(shape: Attention, q: &[f32], token: usize, position: usize, keys: &[f32], values: &[f32], capacity: usize) -> Vec<f64> {
-        let Attention { heads, kv_heads, head_dim, .. } = shape;
+    fn attention_in_f64(
+        shape: Attention,
+        q: &[f32],
+        token: usize,
+        position: usize,
+        keys: &[f32],
+        values: &[f32],
+        capacity: usize,
+    ) -> Vec<f64> {
+        let Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = shape;
         let mut out = Vec::new();
         for h in 0..heads {
             let kv = h / (heads / kv_heads);
             let q = &q[(token * heads + h) * head_dim..][..head_dim];
             let end = position + token + 1;
             let start = end.saturating_sub(shape.window.unwrap_or(end));
-            let row = |x: &[f32], p: usize| -> Vec<f64> { x[(kv * capacity + p) * head_dim..][..head_dim].iter().map(|v| f64::from(*v)).collect() };
+            let row = |x: &[f32], p: usize| -> Vec<f64> {
+                x[(kv * capacity + p) * head_dim..][..head_dim]
+                    .iter()
+                    .map(|v| f64::from(*v))
+                    .collect()
+            };
             let e: Vec<f64> = (start..end)
-                .map(|p| (row(keys, p).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum::<f64>() * f64::from(shape.scale)).exp())
+                .map(|p| {
+                    (row(keys, p)
+                        .iter()
+                        .zip(q)
+                        .map(|(k, q)| k * f64::from(*q))
+                        .sum::<f64>()
+                        * f64::from(shape.scale))
+                    .exp()
+                })
                 .collect();
             let sum: f64 = e.iter().sum();
-            out.extend((0..head_dim).map(|d| (start..end).zip(&e).map(|(p, e)| e / sum * row(values, p)[d]).sum::<f64>()));
+            out.extend((0..head_dim).map(|d| {
+                (start..end)
+                    .zip(&e)
+                    .map(|(p, e)| e / sum * row(values, p)[d])
+                    .sum::<f64>()
+            }));
         }
         out
     }
 
     #[test]
     fn attention_is_the_definition_at_every_level_and_slicing() {
-        for (heads, kv_heads, head_dim, window) in [(4, 2, 16, None), (3, 1, 20, Some(5)), (2, 2, 7, Some(1))] {
-            let shape = Attention { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window };
+        for (heads, kv_heads, head_dim, window) in
+            [(4, 2, 16, None), (3, 1, 20, Some(5)), (2, 2, 7, Some(1))]
+        {
+            let shape = Attention {
+                heads,
+                kv_heads,
+                head_dim,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                window,
+            };
             let (tokens, position, capacity) = (6, 9, 17);
             let q = values(tokens * heads * head_dim, 1);
-            let (keys, vals) = (values(kv_heads * capacity * head_dim, 2), values(kv_heads * capacity * head_dim, 3));
-            let half = |x: &[f32]| x.iter().map(|v| <f16 as KvElement>::store(*v)).collect::<Vec<f16>>();
+            let (keys, vals) = (
+                values(kv_heads * capacity * head_dim, 2),
+                values(kv_heads * capacity * head_dim, 3),
+            );
+            let half = |x: &[f32]| {
+                x.iter()
+                    .map(|v| <f16 as KvElement>::store(*v))
+                    .collect::<Vec<f16>>()
+            };
             let back = |x: &[f16]| x.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
             let (keys16, vals16) = (half(&keys), half(&vals));
             let (keys, vals) = (back(&keys16), back(&vals16));
@@ -500,15 +733,50 @@ mod tests {
                 for threads in [1, 3] {
                     let pool = Pool::new(threads);
                     let mut out = vec![f32::NAN; q.len()];
-                    attend(&pool, level, shape, &q, tokens, position, KvView { keys: &keys, values: &vals, capacity }, &mut out);
+                    attend(
+                        &pool,
+                        level,
+                        shape,
+                        &q,
+                        tokens,
+                        position,
+                        KvView {
+                            keys: &keys,
+                            values: &vals,
+                            capacity,
+                        },
+                        &mut out,
+                    );
                     let want = first.get_or_insert_with(|| out.clone());
                     assert_eq!(&out, want, "{level} f32");
                     // In two slices, from f16: the same values.
                     let cut = 2 * heads * head_dim;
-                    let kv = KvView { keys: &keys16, values: &vals16, capacity };
+                    let kv = KvView {
+                        keys: &keys16,
+                        values: &vals16,
+                        capacity,
+                    };
                     let mut out = vec![f32::NAN; q.len()];
-                    attend(&pool, level, shape, &q[..cut], 2, position, kv, &mut out[..cut]);
-                    attend(&pool, level, shape, &q[cut..], tokens - 2, position + 2, kv, &mut out[cut..]);
+                    attend(
+                        &pool,
+                        level,
+                        shape,
+                        &q[..cut],
+                        2,
+                        position,
+                        kv,
+                        &mut out[..cut],
+                    );
+                    attend(
+                        &pool,
+                        level,
+                        shape,
+                        &q[cut..],
+                        tokens - 2,
+                        position + 2,
+                        kv,
+                        &mut out[cut..],
+                    );
                     assert_eq!(&out, want, "{level} f16 sliced");
                 }
             }

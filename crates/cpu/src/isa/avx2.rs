@@ -3,16 +3,37 @@
 use std::arch::x86_64::*;
 
 use super::{Isa, TileBytes};
+use crate::ops::LANES;
 use crate::{Avx2, TILE_COLS, TILE_ROWS};
+
+/// An expression for each of the two halves. Not `array::from_fn`: the compiler does not inline
+/// intrinsics into a closure that lacks the features of its caller.
+macro_rules! halves {
+    (|$i:ident| $half:expr) => {{
+        macro_rules! half {
+            ($value:literal) => {{
+                let $i = $value;
+                $half
+            }};
+        }
+        [half!(0), half!(1)]
+    }};
+}
 
 impl Isa for Avx2 {
     type Tile = [__m256i; 2];
     type Sums = [__m256i; 2];
+    type Floats = [__m256; 2];
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> [__m256i; 2] {
         // SAFETY: 64 readable bytes; the token proves AVX2, here and below.
-        unsafe { [_mm256_loadu_si256(tile.as_ptr().cast()), _mm256_loadu_si256(tile.as_ptr().add(32).cast())] }
+        unsafe {
+            [
+                _mm256_loadu_si256(tile.as_ptr().cast()),
+                _mm256_loadu_si256(tile.as_ptr().add(32).cast()),
+            ]
+        }
     }
 
     #[inline(always)]
@@ -35,7 +56,7 @@ impl Isa for Avx2 {
         // SAFETY: registers only.
         unsafe {
             let nibble = _mm256_set1_epi8(15);
-            std::array::from_fn(|i| _mm256_add_epi8(_mm256_and_si256(line[i], nibble), bias[i]))
+            halves!(|i| _mm256_add_epi8(_mm256_and_si256(line[i], nibble), bias[i]))
         }
     }
 
@@ -44,12 +65,20 @@ impl Isa for Avx2 {
         // SAFETY: registers only.
         unsafe {
             let nibble = _mm256_set1_epi8(15);
-            std::array::from_fn(|i| _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble), bias[i]))
+            halves!(|i| _mm256_add_epi8(
+                _mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble),
+                bias[i]
+            ))
         }
     }
 
     #[inline(always)]
-    unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
+    unsafe fn unescape(
+        self,
+        tile: [__m256i; 2],
+        escape: [__m256i; 2],
+        escapes: *const u8,
+    ) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
         let mut mask = unsafe {
             let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[0], escape[0])) as u32;
@@ -59,7 +88,8 @@ impl Isa for Avx2 {
         if mask == 0 {
             return (tile, 0);
         }
-        // There is no byte expand here, and escapes are a few in a hundred: patch them one by one in memory.
+        // There is no byte expand here, and escapes are a few in a hundred: patch them one by one
+        // in memory.
         let count = mask.count_ones() as usize;
         let mut bytes: TileBytes = [0; 64];
         self.store(tile, &mut bytes);
@@ -77,12 +107,17 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn narrow(self, tile: [__m256i; 2], bias: [__m256i; 2], lowest: [__m256i; 2]) -> ([__m256i; 2], u64) {
+    fn narrow(
+        self,
+        tile: [__m256i; 2],
+        bias: [__m256i; 2],
+        lowest: [__m256i; 2],
+    ) -> ([__m256i; 2], u64) {
         // SAFETY: registers only.
         unsafe {
             let most = _mm256_set1_epi8(15);
             let mut fits = 0u64;
-            let fields = std::array::from_fn(|i| {
+            let fields = halves!(|i| {
                 let field = _mm256_sub_epi8(tile[i], bias[i]);
                 let clamped = _mm256_max_epu8(_mm256_min_epu8(field, most), lowest[i]);
                 let ok = _mm256_cmpeq_epi8(clamped, field);
@@ -95,8 +130,9 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn pair(self, low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
-        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
-        unsafe { std::array::from_fn(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
+        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit
+        // from one byte to the next.
+        unsafe { halves!(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
     }
 
     #[inline(always)]
@@ -107,7 +143,7 @@ impl Isa for Avx2 {
         let mut bytes: TileBytes = [0; 64];
         self.store(tile, &mut bytes);
         while mask != 0 {
-            // SAFETY: one byte for each of the mask's ones.
+            // SAFETY: a 64-bit mask has at most 64 ones.
             unsafe {
                 *out = bytes[mask.trailing_zeros() as usize];
                 out = out.add(1);
@@ -122,7 +158,8 @@ impl Isa for Avx2 {
         unsafe { [_mm256_setzero_si256(); 2] }
     }
 
-    /// `maddubs` takes unsigned by signed bytes: the symbol's sign moves over to `q`. With `|symbol| <= 128` and `|q| <= 127` a pair's sum is at most 32,512, so nothing saturates.
+    /// `maddubs` takes unsigned by signed bytes: the symbol's sign moves over to `q`. With
+    /// `|symbol| <= 128` and `|q| <= 127` a pair's sum is at most 32,512, so nothing saturates.
     #[inline(always)]
     fn dot(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
         // SAFETY: registers only.
@@ -130,9 +167,10 @@ impl Isa for Avx2 {
             let q = _mm256_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
             let bias = _mm256_set1_epi8(i8::MIN);
             let ones = _mm256_set1_epi16(1);
-            std::array::from_fn(|i| {
+            halves!(|i| {
                 let symbol = _mm256_xor_si256(tile[i], bias);
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
+                let pairs =
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
                 _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
             })
         }
@@ -141,7 +179,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn add(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: registers only.
-        unsafe { std::array::from_fn(|i| _mm256_add_epi32(a[i], b[i])) }
+        unsafe { halves!(|i| _mm256_add_epi32(a[i], b[i])) }
     }
 
     #[inline(always)]
@@ -153,5 +191,51 @@ impl Isa for Avx2 {
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), sums[1]);
         }
         out
+    }
+
+    #[inline(always)]
+    fn floats(self, x: &[f32; LANES]) -> [__m256; 2] {
+        // SAFETY: 16 readable floats.
+        unsafe {
+            [
+                _mm256_loadu_ps(x.as_ptr()),
+                _mm256_loadu_ps(x.as_ptr().add(8)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn store_floats(self, x: [__m256; 2], out: &mut [f32; LANES]) {
+        // SAFETY: 16 writable floats.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), x[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), x[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, acc: [__m256; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_add_ps(acc[i], _mm256_mul_ps(a[i], b[i]))) }
+    }
+
+    #[inline(always)]
+    fn fold(self, x: [__m256; 2]) -> f32 {
+        // SAFETY: registers only.
+        unsafe { fold_8(_mm256_add_ps(x[0], x[1])) }
+    }
+}
+
+/// Adds eight lanes: 4 apart, 2 apart, 1 apart.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+pub(super) unsafe fn fold_8(x: __m256) -> f32 {
+    // SAFETY: registers only.
+    unsafe {
+        let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
     }
 }

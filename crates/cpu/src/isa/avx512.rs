@@ -2,12 +2,15 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::fold_8;
 use super::{Isa, TileBytes};
+use crate::ops::LANES;
 use crate::{Avx512, TILE_COLS, TILE_ROWS};
 
 impl Isa for Avx512 {
     type Tile = __m512i;
     type Sums = __m512i;
+    type Floats = __m512;
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> __m512i {
@@ -36,17 +39,31 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn high(self, line: __m512i, bias: __m512i) -> __m512i {
         // SAFETY: registers only.
-        unsafe { _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)), bias) }
+        unsafe {
+            _mm512_add_epi8(
+                _mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)),
+                bias,
+            )
+        }
     }
 
-    /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on some cores.
+    /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on
+    /// some cores.
     #[inline(always)]
-    unsafe fn unescape(self, tile: __m512i, escape: __m512i, escapes: *const u8) -> (__m512i, usize) {
+    unsafe fn unescape(
+        self,
+        tile: __m512i,
+        escape: __m512i,
+        escapes: *const u8,
+    ) -> (__m512i, usize) {
         // SAFETY: 64 readable bytes, by the contract.
         unsafe {
             let mask = _mm512_cmpeq_epi8_mask(tile, escape);
             let next = _mm512_loadu_si512(escapes.cast());
-            (_mm512_mask_expand_epi8(tile, mask, next), mask.count_ones() as usize)
+            (
+                _mm512_mask_expand_epi8(tile, mask, next),
+                mask.count_ones() as usize,
+            )
         }
     }
 
@@ -64,18 +81,16 @@ impl Isa for Avx512 {
 
     #[inline(always)]
     fn pair(self, low: __m512i, high: __m512i) -> __m512i {
-        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
+        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit
+        // from one byte to the next.
         unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<4>(high)) }
     }
 
     #[inline(always)]
     unsafe fn compress(self, tile: __m512i, mask: u64, out: *mut u8) {
-        // Compressed in a register and stored under a mask: the compress with a memory operand is microcode on some cores.
-        // SAFETY: the store writes one byte for each of the mask's ones.
-        unsafe {
-            let front = _bzhi_u64(u64::MAX, mask.count_ones());
-            _mm512_mask_storeu_epi8(out.cast(), front, _mm512_maskz_compress_epi8(mask, tile));
-        }
+        // Compressed in a register and stored whole: a compress into memory, and a masked store,
+        // are microcode on some cores. SAFETY: 64 writable bytes.
+        unsafe { _mm512_storeu_si512(out.cast(), _mm512_maskz_compress_epi8(mask, tile)) }
     }
 
     #[inline(always)]
@@ -84,11 +99,18 @@ impl Isa for Avx512 {
         unsafe { _mm512_setzero_si512() }
     }
 
-    /// VNNI multiplies unsigned by signed bytes, and the symbol byte is unsigned as it is; `finish` takes the bias off again.
+    /// VNNI multiplies unsigned by signed bytes, and the symbol byte is unsigned as it is; `finish`
+    /// takes the bias off again.
     #[inline(always)]
     fn dot(self, sums: __m512i, tile: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
         // SAFETY: registers only.
-        unsafe { _mm512_dpbusd_epi32(sums, tile, _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))) }
+        unsafe {
+            _mm512_dpbusd_epi32(
+                sums,
+                tile,
+                _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8))),
+            )
+        }
     }
 
     #[inline(always)]
@@ -101,7 +123,41 @@ impl Isa for Avx512 {
     fn finish(self, sums: __m512i, q_sum: i32) -> [i32; TILE_ROWS] {
         let mut out = [0; TILE_ROWS];
         // SAFETY: 64 writable bytes.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum))) }
+        unsafe {
+            _mm512_storeu_si512(
+                out.as_mut_ptr().cast(),
+                _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum)),
+            )
+        }
         out
+    }
+
+    #[inline(always)]
+    fn floats(self, x: &[f32; LANES]) -> __m512 {
+        // SAFETY: 16 readable floats.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_floats(self, x: __m512, out: &mut [f32; LANES]) {
+        // SAFETY: 16 writable floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, acc: __m512, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_ps(acc, _mm512_mul_ps(a, b)) }
+    }
+
+    #[inline(always)]
+    fn fold(self, x: __m512) -> f32 {
+        // SAFETY: registers only.
+        unsafe {
+            fold_8(_mm256_add_ps(
+                _mm512_castps512_ps256(x),
+                _mm512_extractf32x8_ps::<1>(x),
+            ))
+        }
     }
 }

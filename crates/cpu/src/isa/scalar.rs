@@ -1,6 +1,7 @@
 //! Plain arrays: what the other levels are compared with.
 
 use super::{Isa, TileBytes};
+use crate::ops::{LANES, fold};
 use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// Needs nothing.
@@ -10,6 +11,7 @@ pub(crate) struct Scalar;
 impl Isa for Scalar {
     type Tile = TileBytes;
     type Sums = [i32; TILE_ROWS];
+    type Floats = [f32; LANES];
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> TileBytes {
@@ -37,7 +39,12 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn unescape(self, mut tile: TileBytes, escape: TileBytes, escapes: *const u8) -> (TileBytes, usize) {
+    unsafe fn unescape(
+        self,
+        mut tile: TileBytes,
+        escape: TileBytes,
+        escapes: *const u8,
+    ) -> (TileBytes, usize) {
         let mut taken = 0;
         for (b, e) in tile.iter_mut().zip(escape) {
             if *b == e {
@@ -69,7 +76,7 @@ impl Isa for Scalar {
     #[inline(always)]
     unsafe fn compress(self, tile: TileBytes, mut mask: u64, mut out: *mut u8) {
         while mask != 0 {
-            // SAFETY: one byte for each of the mask's ones.
+            // SAFETY: a 64-bit mask has at most 64 ones.
             unsafe {
                 *out = tile[mask.trailing_zeros() as usize];
                 out = out.add(1);
@@ -84,7 +91,12 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn dot(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+    fn dot(
+        self,
+        mut sums: [i32; TILE_ROWS],
+        tile: TileBytes,
+        q: &[i8; TILE_COLS],
+    ) -> [i32; TILE_ROWS] {
         for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<TILE_COLS>().0) {
             for (b, q) in row.iter().zip(q) {
                 *sum += (i32::from(*b) - 128) * i32::from(*q);
@@ -101,5 +113,28 @@ impl Isa for Scalar {
     #[inline(always)]
     fn finish(self, sums: [i32; TILE_ROWS], _q_sum: i32) -> [i32; TILE_ROWS] {
         sums
+    }
+
+    #[inline(always)]
+    fn floats(self, x: &[f32; LANES]) -> [f32; LANES] {
+        *x
+    }
+
+    #[inline(always)]
+    fn store_floats(self, x: [f32; LANES], out: &mut [f32; LANES]) {
+        *out = x;
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, mut acc: [f32; LANES], a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        for j in 0..LANES {
+            acc[j] += a[j] * b[j];
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn fold(self, x: [f32; LANES]) -> f32 {
+        fold(x)
     }
 }
