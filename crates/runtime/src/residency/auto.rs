@@ -108,7 +108,7 @@ pub(super) fn least(set: &TensorSet, options: &Options) -> Footprint {
 
 /// Decides. `None` if the budget is below [`least`].
 pub(super) fn decide(set: &TensorSet, options: &Options, profile: &MachineProfile) -> Option<Decision> {
-    let model = CostModel::new(profile, options.threads);
+    let model = CostModel::new(profile, options.threads, set.working_set_bytes());
     let offers: Vec<Offer> = (0..set.linears.len()).map(|slot| offer(set, slot, &model)).collect();
     let capacity = options.memory_budget.map(|budget| {
         let room = i128::from(budget) - i128::from(set.footprint(options).total_bytes());
@@ -199,7 +199,7 @@ pub(super) fn choices(set: &TensorSet, strategy: Strategy, options: &Options, de
 
 /// The rows of a plan: matrices of one kind and choice together.
 pub(super) fn rows(set: &TensorSet, choices: &[Choice], strategy: Strategy, options: &Options, profile: &MachineProfile) -> Vec<PlanRow> {
-    let model = CostModel::new(profile, options.threads);
+    let model = CostModel::new(profile, options.threads, set.working_set_bytes());
     let layers = set.linears.iter().filter(|linear| linear.coded().is_some()).count();
     // All layers are decoded and multiplied side by side; each matrix is shown with its share of that time.
     let prefetch_share = |cost: &MatrixCost| {

@@ -187,6 +187,15 @@ impl TensorSet {
         slot > 0 || self.index.tied
     }
 
+    /// About what a step reads: the mean of the coded and the decoded size of what is multiplied by.
+    pub fn working_set_bytes(&self) -> u64 {
+        let of = |slot: usize| {
+            let linear = &self.linears[slot];
+            linear.coded().map_or(linear.mapped_bytes(), |coded| (coded.coded_bytes() + coded.decoded_bytes()) / 2)
+        };
+        (0..self.linears.len()).filter(|&slot| self.is_multiplied(slot)).map(of).fold(0, u64::saturating_add)
+    }
+
     /// Positions of the matrices of `layer`.
     pub fn layer(&self, layer: usize) -> std::ops::Range<usize> {
         let start = 1 + layer * Index::PER_LAYER;
