@@ -15,7 +15,7 @@ use super::cost::CostModel;
 use super::engine::{Engine, Form, Operand, Price, corrupt};
 use super::profile::MachineProfile;
 use super::set::{Index, Linear, Source, TensorSet, verify};
-use super::{OpenError, Options};
+use super::{OpenError, Options, Strategy};
 use crate::model::weights::{LinearId, LinearKind, ResidencyReport, RunError, Weights};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -119,10 +119,11 @@ pub(super) struct PrefetchWeights {
     miss_bytes: u64,
     decode_ns: u64,
     exposed_ns: u64,
+    strategy: Strategy,
     detail: String,
 }
 
-pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<PrefetchWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, strategy: Strategy, options: &Options) -> Result<PrefetchWeights, OpenError> {
     let (compute, decode) = split(&set, options);
     let engine = Engine::new(compute, options.level);
     verify(dir, &engine.pool, &|_| Ok(()))?;
@@ -182,6 +183,7 @@ pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<
         miss_bytes: 0,
         decode_ns: 0,
         exposed_ns: 0,
+        strategy,
         detail: format!("{compute} threads compute, {decode} decode one layer ahead"),
     };
     weights.request_ahead(0);
@@ -351,7 +353,7 @@ impl Weights for PrefetchWeights {
     fn report(&self) -> ResidencyReport {
         let stored: u64 = self.linears.iter().map(|l| l.mapped_bytes() + l.table_bytes() + l.scale_bytes()).sum();
         ResidencyReport {
-            strategy: "prefetch".to_owned(),
+            strategy: self.strategy.to_string(),
             detail: self.detail.clone(),
             resident_bytes: stored + self.buffer_bytes,
             hits: self.hits,
