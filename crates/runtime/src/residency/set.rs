@@ -7,10 +7,9 @@ use crate::model::config::Config;
 use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::names::{self, LinearInfo};
 use crate::model::weights::{LinearId, LinearKind};
-use crate::model::{ModelError, find};
+use crate::model::{find, wrong_form};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use tersor_codec::Codec;
+use tersor_codec::Table;
 use tersor_cpu::{Dense, DenseType, KernelScales, Pool};
 use tersor_format::{CodedTensor, DecodedForm, Dtype, ModelDir, RawTensor, Tensor};
 
@@ -92,7 +91,7 @@ impl Linear {
 
     /// Bytes of the decoding table and the chunk index, which only the coded form needs.
     pub fn table_bytes(&self) -> u64 {
-        self.coded().map_or(0, |tensor| table_bytes(tensor.codec()) + 8 * tensor.chunk_count() as u64)
+        self.coded().map_or(0, |tensor| table_bytes(tensor.table()) + 8 * tensor.chunk_count() as u64)
     }
 
     /// What its prices depend on; `None` for a matrix that is not coded.
@@ -122,15 +121,17 @@ impl Linear {
     }
 }
 
-/// Memory of a decoding table: slots of 8 bytes at most, one for every value of the bits that are looked up.
-fn table_bytes(codec: Codec) -> u64 {
-    let index_bits = match codec {
-        Codec::Rans(params) => params.prob_bits,
-        Codec::BlockAns(params) => params.prob_bits,
-        Codec::Huffman(params) => params.code_bits_max,
+/// Memory of a decoding table: what is looked up by the next bits of a stream.
+fn table_bytes(table: &Table) -> u64 {
+    // A slot of rans: frequency and offset of two bytes each, and the symbol byte.
+    const SLOT_BYTES: usize = 5;
+    let bytes = match table {
+        Table::Rans(table) => SLOT_BYTES * table.slots().freq.len(),
+        Table::BlockAns(table) => SLOT_BYTES * table.slots().freq.len(),
+        Table::Huffman(table) => size_of_val(table.lookup()),
         _ => 0,
     };
-    8 << index_bits.min(16)
+    bytes as u64
 }
 
 /// All matrices of a model, in the order of `names::linears`: embedding, layers, head (unless tied).
@@ -188,6 +189,15 @@ impl TensorSet {
         slot > 0 || self.index.tied
     }
 
+    /// About what a step reads: the mean of the coded and the decoded size of what is multiplied by.
+    pub fn working_set_bytes(&self) -> u64 {
+        let of = |slot: usize| {
+            let linear = &self.linears[slot];
+            linear.coded().map_or(linear.mapped_bytes(), |coded| (coded.coded_bytes() + coded.decoded_bytes()) / 2)
+        };
+        (0..self.linears.len()).filter(|&slot| self.is_multiplied(slot)).map(of).fold(0, u64::saturating_add)
+    }
+
     /// Positions of the matrices of `layer`.
     pub fn layer(&self, layer: usize) -> std::ops::Range<usize> {
         let start = 1 + layer * Index::PER_LAYER;
@@ -243,8 +253,7 @@ impl TensorSet {
 
 fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
     let tensor = find(dir, &info.name, &[info.rows, info.cols])?;
-    let unusable =
-        |found: String| ModelError::TensorForm { place: dir.place(&info.name), expected: "entropy coded, F32, BF16 or F16", found };
+    let unusable = |found: String| wrong_form(dir, &info.name, "entropy coded, F32, BF16 or F16", found);
     let source = match tensor {
         Tensor::Coded(tensor) => {
             let scales = KernelScales::from_coded(tensor);
@@ -260,19 +269,14 @@ fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
 /// Compares the checksums of every tensor of the directory, in parallel, the largest first; `then(name)` runs on the same thread
 /// right after the check of a tensor, while its bytes are still in the cache.
 ///
-/// The error is that of the first bad tensor in the order of names, whatever the number of threads.
+/// The error is that of the first bad tensor in the order of names, whatever the number of threads: damage does not end the sweep.
 pub(super) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync)) -> Result<(), OpenError> {
     let mut tensors: Vec<(&str, &Tensor)> = dir.tensors().collect();
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes()));
-    let failed = AtomicBool::new(false);
     let failures: Mutex<Vec<(&str, OpenError)>> = Mutex::new(Vec::new());
     pool.run(tensors.len(), &|task| {
         let (name, tensor) = tensors[task];
-        if failed.load(Ordering::Relaxed) {
-            return;
-        }
         if let Err(error) = check(dir, name, tensor).and_then(|()| then(name)) {
-            failed.store(true, Ordering::Relaxed);
             failures.lock().unwrap_or_else(|e| e.into_inner()).push((name, error));
         }
     });
