@@ -19,6 +19,7 @@ use tersor_runtime::model::config::Config;
 use tersor_runtime::model::names::{self, LinearInfo};
 
 use crate::interrupt;
+use crate::machine;
 use crate::options::{Usage, positive, thread_count};
 use crate::output::table::Table;
 use crate::output::{self, units};
@@ -47,7 +48,7 @@ pub struct Args {
     #[arg(long, default_value = "ecsq")]
     scheme: Scheme,
     /// Bits per weight of the whole model, everything counted; ecsq only [default: 4.0]
-    #[arg(long, value_parser = positive)]
+    #[arg(long, value_parser = positive, allow_negative_numbers = true)]
     bpw: Option<f64>,
     /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
     #[arg(long, value_name = "N", value_parser = ["32", "64", "128"])]
@@ -91,6 +92,7 @@ struct Report {
     seconds: f64,
     weights_per_second: f64,
     threads: usize,
+    peak_rss_bytes: u64,
 }
 
 /// Runs the command.
@@ -160,6 +162,7 @@ pub fn run(args: &Args) -> Result<()> {
         seconds,
         weights_per_second: written.weights as f64 / seconds,
         threads: rayon::current_num_threads(),
+        peak_rss_bytes: machine::peak_rss_bytes(),
     };
     if args.json { output::json(&report) } else { output::text(&render(&report)) }
 }
