@@ -1,5 +1,6 @@
 //! Opens a model directory for the commands that run it: model, weights under a strategy, and how long that took.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,13 +73,15 @@ impl Setup {
         self.limits.level.unwrap_or_else(Level::best)
     }
 
-    /// What the machine can do: from the user's cache, or measured now, which is said on stderr as it takes a few seconds.
+    /// What the machine can do: from the user's cache, or measured now, which a person at a terminal is told, as it takes a few seconds.
     pub fn profile(&self) -> Result<Arc<MachineProfile>> {
         let (directory, level) = (machine::cache_dir(), self.level());
         if let Some(profile) = MachineProfile::load(&directory, level, self.threads) {
             return Ok(Arc::new(profile));
         }
-        eprintln!("measuring this machine once, for {} threads at {level}", self.threads);
+        if std::io::stderr().is_terminal() {
+            eprintln!("measuring this machine once, for {} threads at {level}", self.threads);
+        }
         let profile = MachineProfile::load_or_measure(&directory, level, self.threads)?;
         // The samples that were measured are no part of what the model needs.
         machine::reset_peak_rss();

@@ -1,12 +1,10 @@
 //! Whatever is wrong: one line that names file, tensor and cause, the right exit code, nothing half-written.
 
-mod common;
-
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Safetensors, Scratch, Shape, TINY, config, tensors, write_json};
+use crate::common::{Safetensors, Scratch, Shape, TINY, config, tensors, write_json};
 use serde_json::json;
 
 fn contains(text: &str, parts: &[&str]) {
