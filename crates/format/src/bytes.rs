@@ -1,4 +1,5 @@
 //! Shared, immutable bytes: a mapped file or an owned buffer. All unsafe code of this crate is in this file.
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::fs::File;
@@ -6,7 +7,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 
 enum Buffer {
     Mapped(Mmap),
@@ -63,23 +64,22 @@ impl Bytes {
     }
 
     /// Tells the system that these bytes are not needed for now, so that they no longer count as resident. They stay
-    /// valid: the next access reads the file again. Nothing happens to owned bytes.
+    /// valid: the next access reads the file again. Nothing happens to owned bytes, and on systems other than Unix.
+    ///
+    /// # Errors
+    /// madvise fails.
     pub fn release(&self) -> io::Result<()> {
-        let Buffer::Mapped(map) = &*self.buffer else {
-            return Ok(());
-        };
-        if self.range.is_empty() {
-            return Ok(());
+        #[cfg(unix)]
+        if let Buffer::Mapped(map) = &*self.buffer
+            && !self.range.is_empty()
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: DONTNEED on a read-only, file-backed mapping discards no data: later reads fault the same bytes in
+            // from the file. Pages shared with neighbouring tensors (memmap2 rounds outward to whole pages) are refilled
+            // likewise.
+            unsafe { map.unchecked_advise_range(advice, self.range.start, self.range.len())? };
         }
-        // SAFETY: DONTNEED on a read-only, file-backed mapping discards no data: later reads fault the same bytes in from
-        // the file. Pages shared with neighbouring tensors (memmap2 rounds outward to whole pages) are refilled likewise.
-        unsafe {
-            map.unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                self.range.start,
-                self.range.len(),
-            )
-        }
+        Ok(())
     }
 }
 

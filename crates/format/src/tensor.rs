@@ -418,7 +418,8 @@ impl ScalesView {
     }
 }
 
-fn scale_vec(tensor: &RawTensor) -> ScaleVec {
+/// A float tensor in the quantizer's type; anything but F16 and BF16 must be F32.
+pub(crate) fn scale_vec(tensor: &RawTensor) -> ScaleVec {
     let dtype = match tensor.dtype() {
         Dtype::F16 => tersor_quant::Dtype::F16,
         Dtype::Bf16 => tersor_quant::Dtype::Bf16,

@@ -27,7 +27,9 @@ const GROWN_FILE: &str = ".model-with-more-room";
 /// Room kept for the header when no tensor was announced.
 const HEADER_BYTES_DEFAULT: usize = 4096;
 /// Bytes of a tensor's two entries in the header without its name: JSON syntax, dtype, shape and offsets below 10^11, checksum.
-const HEADER_BYTES_PER_TENSOR: usize = 128;
+const HEADER_BYTES_PER_TENSOR: usize = 112;
+/// Bytes of the header beside the entries of tensors.
+const HEADER_BYTES_BASE: usize = 48;
 
 /// Writes a directory under a temporary name and renames it when everything is on disk. Dropped before
 /// [`finish`](Self::finish) succeeds, it removes what it wrote.
@@ -389,7 +391,7 @@ impl DirWriter {
             let room = if self.header_bytes == 0 {
                 HEADER_BYTES_DEFAULT
             } else {
-                self.header_bytes
+                HEADER_BYTES_BASE + self.header_bytes
             };
             self.blobs = Some(Section::create(
                 self.temp.path.join(MODEL_FILE),

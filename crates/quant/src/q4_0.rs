@@ -9,7 +9,7 @@
 //!
 //! so the extreme weight is always nibble 0 and exact up to the fp16 rounding. Source: `quantize_row_q4_0_ref` in llama.cpp's
 //! `ggml/src/ggml-quants.c`, multiply and add rounded separately. Golden vectors: an independent NumPy form in `tools/golden_quant.py`.
-//! Where d is so small that 1/d overflows (|m| < 2^-125), GGML computes with infinity; we store 0. Our symbols are `nibble - 8`.
+//! (gguf-py agrees but for the sign of d in an all-zero block, which is the C code's here.) Where d is so small that 1/d overflows (|m| < 2^-125), GGML computes with infinity; we store 0. Our symbols are `nibble - 8`.
 //!
 //! Layout of a block ([`pack`], [`unpack`]), 18 bytes: d as little-endian fp16, then 16 bytes of which byte j holds column j in its
 //! low nibble and column j + 16 in its high nibble.
