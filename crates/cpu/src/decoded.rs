@@ -18,7 +18,7 @@ use tersor_format::{CodedTensor, DecodedForm};
 
 use crate::buffer::AlignedBytes;
 use crate::error::FirstError;
-use crate::isa::{TileBytes, per_isa};
+use crate::isa::{Isa, TileBytes, per_isa};
 use crate::source::{CHUNKS_TOGETHER, FarAt, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS};
 
@@ -53,9 +53,19 @@ const ESCAPED_BIAS: u8 = 120;
 impl Form {
     pub(crate) fn of(form: DecodedForm) -> Form {
         match form {
-            DecodedForm { bits: 4, has_escape: true, .. } => Form::Nibbles { bias: ESCAPED_BIAS, escapes: true },
+            DecodedForm {
+                bits: 4,
+                has_escape: true,
+                ..
+            } => Form::Nibbles {
+                bias: ESCAPED_BIAS,
+                escapes: true,
+            },
             // The smallest symbol is above -128 in this form, and the largest below 127.
-            DecodedForm { bits: 4, base, .. } => Form::Nibbles { bias: (base + 128) as u8, escapes: false },
+            DecodedForm { bits: 4, base, .. } => Form::Nibbles {
+                bias: (base + 128) as u8,
+                escapes: false,
+            },
             _ => Form::Bytes,
         }
     }
@@ -88,8 +98,10 @@ impl Decoded {
     /// Makes room for `tensor`, so that decoding it does not allocate (but for far symbols, which are rare). For a buffer that serves several tensors, call it with each.
     pub fn reserve(&mut self, tensor: &CodedTensor) {
         let form = Form::of(tensor.decoded_form());
-        self.fields.ensure(tensor.row_tiles() * form.lines(tensor.col_steps()) * TILE_SYMBOLS);
-        self.escapes.ensure(escape_capacity(tensor, form) + PADDING_BYTES);
+        self.fields
+            .ensure(tensor.row_tiles() * form.lines(tensor.col_steps()) * TILE_SYMBOLS);
+        self.escapes
+            .ensure(escape_capacity(tensor, form) + PADDING_BYTES);
         if let Some(more) = tensor.row_tiles().checked_sub(self.offsets.len()) {
             self.offsets.reserve(more);
         }
@@ -108,7 +120,8 @@ impl Decoded {
     /// Bytes of the matrix it holds: fields, escapes, offsets, far symbols.
     pub fn bytes(&self) -> u64 {
         let fields = self.row_tiles * self.form.lines(self.col_steps) * TILE_SYMBOLS;
-        (fields + self.escape_count + size_of_val(&self.offsets[..]) + size_of_val(&self.far[..])) as u64
+        (fields + self.escape_count + size_of_val(&self.offsets[..]) + size_of_val(&self.far[..]))
+            as u64
     }
 
     /// Bytes of its buffers, whatever they hold.
@@ -139,7 +152,12 @@ impl Decoded {
 
 impl std::fmt::Debug for Decoded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Decoded").field("rows", &self.rows).field("cols", &self.cols).field("form", &self.form).field("bytes", &self.bytes()).finish_non_exhaustive()
+        f.debug_struct("Decoded")
+            .field("rows", &self.rows)
+            .field("cols", &self.cols)
+            .field("form", &self.form)
+            .field("bytes", &self.bytes())
+            .finish_non_exhaustive()
     }
 }
 
@@ -155,7 +173,12 @@ fn escape_capacity(tensor: &CodedTensor, form: Form) -> usize {
 ///
 /// # Errors
 /// Corrupt chunks, and symbols that contradict the header. `out` then holds no matrix.
-pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: Option<&Pool>) -> Result<(), KernelError> {
+pub fn decode_into(
+    level: Level,
+    tensor: &CodedTensor,
+    out: &mut Decoded,
+    pool: Option<&Pool>,
+) -> Result<(), KernelError> {
     out.reserve(tensor);
     let form = Form::of(tensor.decoded_form());
     (out.rows, out.cols, out.row_tiles, out.col_steps) = (0, 0, 0, 0);
@@ -187,7 +210,12 @@ pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: 
     }
     out.escape_count = found;
     out.far.sort_unstable();
-    (out.rows, out.cols, out.row_tiles, out.col_steps) = (tensor.rows(), tensor.cols(), tensor.row_tiles(), tensor.col_steps());
+    (out.rows, out.cols, out.row_tiles, out.col_steps) = (
+        tensor.rows(),
+        tensor.cols(),
+        tensor.row_tiles(),
+        tensor.col_steps(),
+    );
     Ok(())
 }
 
@@ -197,10 +225,20 @@ pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: 
 ///
 /// # Errors
 /// A wrong length, or corrupt chunks.
-pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Option<&Pool>) -> Result<(), KernelError> {
+pub fn decode_bytes(
+    level: Level,
+    tensor: &CodedTensor,
+    out: &mut [u8],
+    pool: Option<&Pool>,
+) -> Result<(), KernelError> {
     let expected = tensor.row_tiles() * tensor.col_steps() * TILE_SYMBOLS;
     if out.len() != expected {
-        return Err(KernelError::Shape { job: 0, what: "the length of out", expected, found: out.len() });
+        return Err(KernelError::Shape {
+            job: 0,
+            what: "the length of out",
+            expected,
+            found: out.len(),
+        });
     }
     let out = SharedOut::new(out);
     let errors = FirstError::default();
@@ -210,8 +248,14 @@ pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Op
         with_scratch(|scratch| {
             // SAFETY: each task has its own chunks, and so its own part of the output.
             let out = unsafe { out.slice(first * row_tile_bytes, symbols_of(tensor, &chunks)) };
-            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, out, &mut scratch.far) {
-                errors.report(KernelError::Corrupt { job: 0, chunk, source });
+            if let Err((chunk, source)) =
+                decode_chunks(level, tensor, chunks, out, &mut scratch.far)
+            {
+                errors.report(KernelError::Corrupt {
+                    job: 0,
+                    chunk,
+                    source,
+                });
             }
         });
     });
@@ -221,7 +265,9 @@ pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Op
 /// Runs `body` over all chunks, in runs that one task decodes together.
 fn for_chunks(tensor: &CodedTensor, pool: Option<&Pool>, body: &(dyn Fn(Range<usize>) + Sync)) {
     let tasks = tensor.chunk_count().div_ceil(CHUNKS_TOGETHER);
-    let task = |task: usize| body(task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER));
+    let task = |task: usize| {
+        body(task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER))
+    };
     match pool {
         Some(pool) => pool.run(tasks, &task),
         None => (0..tasks).for_each(task),
@@ -243,42 +289,80 @@ struct Store<'a> {
 
 impl Store<'_> {
     fn run(&self, chunks: Range<usize>) -> Result<(), KernelError> {
-        let corrupt = |(chunk, source)| KernelError::Corrupt { job: 0, chunk, source };
+        let corrupt = |(chunk, source)| KernelError::Corrupt {
+            job: 0,
+            chunk,
+            source,
+        };
         let steps = self.tensor.col_steps();
         let row_tile_bytes = self.form.lines(steps) * TILE_SYMBOLS;
         let symbols = symbols_of(self.tensor, &chunks);
-        let row_tiles = self.tensor.chunk_row_tiles(chunks.start).start..self.tensor.chunk_row_tiles(chunks.end - 1).end;
+        let row_tiles = self.tensor.chunk_row_tiles(chunks.start).start
+            ..self.tensor.chunk_row_tiles(chunks.end - 1).end;
         with_scratch(|scratch| {
             // SAFETY: each task has its own row tiles, and so its own part of the fields and of the offsets.
             let (fields, offsets) = unsafe {
-                (self.fields.slice(row_tiles.start * row_tile_bytes, row_tiles.len() * row_tile_bytes), self.offsets.slice(row_tiles.start, row_tiles.len()))
+                (
+                    self.fields.slice(
+                        row_tiles.start * row_tile_bytes,
+                        row_tiles.len() * row_tile_bytes,
+                    ),
+                    self.offsets.slice(row_tiles.start, row_tiles.len()),
+                )
             };
             let Form::Nibbles { bias, escapes } = self.form else {
-                decode_chunks(self.level, self.tensor, chunks, fields, &mut scratch.far).map_err(corrupt)?;
+                decode_chunks(self.level, self.tensor, chunks, fields, &mut scratch.far)
+                    .map_err(corrupt)?;
                 return self.keep_far(&scratch.far);
             };
             scratch.bytes.ensure(symbols);
             let bytes = &mut scratch.bytes[..symbols];
-            decode_chunks(self.level, self.tensor, chunks.clone(), bytes, &mut scratch.far).map_err(corrupt)?;
+            decode_chunks(
+                self.level,
+                self.tensor,
+                chunks.clone(),
+                bytes,
+                &mut scratch.far,
+            )
+            .map_err(corrupt)?;
             let tiles: &[TileBytes] = bytes.as_chunks().0;
-            let lowest = u8::from(escapes);
-            let wide = count_wide(self.level, tiles, bias, lowest);
-            if !escapes && wide > 0 {
-                return Err(KernelError::OutOfRange { chunk: chunks.start, found: wide });
+            scratch.escapes.ensure(symbols + TILE_SYMBOLS);
+            let mut taken = 0;
+            let lines = fields
+                .as_chunks_mut()
+                .0
+                .chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
+            for ((lines, offset), tiles) in
+                lines.zip(offsets.iter_mut()).zip(tiles.chunks_exact(steps))
+            {
+                // At most 2^32 symbols, of which fewer are wide.
+                *offset = taken as u32;
+                taken += narrow_row_tile(
+                    self.level,
+                    tiles,
+                    bias,
+                    u8::from(escapes),
+                    lines,
+                    &mut scratch.escapes[taken..],
+                );
             }
-            let mut next = self.escapes_taken.fetch_add(wide, Ordering::Relaxed);
-            if next + wide > self.escape_capacity {
-                return Err(KernelError::WideSymbolsExceed { expected: self.escape_capacity, at_least: next + wide });
+            if !escapes && taken > 0 {
+                return Err(KernelError::OutOfRange {
+                    chunk: chunks.start,
+                    found: taken,
+                });
+            }
+            let start = self.escapes_taken.fetch_add(taken, Ordering::Relaxed);
+            if start + taken > self.escape_capacity {
+                return Err(KernelError::WideSymbolsExceed {
+                    expected: self.escape_capacity,
+                    at_least: start + taken,
+                });
             }
             // SAFETY: the range was just taken from the counter, so no other task has it.
-            let mut escapes = unsafe { self.escapes.slice(next, wide) };
-            let lines = fields.as_chunks_mut().0.chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
-            for ((lines, offset), tiles) in lines.zip(offsets).zip(tiles.chunks_exact(steps)) {
-                // At most 2^32 - 1 wide symbols, as the header counts them in a u32.
-                *offset = next as u32;
-                let taken = narrow_row_tile(self.level, tiles, bias, lowest, lines, escapes);
-                escapes = &mut escapes[taken..];
-                next += taken;
+            unsafe { self.escapes.slice(start, taken) }.copy_from_slice(&scratch.escapes[..taken]);
+            for offset in offsets {
+                *offset += start as u32;
             }
             self.keep_far(&scratch.far)
         })
@@ -286,42 +370,56 @@ impl Store<'_> {
 
     fn keep_far(&self, far: &[FarAt]) -> Result<(), KernelError> {
         if !far.is_empty() {
-            self.far.lock().unwrap_or_else(|e| e.into_inner()).extend_from_slice(far);
+            self.far
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .extend_from_slice(far);
         }
         Ok(())
     }
 }
 
 per_isa! {
-    /// Symbols that have no field of their own.
-    fn count_wide(isa; tiles: &[TileBytes], bias: u8, lowest: u8) -> usize {
-        let (bias, lowest) = (isa.splat(bias), isa.splat(lowest));
-        tiles.iter().map(|tile| isa.narrow(isa.load(tile), bias, lowest).1.count_ones() as usize).sum()
+    /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns how many of the latter. `escapes` has room for as many as there are symbols, and 64 more.
+    fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
+        assert!(escapes.len() >= (tiles.len() + 1) * TILE_SYMBOLS);
+        let (bias, lowest, zero) = (isa.splat(bias), isa.splat(lowest), isa.splat(0));
+        let mut next = escapes.as_mut_ptr();
+        let (pairs, single) = tiles.as_chunks::<2>();
+        for ([low, high], line) in pairs.iter().zip(lines.iter_mut()) {
+            // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as just asserted.
+            let (low, high) = unsafe { (narrow(isa, low, bias, lowest, &mut next), narrow(isa, high, bias, lowest, &mut next)) };
+            isa.store(isa.pair(low, high), line);
+        }
+        if let (Some(tile), Some(line)) = (single.first(), lines.last_mut()) {
+            // SAFETY: as above.
+            let low = unsafe { narrow(isa, tile, bias, lowest, &mut next) };
+            isa.store(isa.pair(low, zero), line);
+        }
+        next.addr() - escapes.as_ptr().addr()
     }
 }
 
-per_isa! {
-    /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns how many of the latter. `escapes` has room for all of the row tile's.
-    fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
-        let (bias, lowest) = (isa.splat(bias), isa.splat(lowest));
-        let zero = isa.splat(0);
-        let mut taken = 0;
-        let mut put = |tile: &TileBytes| {
-            let tile = isa.load(tile);
-            let (field, wide) = isa.narrow(tile, bias, lowest);
-            let room = &mut escapes[taken..][..wide.count_ones() as usize];
-            // SAFETY: there is room for exactly that many bytes.
-            unsafe { isa.compress(tile, wide, room.as_mut_ptr()) };
-            taken += room.len();
-            field
-        };
-        for (pair, line) in tiles.chunks(2).zip(lines) {
-            let low = put(&pair[0]);
-            let high = pair.get(1).map_or(zero, &mut put);
-            isa.store(isa.pair(low, high), line);
-        }
-        taken
+/// The fields of a tile of symbol bytes; those without a field go to `next`, which moves on.
+///
+/// # Safety
+/// 64 bytes are writable at `next`.
+#[inline(always)]
+unsafe fn narrow<I: Isa>(
+    isa: I,
+    tile: &TileBytes,
+    bias: I::Tile,
+    lowest: I::Tile,
+    next: &mut *mut u8,
+) -> I::Tile {
+    let tile = isa.load(tile);
+    let (field, wide) = isa.narrow(tile, bias, lowest);
+    // SAFETY: by the contract.
+    unsafe {
+        isa.compress(tile, wide, *next);
+        *next = next.add(wide.count_ones() as usize);
     }
+    field
 }
 
 per_isa! {
@@ -331,20 +429,40 @@ per_isa! {
         let mut next = tile.escapes.as_ptr();
         for (line, pair) in tile.lines.iter().zip(out.chunks_mut(2)) {
             let line = isa.load(line);
-            let halves = [isa.low(line, bias), isa.high(line, bias)];
-            for (half, out) in halves.into_iter().zip(pair) {
-                let mut whole = half;
+            let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
+            if has_escapes {
+                // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
+                low = unsafe { unescape(isa, low, bias, &mut next) };
+            }
+            isa.store(low, &mut pair[0]);
+            // The high half of an odd last line is not part of the matrix.
+            if let Some(out) = pair.get_mut(1) {
                 if has_escapes {
-                    // SAFETY: `decode_into` wrote as many escapes as there are fields of 0, and 64 bytes behind them are readable.
-                    unsafe {
-                        let (tile, taken) = isa.unescape(half, bias, next);
-                        whole = tile;
-                        next = next.add(taken);
-                    }
+                    // SAFETY: as above.
+                    high = unsafe { unescape(isa, high, bias, &mut next) };
                 }
-                isa.store(whole, out);
+                isa.store(high, out);
             }
         }
+    }
+}
+
+/// Replaces the fields of 0 of a tile by the next escapes. (Not a closure: the compiler would not inline intrinsics into it.)
+///
+/// # Safety
+/// `next` must come from [`RowTile::escapes`] and be passed on through all tiles of that row tile in order: then as many bytes as are taken, and 64 more, are readable.
+#[inline(always)]
+pub(crate) unsafe fn unescape<I: Isa>(
+    isa: I,
+    tile: I::Tile,
+    bias: I::Tile,
+    next: &mut *const u8,
+) -> I::Tile {
+    // SAFETY: `decode_into` wrote one escape for each field of 0, and 64 bytes lie behind the last.
+    unsafe {
+        let (whole, taken) = isa.unescape(tile, bias, *next);
+        *next = next.add(taken);
+        whole
     }
 }
 

@@ -17,7 +17,9 @@ pub enum KernelError {
         source: DecodeError,
     },
     /// A chunk decodes to symbols that the tensor's header excludes, so that they do not fit the decoded form.
-    #[error("chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives")]
+    #[error(
+        "chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives"
+    )]
     OutOfRange {
         /// Index in the tensor.
         chunk: usize,
@@ -61,7 +63,9 @@ impl KernelError {
             KernelError::Corrupt { job, chunk, .. } => (job, chunk),
             KernelError::OutOfRange { chunk, .. } => (0, chunk),
             KernelError::Shape { job, .. } => (job, 0),
-            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => (usize::MAX, 0),
+            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => {
+                (usize::MAX, 0)
+            }
         }
     }
 }
@@ -79,6 +83,9 @@ impl FirstError {
     }
 
     pub(crate) fn into_result(self) -> Result<(), KernelError> {
-        self.0.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+        self.0
+            .into_inner()
+            .unwrap_or_else(|e| e.into_inner())
+            .map_or(Ok(()), Err)
     }
 }

@@ -106,7 +106,10 @@ impl FromStr for Level {
         Level::available()
             .into_iter()
             .find(|l| l.name() == s)
-            .ok_or(LevelError::Missing { name, best: Level::best() })
+            .ok_or(LevelError::Missing {
+                name,
+                best: Level::best(),
+            })
     }
 }
 
@@ -151,7 +154,12 @@ mod tests {
             assert_eq!(level.name().parse::<Level>(), Ok(level));
         }
         assert_eq!(Level::available()[0], Level::Scalar);
-        assert_eq!("sse9".parse::<Level>(), Err(LevelError::Unknown { name: "sse9".into() }));
+        assert_eq!(
+            "sse9".parse::<Level>(),
+            Err(LevelError::Unknown {
+                name: "sse9".into()
+            })
+        );
         assert!(Level::best() >= Level::Scalar);
     }
 }

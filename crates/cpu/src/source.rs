@@ -5,12 +5,13 @@
 
 use std::ops::Range;
 
-use tersor_codec::{DecodeError, Far, decode_chunk_bytes};
+use tersor_codec::{DecodeError, Far, FarList, PADDING_BYTES, Table, decode_chunk_bytes, fixed};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::avx512_rans;
+use crate::isa::{Isa, TileBytes, per_isa};
 use crate::{Level, TILE_ROWS, TILE_SYMBOLS};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
@@ -28,7 +29,11 @@ impl FarAt {
     pub(crate) fn new(first: usize, row_tile_symbols: usize, far: Far) -> FarAt {
         let position = far.position as usize;
         // Row tiles are at most 2^20 and a row tile has at most 2^28 symbols: the format's limits.
-        FarAt { row_tile: (first + position / row_tile_symbols) as u32, position: (position % row_tile_symbols) as u32, symbol: far.symbol }
+        FarAt {
+            row_tile: (first + position / row_tile_symbols) as u32,
+            position: (position % row_tile_symbols) as u32,
+            symbol: far.symbol,
+        }
     }
 }
 
@@ -47,6 +52,8 @@ pub(crate) fn far_of(far: &[FarAt], row_tile: usize) -> &[FarAt] {
 pub(crate) struct Scratch {
     /// Symbol bytes of the task's chunks, or of one row tile.
     pub bytes: AlignedBytes,
+    /// Escape bytes of the task's chunks on their way to the decoded form.
+    pub escapes: AlignedBytes,
     pub far: Vec<FarAt>,
     /// (tokens, 16): results of one row tile.
     pub sums: Vec<[f32; TILE_ROWS]>,
@@ -72,7 +79,13 @@ pub(crate) fn symbols_of(tensor: &CodedTensor, chunks: &Range<usize>) -> usize {
 /// Decodes at most [`CHUNKS_TOGETHER`] consecutive chunks to symbol bytes, one chunk behind the other in `out`, and their far symbols, sorted.
 ///
 /// The error names the first chunk that does not decode.
-pub(crate) fn decode_chunks(level: Level, tensor: &CodedTensor, chunks: Range<usize>, out: &mut [u8], far: &mut Vec<FarAt>) -> Result<(), (usize, DecodeError)> {
+pub(crate) fn decode_chunks(
+    level: Level,
+    tensor: &CodedTensor,
+    chunks: Range<usize>,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> Result<(), (usize, DecodeError)> {
     far.clear();
     #[cfg(target_arch = "x86_64")]
     if let Level::Avx512(token) = level {
@@ -84,13 +97,126 @@ pub(crate) fn decode_chunks(level: Level, tensor: &CodedTensor, chunks: Range<us
     let mut rest = out;
     for chunk in chunks {
         let (bytes, after) = rest.split_at_mut(tensor.chunk_symbols(chunk));
-        decode_by_codec(tensor, chunk, bytes, far).map_err(|e| (chunk, e))?;
+        if !decode_nibbles(level, tensor, chunk, bytes, far) {
+            decode_by_codec(tensor, chunk, bytes, far).map_err(|e| (chunk, e))?;
+        }
         rest = after;
     }
     Ok(())
 }
 
-fn decode_by_codec(tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> Result<(), DecodeError> {
+/// A part of a chunk together with the [`PADDING_BYTES`] readable bytes behind it. `padded`: the chunk and the bytes behind it.
+pub(crate) fn with_padding<'a>(padded: &'a [u8], part: &[u8]) -> &'a [u8] {
+    let start = part.as_ptr().addr() - padded.as_ptr().addr();
+    &padded[start..start + part.len() + PADDING_BYTES]
+}
+
+/// Adds a chunk's far symbols to `far`. False if they do not fit its symbol bytes: each far symbol has a byte 0 at its position, and `escapes` have no others.
+pub(crate) fn take_far(
+    tensor: &CodedTensor,
+    chunk: usize,
+    list: FarList<'_>,
+    escapes: &[u8],
+    bytes: &[u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
+    let first = tensor.chunk_row_tiles(chunk).start;
+    let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;
+    far.extend(list.iter().map(|f| FarAt::new(first, row_tile_symbols, f)));
+    count_zeros(escapes) == list.len() && list.iter().all(|f| bytes[f.position as usize] == 0)
+}
+
+/// Escape bytes of far symbols.
+pub(crate) fn count_zeros(escapes: &[u8]) -> usize {
+    escapes.iter().filter(|b| **b == 0).count()
+}
+
+/// Decodes a chunk of `fixed/b4`. False if it is none, or does not decode: `out` and `far` may then have changed.
+fn decode_nibbles(
+    level: Level,
+    tensor: &CodedTensor,
+    chunk: usize,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
+    let Table::Fixed(table) = tensor.table() else {
+        return false;
+    };
+    let params = table.params();
+    let padded = tensor.chunk_with_padding(chunk);
+    let bytes = &padded[..padded.len() - PADDING_BYTES];
+    let Ok(parts) = fixed::Chunk::parse(params, out.len(), bytes) else {
+        return false;
+    };
+    if params.bits != 4 {
+        return false;
+    }
+    let bias = (table.base() + 128 - i16::from(table.has_escape())) as u8;
+    let escapes = with_padding(padded, parts.escapes);
+    let known = far.len();
+    let (lines, tiles) = (parts.fields.as_chunks().0, out.as_chunks_mut().0);
+    let valid = unpack_nibbles(level, lines, bias, table.has_escape(), escapes, tiles)
+        && take_far(tensor, chunk, parts.far, parts.escapes, out, far);
+    if !valid {
+        far.truncate(known);
+    }
+    valid
+}
+
+per_isa! {
+    /// Symbol bytes of a chunk of nibbles. `escapes`: with [`PADDING_BYTES`] behind them. False if escapes are left or missing, or nibbles beyond the last tile are not 0.
+    fn unpack_nibbles(isa; lines: &[TileBytes], bias: u8, has_escapes: bool, escapes: &[u8], out: &mut [TileBytes]) -> bool {
+        let bias = isa.splat(bias);
+        let end = escapes.len() - PADDING_BYTES;
+        let mut taken = 0;
+        for (line, pair) in lines.iter().zip(out.chunks_mut(2)) {
+            if pair.len() == 1 && line.iter().any(|b| b >> 4 != 0) {
+                return false;
+            }
+            let line = isa.load(line);
+            let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
+            if has_escapes {
+                // SAFETY: reads begin at the end of the escapes at most, behind which 64 bytes are readable.
+                low = unsafe { unescape(isa, low, bias, escapes, end, &mut taken) };
+            }
+            isa.store(low, &mut pair[0]);
+            if let Some(out) = pair.get_mut(1) {
+                if has_escapes {
+                    // SAFETY: as above.
+                    high = unsafe { unescape(isa, high, bias, escapes, end, &mut taken) };
+                }
+                isa.store(high, out);
+            }
+        }
+        taken == end
+    }
+}
+
+/// Replaces the fields of 0 of a tile by escapes from `taken` on, or by anything beyond their end.
+///
+/// # Safety
+/// `escapes` has 64 bytes from `end` on.
+#[inline(always)]
+unsafe fn unescape<I: Isa>(
+    isa: I,
+    tile: I::Tile,
+    bias: I::Tile,
+    escapes: &[u8],
+    end: usize,
+    taken: &mut usize,
+) -> I::Tile {
+    // SAFETY: by the contract.
+    let (tile, more) = unsafe { isa.unescape(tile, bias, escapes.as_ptr().add((*taken).min(end))) };
+    *taken += more;
+    tile
+}
+
+fn decode_by_codec(
+    tensor: &CodedTensor,
+    chunk: usize,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> Result<(), DecodeError> {
     let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), out)?;
     let first = tensor.chunk_row_tiles(chunk).start;
     let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;

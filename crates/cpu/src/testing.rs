@@ -8,7 +8,13 @@ pub(crate) fn levels() -> Vec<Level> {
     let required = std::env::var("TERSOR_REQUIRE").unwrap_or_default();
     for name in required.split(',').map(str::trim).filter(|n| !n.is_empty()) {
         // The list also names devices of other crates, which are not ours to judge.
-        assert!(!matches!(name.parse::<Level>(), Err(crate::LevelError::Missing { .. })), "TERSOR_REQUIRE names {name}, which this machine lacks");
+        assert!(
+            !matches!(
+                name.parse::<Level>(),
+                Err(crate::LevelError::Missing { .. })
+            ),
+            "TERSOR_REQUIRE names {name}, which this machine lacks"
+        );
     }
     for name in ["avx2", "avx512"] {
         if !available.iter().any(|l| l.name() == name) {

@@ -5,6 +5,19 @@ use std::arch::x86_64::*;
 use super::{Isa, TileBytes};
 use crate::{Avx2, TILE_COLS, TILE_ROWS};
 
+/// An expression for each of the two halves. Not `array::from_fn`: the compiler does not inline intrinsics into a closure that lacks the features of its caller.
+macro_rules! halves {
+    (|$i:ident| $half:expr) => {{
+        macro_rules! half {
+            ($value:literal) => {{
+                let $i = $value;
+                $half
+            }};
+        }
+        [half!(0), half!(1)]
+    }};
+}
+
 impl Isa for Avx2 {
     type Tile = [__m256i; 2];
     type Sums = [__m256i; 2];
@@ -12,7 +25,12 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> [__m256i; 2] {
         // SAFETY: 64 readable bytes; the token proves AVX2, here and below.
-        unsafe { [_mm256_loadu_si256(tile.as_ptr().cast()), _mm256_loadu_si256(tile.as_ptr().add(32).cast())] }
+        unsafe {
+            [
+                _mm256_loadu_si256(tile.as_ptr().cast()),
+                _mm256_loadu_si256(tile.as_ptr().add(32).cast()),
+            ]
+        }
     }
 
     #[inline(always)]
@@ -35,7 +53,7 @@ impl Isa for Avx2 {
         // SAFETY: registers only.
         unsafe {
             let nibble = _mm256_set1_epi8(15);
-            std::array::from_fn(|i| _mm256_add_epi8(_mm256_and_si256(line[i], nibble), bias[i]))
+            halves!(|i| _mm256_add_epi8(_mm256_and_si256(line[i], nibble), bias[i]))
         }
     }
 
@@ -44,12 +62,20 @@ impl Isa for Avx2 {
         // SAFETY: registers only.
         unsafe {
             let nibble = _mm256_set1_epi8(15);
-            std::array::from_fn(|i| _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble), bias[i]))
+            halves!(|i| _mm256_add_epi8(
+                _mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble),
+                bias[i]
+            ))
         }
     }
 
     #[inline(always)]
-    unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
+    unsafe fn unescape(
+        self,
+        tile: [__m256i; 2],
+        escape: [__m256i; 2],
+        escapes: *const u8,
+    ) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
         let mut mask = unsafe {
             let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[0], escape[0])) as u32;
@@ -77,12 +103,17 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn narrow(self, tile: [__m256i; 2], bias: [__m256i; 2], lowest: [__m256i; 2]) -> ([__m256i; 2], u64) {
+    fn narrow(
+        self,
+        tile: [__m256i; 2],
+        bias: [__m256i; 2],
+        lowest: [__m256i; 2],
+    ) -> ([__m256i; 2], u64) {
         // SAFETY: registers only.
         unsafe {
             let most = _mm256_set1_epi8(15);
             let mut fits = 0u64;
-            let fields = std::array::from_fn(|i| {
+            let fields = halves!(|i| {
                 let field = _mm256_sub_epi8(tile[i], bias[i]);
                 let clamped = _mm256_max_epu8(_mm256_min_epu8(field, most), lowest[i]);
                 let ok = _mm256_cmpeq_epi8(clamped, field);
@@ -96,7 +127,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn pair(self, low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
-        unsafe { std::array::from_fn(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
+        unsafe { halves!(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
     }
 
     #[inline(always)]
@@ -107,7 +138,7 @@ impl Isa for Avx2 {
         let mut bytes: TileBytes = [0; 64];
         self.store(tile, &mut bytes);
         while mask != 0 {
-            // SAFETY: one byte for each of the mask's ones.
+            // SAFETY: a 64-bit mask has at most 64 ones.
             unsafe {
                 *out = bytes[mask.trailing_zeros() as usize];
                 out = out.add(1);
@@ -130,9 +161,10 @@ impl Isa for Avx2 {
             let q = _mm256_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
             let bias = _mm256_set1_epi8(i8::MIN);
             let ones = _mm256_set1_epi16(1);
-            std::array::from_fn(|i| {
+            halves!(|i| {
                 let symbol = _mm256_xor_si256(tile[i], bias);
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
+                let pairs =
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
                 _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
             })
         }
@@ -141,7 +173,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn add(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: registers only.
-        unsafe { std::array::from_fn(|i| _mm256_add_epi32(a[i], b[i])) }
+        unsafe { halves!(|i| _mm256_add_epi32(a[i], b[i])) }
     }
 
     #[inline(always)]

@@ -36,17 +36,30 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn high(self, line: __m512i, bias: __m512i) -> __m512i {
         // SAFETY: registers only.
-        unsafe { _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)), bias) }
+        unsafe {
+            _mm512_add_epi8(
+                _mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)),
+                bias,
+            )
+        }
     }
 
     /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on some cores.
     #[inline(always)]
-    unsafe fn unescape(self, tile: __m512i, escape: __m512i, escapes: *const u8) -> (__m512i, usize) {
+    unsafe fn unescape(
+        self,
+        tile: __m512i,
+        escape: __m512i,
+        escapes: *const u8,
+    ) -> (__m512i, usize) {
         // SAFETY: 64 readable bytes, by the contract.
         unsafe {
             let mask = _mm512_cmpeq_epi8_mask(tile, escape);
             let next = _mm512_loadu_si512(escapes.cast());
-            (_mm512_mask_expand_epi8(tile, mask, next), mask.count_ones() as usize)
+            (
+                _mm512_mask_expand_epi8(tile, mask, next),
+                mask.count_ones() as usize,
+            )
         }
     }
 
@@ -70,12 +83,9 @@ impl Isa for Avx512 {
 
     #[inline(always)]
     unsafe fn compress(self, tile: __m512i, mask: u64, out: *mut u8) {
-        // Compressed in a register and stored under a mask: the compress with a memory operand is microcode on some cores.
-        // SAFETY: the store writes one byte for each of the mask's ones.
-        unsafe {
-            let front = _bzhi_u64(u64::MAX, mask.count_ones());
-            _mm512_mask_storeu_epi8(out.cast(), front, _mm512_maskz_compress_epi8(mask, tile));
-        }
+        // Compressed in a register and stored whole: a compress into memory, and a masked store, are microcode on some cores.
+        // SAFETY: 64 writable bytes.
+        unsafe { _mm512_storeu_si512(out.cast(), _mm512_maskz_compress_epi8(mask, tile)) }
     }
 
     #[inline(always)]
@@ -88,7 +98,13 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn dot(self, sums: __m512i, tile: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
         // SAFETY: registers only.
-        unsafe { _mm512_dpbusd_epi32(sums, tile, _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))) }
+        unsafe {
+            _mm512_dpbusd_epi32(
+                sums,
+                tile,
+                _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8))),
+            )
+        }
     }
 
     #[inline(always)]
@@ -101,7 +117,12 @@ impl Isa for Avx512 {
     fn finish(self, sums: __m512i, q_sum: i32) -> [i32; TILE_ROWS] {
         let mut out = [0; TILE_ROWS];
         // SAFETY: 64 writable bytes.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum))) }
+        unsafe {
+            _mm512_storeu_si512(
+                out.as_mut_ptr().cast(),
+                _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum)),
+            )
+        }
         out
     }
 }

@@ -22,11 +22,14 @@ use tersor_codec::{PADDING_BYTES, Table, rans};
 use tersor_format::CodedTensor;
 
 use crate::scales::TileScales;
-use crate::source::{CHUNKS_TOGETHER, FarAt};
+use crate::source::{CHUNKS_TOGETHER, FarAt, count_zeros, take_far, with_padding};
 use crate::{Activations, Avx512, KernelScales, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 const LANES: usize = 64;
 const SLOTS_MAX: usize = 256;
+
+/// How far ahead of the words the memory is told what comes: some 50 steps. The processor's own prefetcher stops at the end of a page, and here the next state waits for the bytes.
+const PREFETCH_BYTES: usize = 1024;
 
 /// The slots as bytes, ready to be loaded into registers; those beyond `2^prob_bits` are 0 and never looked up.
 struct Tables {
@@ -39,10 +42,25 @@ struct Tables {
 impl Tables {
     /// `None` if this kernel was not made for the table.
     fn new(table: &Table) -> Option<Tables> {
-        let Table::Rans(table) = table else { return None };
-        let rans::Params { state_bits: 16, word_bits: 8, prob_bits: prob_bits @ 6..=8, lanes: 64 } = table.params() else { return None };
+        let Table::Rans(table) = table else {
+            return None;
+        };
+        let rans::Params {
+            state_bits: 16,
+            word_bits: 8,
+            prob_bits: prob_bits @ 6..=8,
+            lanes: 64,
+        } = table.params()
+        else {
+            return None;
+        };
         let slots = table.slots();
-        let mut tables = Tables { prob_bits, freq: [0; SLOTS_MAX], offset: [0; SLOTS_MAX], symbol: [0; SLOTS_MAX] };
+        let mut tables = Tables {
+            prob_bits,
+            freq: [0; SLOTS_MAX],
+            offset: [0; SLOTS_MAX],
+            symbol: [0; SLOTS_MAX],
+        };
         for (slot, (freq, offset)) in slots.freq.iter().zip(slots.offset).enumerate() {
             // A lone entry of 8 bits has the frequency 256.
             tables.freq[slot] = u8::try_from(*freq).ok()?;
@@ -68,17 +86,17 @@ impl<'a> Stream<'a> {
         let padded = tensor.chunk_with_padding(chunk);
         let bytes = &padded[..padded.len() - PADDING_BYTES];
         let parts = rans::Chunk::parse(params, tensor.chunk_symbols(chunk), bytes).ok()?;
-        // Pointers that reach beyond the part come from the slice that does.
+        // Pointers that reach beyond the part come from a slice that does.
         let range = |part: &[u8]| {
-            let start = part.as_ptr().addr() - bytes.as_ptr().addr();
-            padded[start..].as_ptr()..padded[start + part.len()..].as_ptr()
+            let wide = with_padding(padded, part);
+            wide.as_ptr()..wide[part.len()..].as_ptr()
         };
-        Some(Stream { states: parts.states.try_into().ok()?, words: range(parts.words), escapes: range(parts.escapes), chunk: parts })
-    }
-
-    /// Whether each escape byte 0 belongs to a far symbol, as far as that can be said without positions.
-    fn far_count_fits(&self) -> bool {
-        self.chunk.escapes.iter().filter(|b| **b == 0).count() == self.chunk.far.len()
+        Some(Stream {
+            states: parts.states.try_into().ok()?,
+            words: range(parts.words),
+            escapes: range(parts.escapes),
+            chunk: parts,
+        })
     }
 }
 
@@ -120,13 +138,17 @@ impl<const P: u32, const N: usize> Streams<P, N> {
     unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Streams<P, N> {
         // SAFETY: all loads are of whole arrays.
         unsafe {
-            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
+            let load = |table: &[u8; SLOTS_MAX]| {
+                std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()))
+            };
             Streams {
                 freq: load(&tables.freq),
                 offset: load(&tables.offset),
                 symbol: load(&tables.symbol),
                 low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states.as_ptr().cast())),
-                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..].as_ptr().cast())),
+                high: std::array::from_fn(|i| {
+                    _mm512_loadu_si512(streams[i].states[LANES..].as_ptr().cast())
+                }),
                 word: std::array::from_fn(|i| streams[i].words.start),
                 words_end: std::array::from_fn(|i| streams[i].words.end),
                 escape: std::array::from_fn(|i| streams[i].escapes.start),
@@ -149,16 +171,25 @@ impl<const P: u32, const N: usize> Streams<P, N> {
             let x_even = _mm512_ternarylogic_epi32::<0xca>(even, low, _mm512_slli_epi16::<8>(high));
             let x_odd = _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(low), high);
             // x = freq * (x >> P) + offset, at most 16 bits.
-            let y_even = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(freq, even), _mm512_srli_epi16::<P>(x_even)), _mm512_and_si512(offset, even));
-            let y_odd = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<P>(x_odd)), _mm512_srli_epi16::<8>(offset));
-            let y_low = _mm512_ternarylogic_epi32::<0xca>(even, y_even, _mm512_slli_epi16::<8>(y_odd));
-            let y_high = _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(y_even), y_odd);
+            let y_even = _mm512_add_epi16(
+                _mm512_mullo_epi16(_mm512_and_si512(freq, even), _mm512_srli_epi16::<P>(x_even)),
+                _mm512_and_si512(offset, even),
+            );
+            let y_odd = _mm512_add_epi16(
+                _mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<P>(x_odd)),
+                _mm512_srli_epi16::<8>(offset),
+            );
+            let y_low =
+                _mm512_ternarylogic_epi32::<0xca>(even, y_even, _mm512_slli_epi16::<8>(y_odd));
+            let y_high =
+                _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(y_even), y_odd);
             // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
             let hungry = _mm512_testn_epi8_mask(y_high, y_high);
             let words = _mm512_loadu_si512(self.word[i].min(self.words_end[i]).cast());
             self.high[i] = _mm512_mask_mov_epi8(y_high, hungry, y_low);
             self.low[i] = _mm512_mask_expand_epi8(y_low, hungry, words);
             self.word[i] = self.word[i].wrapping_add(hungry.count_ones() as usize);
+            _mm_prefetch::<_MM_HINT_T0>(self.word[i].wrapping_add(PREFETCH_BYTES).cast());
             let escaped = _mm512_testn_epi8_mask(symbol, symbol);
             let escapes = _mm512_loadu_si512(self.escape[i].min(self.escapes_end[i]).cast());
             self.escape[i] = self.escape[i].wrapping_add(escaped.count_ones() as usize);
@@ -186,11 +217,17 @@ fn groups(tensor: &CodedTensor, chunks: Range<usize>) -> impl Iterator<Item = Ra
         Some(last) if tensor.chunk_symbols(last) != tensor.chunk_symbols(chunks.start) => last,
         _ => chunks.end,
     };
-    [chunks.start..equal, equal..chunks.end].into_iter().filter(|g| !g.is_empty())
+    [chunks.start..equal, equal..chunks.end]
+        .into_iter()
+        .filter(|g| !g.is_empty())
 }
 
 /// The streams of `N` chunks from `first` on.
-fn streams<const N: usize>(params: rans::Params, tensor: &CodedTensor, first: usize) -> Option<[Stream<'_>; N]> {
+fn streams<const N: usize>(
+    params: rans::Params,
+    tensor: &CodedTensor,
+    first: usize,
+) -> Option<[Stream<'_>; N]> {
     let mut streams = [const { None }; N];
     for (i, stream) in streams.iter_mut().enumerate() {
         *stream = Some(Stream::new(params, tensor, first + i)?);
@@ -222,15 +259,29 @@ macro_rules! by_shape {
 /// Decodes at most [`CHUNKS_TOGETHER`] chunks to symbol bytes, one behind the other, and adds their far symbols to `far`.
 ///
 /// False if the kernel was not made for the table, or a chunk is corrupt: `out` and `far` are then of no use.
-pub(crate) fn decode(_token: Avx512, tensor: &CodedTensor, chunks: Range<usize>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
-    let (Some(tables), Table::Rans(table)) = (Tables::new(tensor.table()), tensor.table()) else { return false };
+pub(crate) fn decode(
+    _token: Avx512,
+    tensor: &CodedTensor,
+    chunks: Range<usize>,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
+    let (Some(tables), Table::Rans(table)) = (Tables::new(tensor.table()), tensor.table()) else {
+        return false;
+    };
     let params = table.params();
     let mut rest = out;
     for group in groups(tensor, chunks) {
         let (out, after) = rest.split_at_mut(group.len() * tensor.chunk_symbols(group.start));
         rest = after;
         // SAFETY: the token proves the features that the function enables.
-        if !unsafe { by_shape!(tables.prob_bits, group.len(), decode_group(&tables, params, tensor, group.start, out, far)) } {
+        if !unsafe {
+            by_shape!(
+                tables.prob_bits,
+                group.len(),
+                decode_group(&tables, params, tensor, group.start, out, far)
+            )
+        } {
             return false;
         }
     }
@@ -240,8 +291,17 @@ pub(crate) fn decode(_token: Avx512, tensor: &CodedTensor, chunks: Range<usize>,
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt,bmi2")]
-unsafe fn decode_group<const P: u32, const N: usize>(tables: &Tables, params: rans::Params, tensor: &CodedTensor, first: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
-    let Some(streams) = streams::<N>(params, tensor, first) else { return false };
+unsafe fn decode_group<const P: u32, const N: usize>(
+    tables: &Tables,
+    params: rans::Params,
+    tensor: &CodedTensor,
+    first: usize,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
+    let Some(streams) = streams::<N>(params, tensor, first) else {
+        return false;
+    };
     let symbols = tensor.chunk_symbols(first);
     let steps = symbols / TILE_SYMBOLS;
     assert_eq!(out.len(), N * steps * TILE_SYMBOLS);
@@ -251,7 +311,12 @@ unsafe fn decode_group<const P: u32, const N: usize>(tables: &Tables, params: ra
         for step in 0..steps {
             for i in 0..N {
                 let tile = s.next(i);
-                _mm512_storeu_si512(out.as_mut_ptr().add((i * steps + step) * TILE_SYMBOLS).cast(), tile);
+                _mm512_storeu_si512(
+                    out.as_mut_ptr()
+                        .add((i * steps + step) * TILE_SYMBOLS)
+                        .cast(),
+                    tile,
+                );
             }
         }
         s.valid()
@@ -259,27 +324,42 @@ unsafe fn decode_group<const P: u32, const N: usize>(tables: &Tables, params: ra
     if !valid {
         return false;
     }
-    let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;
-    streams.iter().zip(out.chunks_exact(symbols)).enumerate().all(|(i, (stream, out))| {
-        let first = tensor.chunk_row_tiles(first + i).start;
-        far.extend(stream.chunk.far.iter().map(|f| FarAt::new(first, row_tile_symbols, f)));
-        // As many zeros as far symbols, and one at each of their positions.
-        stream.far_count_fits() && stream.chunk.far.iter().all(|f| out[f.position as usize] == 0)
-    })
+    let parts = streams.iter().map(|s| &s.chunk);
+    (first..)
+        .zip(parts.zip(out.chunks_exact(symbols)))
+        .all(|(chunk, (parts, bytes))| {
+            take_far(tensor, chunk, parts.far, parts.escapes, bytes, far)
+        })
 }
 
 /// Multiplies at most [`CHUNKS_TOGETHER`] chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).
 ///
 /// False if the kernel was not made for the table or for far symbols, or a chunk is corrupt: `sums` are then of no use.
-pub(crate) fn dot(_token: Avx512, tensor: &CodedTensor, chunks: Range<usize>, scales: &KernelScales, x: &Activations, sums: &mut [[f32; TILE_ROWS]]) -> bool {
-    let (Some(tables), Table::Rans(table)) = (Tables::new(tensor.table()), tensor.table()) else { return false };
+pub(crate) fn dot(
+    _token: Avx512,
+    tensor: &CodedTensor,
+    chunks: Range<usize>,
+    scales: &KernelScales,
+    x: &Activations,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
+    let (Some(tables), Table::Rans(table)) = (Tables::new(tensor.table()), tensor.table()) else {
+        return false;
+    };
     let params = table.params();
     let mut rest = sums;
     for group in groups(tensor, chunks) {
-        let (sums, after) = rest.split_at_mut(group.len() * tensor.chunk_row_tiles(group.start).len());
+        let (sums, after) =
+            rest.split_at_mut(group.len() * tensor.chunk_row_tiles(group.start).len());
         rest = after;
         // SAFETY: the token proves the features that the function enables.
-        if !unsafe { by_shape!(tables.prob_bits, group.len(), dot_group(&tables, params, tensor, group.start, scales, x, sums)) } {
+        if !unsafe {
+            by_shape!(
+                tables.prob_bits,
+                group.len(),
+                dot_group(&tables, params, tensor, group.start, scales, x, sums)
+            )
+        } {
             return false;
         }
     }
@@ -288,7 +368,9 @@ pub(crate) fn dot(_token: Avx512, tensor: &CodedTensor, chunks: Range<usize>, sc
 
 /// # Safety
 /// Only for the target features.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt,bmi2")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt,bmi2"
+)]
 unsafe fn dot_group<const P: u32, const N: usize>(
     tables: &Tables,
     params: rans::Params,
@@ -298,8 +380,13 @@ unsafe fn dot_group<const P: u32, const N: usize>(
     x: &Activations,
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
-    let Some(streams) = streams::<N>(params, tensor, first) else { return false };
-    if streams.iter().any(|s| !s.chunk.far.is_empty() || !s.far_count_fits()) {
+    let Some(streams) = streams::<N>(params, tensor, first) else {
+        return false;
+    };
+    if streams
+        .iter()
+        .any(|s| !s.chunk.far.is_empty() || count_zeros(s.chunk.escapes) > 0)
+    {
         return false;
     }
     let row_tiles = tensor.chunk_row_tiles(first);
@@ -311,21 +398,29 @@ unsafe fn dot_group<const P: u32, const N: usize>(
     unsafe {
         let mut s = Streams::<P, N>::new(tables, &streams);
         for tile in 0..row_tiles.len() {
-            let tile_scales: [TileScales<'_>; N] = std::array::from_fn(|i| scales.tile(row_tiles.start + i * row_tiles.len() + tile));
+            let tile_scales: [TileScales<'_>; N] =
+                std::array::from_fn(|i| scales.tile(row_tiles.start + i * row_tiles.len() + tile));
             let mut acc = [_mm512_setzero_ps(); N];
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
                 let mut dots = [_mm512_setzero_si512(); N];
                 for q in q {
                     let q = _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
-                    for i in 0..N {
+                    for (i, dot) in dots.iter_mut().enumerate() {
                         let tile = s.next(i);
-                        dots[i] = _mm512_dpbusd_epi32(dots[i], tile, q);
+                        *dot = _mm512_dpbusd_epi32(*dot, tile, q);
                     }
                 }
                 let bias = _mm512_set1_epi32(128 * xsums[segment]);
                 for i in 0..N {
                     let isum = _mm512_cvtepi32_ps(_mm512_sub_epi32(dots[i], bias));
-                    acc[i] = add_segment(acc[i], isum, tile_scales[i], segment, xscales[segment], xsums[segment]);
+                    acc[i] = add_segment(
+                        acc[i],
+                        isum,
+                        tile_scales[i],
+                        segment,
+                        xscales[segment],
+                        xsums[segment],
+                    );
                 }
             }
             for i in 0..N {
@@ -342,21 +437,39 @@ unsafe fn dot_group<const P: u32, const N: usize>(
 
 /// `SegmentScales::add` in one register.
 #[inline(always)]
-unsafe fn add_segment(acc: __m512, isum: __m512, scales: TileScales<'_>, segment: usize, xscale: f32, xsum: i32) -> __m512 {
+unsafe fn add_segment(
+    acc: __m512,
+    isum: __m512,
+    scales: TileScales<'_>,
+    segment: usize,
+    xscale: f32,
+    xsum: i32,
+) -> __m512 {
     // SAFETY: the loads are of whole arrays.
     unsafe {
         let factor = _mm512_set1_ps(xscale);
         match scales {
             TileScales::Row(_) => _mm512_add_ps(acc, _mm512_mul_ps(isum, factor)),
-            TileScales::Group { scales, biases, brain } => {
+            TileScales::Group {
+                scales,
+                biases,
+                brain,
+            } => {
                 let widen = |bits: &[u16; TILE_ROWS]| {
                     let bits = _mm256_loadu_si256(bits.as_ptr().cast());
-                    if brain { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))) } else { _mm512_cvtph_ps(bits) }
+                    if brain {
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+                    } else {
+                        _mm512_cvtph_ps(bits)
+                    }
                 };
                 let scale = widen(&scales[segment]);
                 let acc = _mm512_add_ps(acc, _mm512_mul_ps(_mm512_mul_ps(isum, scale), factor));
                 let Some(biases) = biases else { return acc };
-                let bias = _mm512_add_ps(widen(&biases[segment]), _mm512_mul_ps(_mm512_set1_ps(8.0), scale));
+                let bias = _mm512_add_ps(
+                    widen(&biases[segment]),
+                    _mm512_mul_ps(_mm512_set1_ps(8.0), scale),
+                );
                 let shift = _mm512_set1_ps(xsum as f32 * xscale);
                 _mm512_add_ps(acc, _mm512_mul_ps(bias, shift))
             }

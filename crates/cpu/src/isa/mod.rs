@@ -17,7 +17,7 @@ use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 /// 64 symbol bytes in memory.
 pub(crate) type TileBytes = [u8; TILE_SYMBOLS];
 
-/// One level's steps. A value of the type proves that the machine has what the steps need.
+/// One level's steps, all of which are to be called from functions that are always inlined (not from closures) below a function that enables the level's features. A value of the type proves that the machine has what the steps need.
 pub(crate) trait Isa: Copy {
     /// 64 bytes: lane `row * 4 + col`.
     type Tile: Copy;
@@ -36,15 +36,20 @@ pub(crate) trait Isa: Copy {
     ///
     /// # Safety
     /// 64 bytes at `escapes` are readable.
-    unsafe fn unescape(self, tile: Self::Tile, escape: Self::Tile, escapes: *const u8) -> (Self::Tile, usize);
+    unsafe fn unescape(
+        self,
+        tile: Self::Tile,
+        escape: Self::Tile,
+        escapes: *const u8,
+    ) -> (Self::Tile, usize);
     /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0, and the mask of the lanes where it does not.
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);
     /// `low | high << 4`, of fields.
     fn pair(self, low: Self::Tile, high: Self::Tile) -> Self::Tile;
-    /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order.
+    /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order, and anything to the bytes behind them.
     ///
     /// # Safety
-    /// As many bytes as `mask` has ones are writable at `out`.
+    /// 64 bytes are writable at `out`.
     unsafe fn compress(self, tile: Self::Tile, mask: u64, out: *mut u8);
     fn zero(self) -> Self::Sums;
     /// Adds each row's four products with `q`.

@@ -37,7 +37,12 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn unescape(self, mut tile: TileBytes, escape: TileBytes, escapes: *const u8) -> (TileBytes, usize) {
+    unsafe fn unescape(
+        self,
+        mut tile: TileBytes,
+        escape: TileBytes,
+        escapes: *const u8,
+    ) -> (TileBytes, usize) {
         let mut taken = 0;
         for (b, e) in tile.iter_mut().zip(escape) {
             if *b == e {
@@ -69,7 +74,7 @@ impl Isa for Scalar {
     #[inline(always)]
     unsafe fn compress(self, tile: TileBytes, mut mask: u64, mut out: *mut u8) {
         while mask != 0 {
-            // SAFETY: one byte for each of the mask's ones.
+            // SAFETY: a 64-bit mask has at most 64 ones.
             unsafe {
                 *out = tile[mask.trailing_zeros() as usize];
                 out = out.add(1);
@@ -84,7 +89,12 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn dot(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+    fn dot(
+        self,
+        mut sums: [i32; TILE_ROWS],
+        tile: TileBytes,
+        q: &[i8; TILE_COLS],
+    ) -> [i32; TILE_ROWS] {
         for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<TILE_COLS>().0) {
             for (b, q) in row.iter().zip(q) {
                 *sum += (i32::from(*b) - 128) * i32::from(*q);
