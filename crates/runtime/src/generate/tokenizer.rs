@@ -99,7 +99,7 @@ impl Tokenizer {
     #[must_use]
     pub fn detokenizer(&self, prompt: &[u32]) -> Detokenizer<'_> {
         let window = prompt[prompt.len().saturating_sub(CONTEXT_TOKENS)..].to_vec();
-        let shown = self.decode(&window);
+        let shown = settled(&self.decode(&window)).to_owned();
         Detokenizer { tokenizer: self, window, shown }
     }
 }
@@ -123,16 +123,13 @@ impl Detokenizer<'_> {
     pub fn push(&mut self, token: u32) -> String {
         self.window.push(token);
         let text = self.tokenizer.decode(&self.window);
-        let settled = settled(&text);
         // A decoder may take back text when bytes that formed a character are followed by the first byte of the next.
-        let new = settled.strip_prefix(self.shown.as_str()).unwrap_or("").to_owned();
+        let new = settled(&text).strip_prefix(self.shown.as_str()).unwrap_or("").to_owned();
         self.shown.push_str(&new);
-        let whole = self.shown.len() == text.len();
-        if (whole && self.window.len() > WINDOW_TOKENS) || self.window.len() > WINDOW_TOKENS_MAX {
-            let rest = if whole { String::new() } else { self.finish() };
+        let all_shown = self.shown.len() == text.len();
+        if (all_shown && self.window.len() > WINDOW_TOKENS) || self.window.len() > WINDOW_TOKENS_MAX {
             self.window.drain(..self.window.len() - CONTEXT_TOKENS);
-            self.shown = self.tokenizer.decode(&self.window);
-            return new + &rest;
+            self.shown = settled(&self.tokenizer.decode(&self.window)).to_owned();
         }
         new
     }

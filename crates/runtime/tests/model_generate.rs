@@ -1,0 +1,200 @@
+//! Sessions and text, on tiny random models.
+
+mod common;
+
+use common::{golden_dir, open};
+use std::fs;
+use std::sync::atomic::AtomicBool;
+use tersor_cpu::Level;
+use tersor_runtime::generate::sampler::Sampling;
+use tersor_runtime::generate::session::{Generation, Options, Session, SessionError, Stop, generate, step};
+use tersor_runtime::generate::tokenizer::{Tokenizer, TokenizerError};
+use tersor_runtime::model::kv::{KvCache, KvPrecision};
+use tersor_runtime::model::llama::{LogitsOf, Model};
+use tersor_runtime::model::weights::RunError;
+use tersor_runtime::residency::dense::Dense;
+use xxhash_rust::xxh3::xxh3_64;
+
+fn options(tokens_max: usize) -> Options {
+    Options { tokens_max, context: 600, kv_precision: KvPrecision::F16, sampling: Sampling::default(), ignore_eos: true }
+}
+
+fn run(model: &mut Model, weights: &mut Dense, session: &mut Session) -> (Generation, Vec<u32>) {
+    let mut seen = Vec::new();
+    let done = generate(model, weights, session, &AtomicBool::new(false), &mut |token| seen.push(token)).unwrap();
+    assert_eq!(seen, session.generated());
+    (done, seen)
+}
+
+fn llama3() -> (Model, Dense) {
+    open(&golden_dir().join("llama3"), Level::best(), 2)
+}
+
+#[test]
+fn greedy_generation_is_what_the_forward_pass_says() {
+    let (mut model, mut weights) = llama3();
+    // Two slices of prompt.
+    let prompt: Vec<u32> = (0..300).map(|i| (i * 11) % 64).collect();
+    let mut session = Session::new(model.config(), &prompt, &options(20)).unwrap();
+    let (done, tokens) = run(&mut model, &mut weights, &mut session);
+    assert_eq!((done.stop, done.prompt_tokens, done.generated_tokens), (Stop::Length, 300, 20));
+    assert!(done.prefill.as_nanos() > 0 && done.steps.as_nanos() > 0);
+    assert!(done.prefill_tokens_per_second() > 0.0 && done.step_tokens_per_second() > 0.0);
+
+    // The same by hand, the whole sequence at once.
+    let sequence: Vec<u32> = prompt.iter().chain(&tokens).copied().collect();
+    let mut kv = KvCache::new(model.config(), sequence.len(), KvPrecision::F16).unwrap();
+    let logits = model.forward(&mut weights, &mut kv, &sequence[..319], LogitsOf::All).unwrap();
+    let generated = &logits[299 * 64..];
+    let likely: Vec<u32> = generated.chunks(64).map(|row| tersor_cpu::ops::argmax(row) as u32).collect();
+    assert_eq!(tokens, likely);
+    let bytes: Vec<u8> = generated.iter().flat_map(|x| x.to_le_bytes()).collect();
+    assert_eq!(session.logits_hash(), xxh3_64(&bytes));
+}
+
+#[test]
+fn sessions_in_a_batch_do_what_they_do_alone() {
+    let (mut model, mut weights) = llama3();
+    let prompts: [Vec<u32>; 3] = [vec![1, 2, 3], (0..270).map(|i| i % 64).collect(), vec![60]];
+    let sampled = |seed| Options { sampling: Sampling { temperature: 1.0, seed, ..Sampling::default() }, ..options(12) };
+    let new = |model: &Model, i: usize| Session::new(model.config(), &prompts[i], &sampled(i as u64)).unwrap();
+    let alone: Vec<(Vec<u32>, u64)> = (0..3)
+        .map(|i| {
+            let mut session = new(&model, i);
+            let (_, tokens) = run(&mut model, &mut weights, &mut session);
+            (tokens, session.logits_hash())
+        })
+        .collect();
+    let mut sessions: Vec<Session> = (0..3).map(|i| new(&model, i)).collect();
+    while sessions.iter().any(|session| session.stop().is_none()) {
+        let mut batch: Vec<&mut Session> = sessions.iter_mut().collect();
+        step(&mut model, &mut weights, &mut batch).unwrap();
+    }
+    for (session, (tokens, hash)) in sessions.iter().zip(&alone) {
+        assert_eq!((session.generated(), session.logits_hash()), (&tokens[..], *hash));
+    }
+}
+
+#[test]
+fn every_reason_to_stop() {
+    let (mut model, mut weights) = llama3();
+    let mut start = |options: &Options| {
+        let mut session = Session::new(model.config(), &[5, 6], options).unwrap();
+        run(&mut model, &mut weights, &mut session)
+    };
+    let (done, tokens) = start(&options(0));
+    assert_eq!((done.stop, tokens.len()), (Stop::Length, 0));
+    // Positions 0..9 hold the prompt and seven tokens; an eighth needs no position of its own until it is continued.
+    let (done, tokens) = start(&Options { context: 9, ..options(100) });
+    assert_eq!((done.stop, tokens.len()), (Stop::ContextFull, 8));
+
+    // End tokens are 2 and 7. At a high temperature one of them comes soon.
+    let hot = Sampling { temperature: 50.0, seed: 1, ..Sampling::default() };
+    let (done, tokens) = start(&Options { ignore_eos: false, sampling: hot.clone(), ..options(500) });
+    assert_eq!(done.stop, Stop::Eos);
+    let (last, before) = tokens.split_last().unwrap();
+    assert!([2, 7].contains(last) && !before.contains(&2) && !before.contains(&7), "{tokens:?}");
+    let (done, longer) = start(&Options { sampling: hot, ..options(500) });
+    assert_eq!(done.stop, Stop::Length);
+    assert_eq!(longer[..tokens.len()], tokens, "ignoring the end changes nothing before it");
+
+    let (mut model, mut weights) = llama3();
+    let mut session = Session::new(model.config(), &[5, 6], &options(100)).unwrap();
+    let flag = AtomicBool::new(false);
+    let mut count = 0;
+    let done = generate(&mut model, &mut weights, &mut session, &flag, &mut |_| {
+        count += 1;
+        flag.store(count == 3, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!((done.unwrap().stop, session.generated().len()), (Stop::Interrupted, 3));
+}
+
+#[test]
+fn sessions_that_cannot_begin() {
+    let (model, _) = llama3();
+    let new = |prompt: &[u32], options: &Options| Session::new(model.config(), prompt, options).unwrap_err();
+    assert!(matches!(new(&[], &options(1)), SessionError::EmptyPrompt));
+    let short = Options { context: 3, ..options(1) };
+    assert!(matches!(new(&[1; 3], &short), SessionError::PromptTooLong { tokens: 3, context: 3 }));
+    let odd = Options { sampling: Sampling { top_p: 2.0, ..Sampling::default() }, ..options(1) };
+    assert_eq!(new(&[1], &odd).to_string(), "top-p 2 is outside above 0 up to 1");
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_reported() {
+    let copy = common::with_config("llama3", |_| {});
+    let path = copy.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    // The embedding comes first: its first value becomes a bf16 NaN.
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header..8 + header + 2].copy_from_slice(&[0xc0, 0x7f]);
+    fs::write(&path, bytes).unwrap();
+    let (mut model, mut weights) = open(copy.path(), Level::best(), 1);
+    let mut session = Session::new(model.config(), &[5, 6], &options(3)).unwrap();
+    let result = generate(&mut model, &mut weights, &mut session, &AtomicBool::new(false), &mut |_| ());
+    assert!(matches!(result, Err(RunError::NotFinite { position: 2 })), "{result:?}");
+}
+
+fn byte_tokenizer() -> Tokenizer {
+    Tokenizer::load(&golden_dir().join("byte-tokenizer")).unwrap()
+}
+
+/// Token ids of bytes, as the byte tokenizer gives them, without its beginning token.
+fn byte_tokens(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+    tokenizer.encode(text).unwrap()[1..].to_vec()
+}
+
+#[test]
+fn the_tokenizer_adds_its_own_special_tokens_and_hides_them() {
+    let tokenizer = byte_tokenizer();
+    let tokens = tokenizer.encode("ab é").unwrap();
+    assert_eq!((tokens.len(), tokens[0]), (6, 256));
+    assert_eq!(tokenizer.decode(&tokens), "ab é");
+    assert_eq!(tokenizer.encode("").unwrap(), [256]);
+}
+
+#[test]
+fn pieces_of_text_are_whole_characters_and_add_up() {
+    let tokenizer = byte_tokenizer();
+    let text = "Grüße, 世界! 👩‍🚀 ends ".repeat(6);
+    let tokens = byte_tokens(&tokenizer, &text);
+    // The prompt ends inside the ß: "Grü" is four bytes.
+    let mut detokenizer = tokenizer.detokenizer(&tokens[..5]);
+    let mut whole = String::new();
+    for &token in &tokens[5..] {
+        let piece = detokenizer.push(token);
+        assert!(!piece.contains(char::REPLACEMENT_CHARACTER), "{piece:?}");
+        whole.push_str(&piece);
+        assert!(text[4..].starts_with(&whole), "{whole:?}");
+    }
+    assert_eq!(detokenizer.finish(), "");
+    assert_eq!(whole, text[4..]);
+}
+
+#[test]
+fn bytes_that_are_no_character_are_shown_once_and_do_not_stop_the_text() {
+    let tokenizer = byte_tokenizer();
+    let lone = byte_tokens(&tokenizer, "é")[1];
+    let mut tokens = byte_tokens(&tokenizer, "a");
+    tokens.extend(std::iter::repeat_n(lone, 700));
+    tokens.extend(byte_tokens(&tokenizer, "bé"));
+    tokens.pop();
+    let mut detokenizer = tokenizer.detokenizer(&[]);
+    let mut whole: String = tokens.iter().map(|&token| detokenizer.push(token)).collect();
+    assert!(whole.ends_with('b'), "what may still become a character is held back");
+    whole.push_str(&detokenizer.finish());
+    assert_eq!(whole, tokenizer.decode(&tokens));
+    assert_eq!(detokenizer.finish(), "", "nothing is left");
+}
+
+#[test]
+fn a_missing_or_broken_tokenizer_is_one_line_that_names_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = Tokenizer::load(dir.path()).unwrap_err();
+    assert!(matches!(missing, TokenizerError::Missing { .. }));
+    for content in ["", "{", "[]", r#"{"version":"1.0","model":{"type":"BPE"}}"#, "\u{0}\u{1}"] {
+        fs::write(dir.path().join("tokenizer.json"), content).unwrap();
+        let message = Tokenizer::load(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json: not a tokenizer: ") && !message.contains('\n'), "{message}");
+    }
+}
