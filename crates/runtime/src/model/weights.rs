@@ -66,10 +66,19 @@ pub struct ResidencyReport {
     pub hits: u64,
     /// Matrix uses that had to decode first.
     pub misses: u64,
+    /// Bytes of the decoded forms of all `hits`.
+    pub hit_bytes: u64,
+    /// Bytes of the decoded forms of all `misses`.
+    pub miss_bytes: u64,
     /// Time spent decoding while the model was computing something else, in nanoseconds.
     pub decode_hidden_ns: u64,
     /// Time that the model waited for decoding, in nanoseconds.
     pub decode_exposed_ns: u64,
+    /// The part of `linear_ns` that decoding inside of products took, in nanoseconds: an estimate from the rates of the machine
+    /// profile; 0 without one.
+    pub decode_fused_ns: u64,
+    /// Time spent in products, in nanoseconds, without the waits in `decode_exposed_ns`.
+    pub linear_ns: u64,
 }
 
 /// Why a forward pass stopped.
@@ -124,6 +133,14 @@ pub enum RunError {
     NotFinite {
         /// Position in the sequence.
         position: usize,
+    },
+    /// Coded bytes do not decode to what the tensor's header says.
+    #[error("tensor {tensor}: {cause}")]
+    Decode {
+        /// Name of the tensor in the model directory.
+        tensor: String,
+        /// What was wrong.
+        cause: String,
     },
     /// A helper thread of the strategy failed.
     #[error("decode worker failed: {cause}")]

@@ -10,12 +10,13 @@
 //! coded matrix decodes each chunk once for all tokens of a slice, so decoding is already shared among them, and the price of a slice is
 //! shown beside the step's.
 
-use super::budget::{Footprint, SLICE_TOKENS, Size};
+use super::budget::{Footprint, Size};
 use super::cost::{CostModel, MatrixCost, Offer, choose};
 use super::held::HeldWeights;
 use super::profile::MachineProfile;
 use super::set::{Linear, TensorSet};
 use super::{OpenError, Options, Strategy, lru, prefetch};
+use crate::model::llama::SLICE_TOKENS_MAX;
 use std::fmt;
 use tersor_format::ModelDir;
 
@@ -64,7 +65,7 @@ pub struct PlanRow {
     pub bytes: u64,
     /// Predicted time of all of them in a step of one token, seconds.
     pub step_seconds: f64,
-    /// Predicted time of all of them in a slice of [`SLICE_TOKENS`] tokens of a prompt, seconds.
+    /// Predicted time of all of them in a slice of [`SLICE_TOKENS_MAX`](crate::model::llama::SLICE_TOKENS_MAX) tokens of a prompt, seconds.
     pub slice_seconds: f64,
     /// Why, for people.
     pub reason: String,
@@ -136,8 +137,8 @@ fn offer(set: &TensorSet, slot: usize, model: &CostModel<'_>) -> Offer {
     };
     let gain = prices.fused - prices.decoded;
     let tie = gain.abs() < prices.fused * TIE;
-    let extra_bytes = i64::try_from(cost.decoded_bytes).unwrap_or(i64::MAX)
-        .saturating_sub(i64::try_from(cost.coded_bytes).unwrap_or(i64::MAX));
+    let extra_bytes =
+        i64::try_from(cost.decoded_bytes).unwrap_or(i64::MAX).saturating_sub(i64::try_from(cost.coded_bytes).unwrap_or(i64::MAX));
     Offer { extra_bytes, gain_seconds: if tie { 0.0 } else { gain } }
 }
 
@@ -217,7 +218,7 @@ pub(super) fn rows(set: &TensorSet, choices: &[Choice], strategy: Strategy, opti
             let all = slots.iter().filter_map(|&slot| prices(set, slot, &model, tokens));
             all.fold(Prices::default(), |sum, p| Prices { fused: sum.fused + p.fused, decoded: sum.decoded + p.decoded })
         };
-        let (step, slice) = (sum(1), sum(SLICE_TOKENS));
+        let (step, slice) = (sum(1), sum(SLICE_TOKENS_MAX));
         let linears = || slots.iter().map(|&slot| &set.linears[slot]);
         let held = |linear: &Linear| match choice {
             Choice::Cached => linear.decoded_bytes(),
@@ -265,6 +266,6 @@ fn reason(strategy: Strategy, choice: Choice, step: Prices, coded: u64, decoded:
     format!("{why}: {prices}; {sizes}")
 }
 
-pub(super) fn open(dir: ModelDir, set: TensorSet, decoded: &[bool], options: &Options) -> Result<HeldWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, decoded: &[bool], options: &Options) -> Result<HeldWeights, OpenError> {
     HeldWeights::load(dir, set, decoded, Strategy::Auto, options)
 }

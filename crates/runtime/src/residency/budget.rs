@@ -2,9 +2,6 @@
 
 use std::fmt;
 
-/// Tokens of one slice of a prompt: the scratch that a footprint counts is for slices of this length.
-pub const SLICE_TOKENS: usize = 256;
-
 /// Bytes that a strategy holds once loading is done. Everything that grows with the model or with the context is here.
 ///
 /// While loading, coded bytes that are about to be decoded are mapped too, one tensor per thread; they are clean pages of the
@@ -24,7 +21,7 @@ pub struct Footprint {
     pub table_bytes: u64,
     /// What the model itself holds, as the caller states it: norms, biases, activation buffers.
     pub model_bytes: u64,
-    /// Scratch of a fixed size: int8 activations of one slice of [`SLICE_TOKENS`] tokens, and for each thread the symbols of the chunks it is decoding.
+    /// Scratch of a fixed size: int8 activations of one slice of [`SLICE_TOKENS_MAX`](crate::model::llama::SLICE_TOKENS_MAX) tokens, and for each thread the symbols of the chunks it is decoding.
     pub scratch_bytes: u64,
     /// Key-value cache, as the caller states it.
     pub kv_bytes: u64,

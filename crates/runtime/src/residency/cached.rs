@@ -14,7 +14,7 @@ pub(super) fn footprint(set: &TensorSet, options: &Options) -> Footprint {
     set.footprint_with(options, &vec![true; set.linears.len()])
 }
 
-pub(super) fn open(dir: ModelDir, set: TensorSet, options: &Options) -> Result<HeldWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<HeldWeights, OpenError> {
     let decoded = vec![true; set.linears.len()];
     HeldWeights::load(dir, set, &decoded, Strategy::Cached, options)
 }

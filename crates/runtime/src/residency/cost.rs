@@ -106,8 +106,7 @@ const UNITS_MAX: u64 = 16_384;
 /// rounding only. Returns `None` if even freeing all that can be freed does not suffice.
 #[must_use]
 pub fn choose(offers: &[Offer], capacity_bytes: Option<i64>) -> Option<Vec<bool>> {
-    let mut taken: Vec<bool> =
-        offers.iter().map(|offer| offer.extra_bytes <= 0 && offer.gain_seconds >= 0.0).collect();
+    let mut taken: Vec<bool> = offers.iter().map(|offer| offer.extra_bytes <= 0 && offer.gain_seconds >= 0.0).collect();
     let Some(capacity) = capacity_bytes else {
         for (taken, offer) in taken.iter_mut().zip(offers) {
             *taken |= offer.gain_seconds > 0.0;

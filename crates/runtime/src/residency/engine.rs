@@ -2,14 +2,14 @@
 //!
 //! A strategy changes where the symbols of a matrix come from and nothing else, so its logits cannot differ from those of another.
 
-use super::budget::SLICE_TOKENS;
 use super::cost::{CostModel, MatrixCost};
 use super::set::{Linear, Source};
+use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::weights::RunError;
 use std::sync::Mutex;
 use std::time::Instant;
-use tersor_cpu::{Activations, Decoded, Job, KernelError, KernelScales, Level, Matrix, Pool, matmul, read_row};
-use tersor_format::{CodedTensor, RawTensor};
+use tersor_cpu::{Activations, Decoded, Dense, Job, KernelError, KernelScales, Level, Matrix, Pool, dense_matmul, matmul, read_row};
+use tersor_format::CodedTensor;
 
 /// Threads, SIMD level and scratch of one strategy.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ pub(super) struct Operand<'a> {
 pub(super) enum Form<'a> {
     Coded(&'a CodedTensor, &'a KernelScales),
     Decoded(&'a Decoded, &'a KernelScales),
-    Raw(&'a RawTensor),
+    Raw(Dense<'a>),
 }
 
 impl<'a> Form<'a> {
@@ -46,7 +46,7 @@ impl<'a> Form<'a> {
     pub fn stored(linear: &'a Linear) -> Self {
         match &linear.source {
             Source::Coded { tensor, scales } => Form::Coded(tensor, scales),
-            Source::Raw(raw) => Form::Raw(raw),
+            Source::Raw(raw) => Form::Raw(raw.dense()),
         }
     }
 
@@ -74,7 +74,7 @@ impl Price {
     pub fn of_fused(model: &CostModel<'_>, cost: &MatrixCost) -> Self {
         let first = model.decoded(cost, 1);
         let decode = (model.fused(cost, 1) - first).max(0.0);
-        let more = (model.fused(cost, SLICE_TOKENS) - model.fused(cost, 1)) / (SLICE_TOKENS - 1) as f64;
+        let more = (model.fused(cost, SLICE_TOKENS_MAX) - model.fused(cost, 1)) / (SLICE_TOKENS_MAX - 1) as f64;
         Self { decode, first, more }
     }
 
@@ -105,7 +105,7 @@ impl Engine {
     fn multiply_all(&mut self, x: &[f32], tokens: usize, operands: &mut [Operand<'_>]) -> Result<(), RunError> {
         for operand in operands.iter_mut() {
             if let Form::Raw(raw) = operand.form {
-                dense::matmul(&self.pool, self.level, raw, x, tokens, operand.out);
+                dense_matmul(&self.pool, self.level, raw, x, tokens, operand.out);
             }
         }
         // Quantize the activations once for each segment length.
@@ -145,7 +145,7 @@ impl Engine {
         let cols = out.len() / tokens.len();
         if let Form::Raw(raw) = form {
             for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(cols)) {
-                dense::read_row(raw, token as usize, out);
+                raw.read_row(self.level, token as usize, out);
             }
             return Ok(());
         }

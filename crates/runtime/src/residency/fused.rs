@@ -13,7 +13,7 @@ pub(super) fn footprint(set: &TensorSet, options: &Options) -> Footprint {
     set.footprint(options)
 }
 
-pub(super) fn open(dir: ModelDir, set: TensorSet, options: &Options) -> Result<HeldWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<HeldWeights, OpenError> {
     let decoded = vec![false; set.linears.len()];
     HeldWeights::load(dir, set, &decoded, Strategy::Fused, options)
 }

@@ -1,16 +1,14 @@
 //! Matrices whose form is settled while loading and never changes: what `fused`, `cached` and a mixture of both (`auto`) share.
 
-use super::budget::Footprint;
 use super::cost::CostModel;
 use super::engine::{Engine, Form, Operand, Price, corrupt};
-use super::set::{Index, Linear, Source, TensorSet, verify};
+use super::set::{Index, Linear, RawMatrix, Source, TensorSet, verify};
 use super::{OpenError, Options, Strategy};
 use crate::model::weights::{LinearId, ResidencyReport, RunError, Weights};
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::Instant;
 use tersor_cpu::{Decoded, KernelScales, Level, Pool, decode_into};
-use tersor_format::{CodedTensor, ModelDir, RawTensor};
+use tersor_format::{CodedTensor, ModelDir};
 
 /// A matrix in the form in which it stays.
 #[derive(Debug)]
@@ -29,7 +27,7 @@ struct Held {
 enum HeldForm {
     Coded { tensor: CodedTensor, scales: KernelScales },
     Decoded { decoded: Decoded, scales: KernelScales },
-    Raw(RawTensor),
+    Raw(RawMatrix),
 }
 
 impl Held {
@@ -37,7 +35,7 @@ impl Held {
         match &self.form {
             HeldForm::Coded { tensor, scales } => Form::Coded(tensor, scales),
             HeldForm::Decoded { decoded, scales } => Form::Decoded(decoded, scales),
-            HeldForm::Raw(raw) => Form::Raw(raw),
+            HeldForm::Raw(raw) => Form::Raw(raw.dense()),
         }
     }
 }
@@ -55,22 +53,14 @@ pub(super) struct HeldWeights {
     miss_bytes: u64,
     hits: u64,
     misses: u64,
-    /// Keeps the mapping of what stays coded or raw; `None` once everything is decoded.
-    dir: Option<ModelDir>,
 }
 
 impl HeldWeights {
     /// Verifies every tensor and, in the same sweep, decodes the matrices marked in `decoded`; the coded bytes of each are released
-    /// as soon as it is decoded, and the file is unmapped if nothing of it is needed any more.
-    pub fn load(
-        dir: ModelDir,
-        set: TensorSet,
-        decoded: &[bool],
-        strategy: Strategy,
-        options: &Options,
-    ) -> Result<Self, OpenError> {
+    /// as soon as it is decoded, and a file of which nothing is needed any more is unmapped when `dir` is dropped.
+    pub fn load(dir: &ModelDir, set: TensorSet, decoded: &[bool], strategy: Strategy, options: &Options) -> Result<Self, OpenError> {
         let engine = Engine::new(options.threads, options.level);
-        let mut forms = decode_marked(&dir, &set, decoded, &engine)?;
+        let mut forms = decode_marked(dir, &set, decoded, &engine)?;
         let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads));
         let index = set.index;
         let mut matrices = Vec::with_capacity(set.linears.len());
@@ -78,10 +68,8 @@ impl HeldWeights {
             let decoded = forms[slot].take();
             matrices.push(hold(linear, decoded, model.as_ref()));
         }
-        let all_decoded = matrices.iter().all(|held| matches!(held.form, HeldForm::Decoded { .. }));
-        let dir = (!all_decoded).then_some(dir);
         let detail = detail(&matrices);
-        Ok(Self { strategy, detail, matrices, index, engine, hit_bytes: 0, miss_bytes: 0, hits: 0, misses: 0, dir })
+        Ok(Self { strategy, detail, matrices, index, engine, hit_bytes: 0, miss_bytes: 0, hits: 0, misses: 0 })
     }
 }
 
@@ -107,25 +95,21 @@ fn hold(linear: Linear, decoded: Option<Decoded>, model: Option<&CostModel<'_>>)
 
 /// The sweep over the file: one tensor a thread, so that a tensor is verified and decoded from the same cache. Tensors that
 /// alone are worth more than half a thread's share are decoded afterwards, by all threads together.
-fn decode_marked(
-    dir: &ModelDir,
-    set: &TensorSet,
-    marked: &[bool],
-    engine: &Engine,
-) -> Result<Vec<Option<Decoded>>, OpenError> {
+fn decode_marked(dir: &ModelDir, set: &TensorSet, marked: &[bool], engine: &Engine) -> Result<Vec<Option<Decoded>>, OpenError> {
     let wanted = |slot: &usize| marked[*slot] && set.linears[*slot].coded().is_some();
     let symbols = |slot: usize| set.linears[slot].coded().map_or(0, |tensor| tensor.header().symbols());
     let total: u64 = (0..marked.len()).filter(wanted).map(symbols).sum();
     let large = |slot: usize| symbols(slot) > total / (2 * engine.pool.threads() as u64);
-    let by_name: HashMap<&str, usize> =
-        (0..marked.len()).filter(wanted).map(|slot| (set.linears[slot].name.as_str(), slot)).collect();
+    let by_name: HashMap<&str, usize> = (0..marked.len()).filter(wanted).map(|slot| (set.linears[slot].name.as_str(), slot)).collect();
     let forms: Vec<Mutex<Option<Decoded>>> = marked.iter().map(|_| Mutex::new(None)).collect();
     let decode = |slot: usize, pool: Option<&Pool>| {
         let linear = &set.linears[slot];
         let Some(tensor) = linear.coded() else { return Ok(()) };
         let mut decoded = Decoded::default();
-        decode_into(engine.level, tensor, &mut decoded, pool)
-            .map_err(|error| OpenError::Decode { dir: dir.path().to_owned(), cause: corrupt(&linear.name, &error) })?;
+        decode_into(engine.level, tensor, &mut decoded, pool).map_err(|error| OpenError::Decode {
+            file: dir.place(&linear.name).file.unwrap_or_default(),
+            cause: corrupt(&linear.name, &error),
+        })?;
         dir.release(&linear.name);
         *forms[slot].lock().unwrap_or_else(|e| e.into_inner()) = Some(decoded);
         Ok(())
@@ -146,8 +130,7 @@ fn detail(matrices: &[Held]) -> String {
     let decoded = count(|form| matches!(form, HeldForm::Decoded { .. }));
     let raw = count(|form| matches!(form, HeldForm::Raw(_)));
     let parts = [(decoded, "held decoded"), (coded, "decoded inside each product"), (raw, "not coded")];
-    let parts: Vec<String> =
-        parts.into_iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} matrices {what}")).collect();
+    let parts: Vec<String> = parts.into_iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} matrices {what}")).collect();
     parts.join(", ")
 }
 

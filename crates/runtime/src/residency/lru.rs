@@ -114,13 +114,11 @@ pub(super) struct LruWeights {
     hit_bytes: u64,
     miss_bytes: u64,
     decode_ns: u64,
-    /// Keeps the mapping.
-    _dir: ModelDir,
 }
 
-pub(super) fn open(dir: ModelDir, set: TensorSet, options: &Options) -> Result<LruWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<LruWeights, OpenError> {
     let engine = Engine::new(options.threads, options.level);
-    verify(&dir, &engine.pool, &|_| Ok(()))?;
+    verify(dir, &engine.pool, &|_| Ok(()))?;
     let capacity = capacity(&least(&set, options), options);
     let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads));
     let price = |linear: &Linear| match (&model, linear.cost()) {
@@ -140,7 +138,6 @@ pub(super) fn open(dir: ModelDir, set: TensorSet, options: &Options) -> Result<L
         hit_bytes: 0,
         miss_bytes: 0,
         decode_ns: 0,
-        _dir: dir,
     })
 }
 
@@ -168,12 +165,12 @@ impl LruWeights {
         self.decoded[slot] = Some(decoded);
         Ok(())
     }
+}
 
-    fn form(&self, slot: usize) -> Form<'_> {
-        match (&self.linears[slot].source, &self.decoded[slot]) {
-            (Source::Coded { scales, .. }, Some(decoded)) => Form::Decoded(decoded, scales),
-            _ => Form::stored(&self.linears[slot]),
-        }
+fn form<'a>(linear: &'a Linear, decoded: Option<&'a Decoded>) -> Form<'a> {
+    match (&linear.source, decoded) {
+        (Source::Coded { scales, .. }, Some(decoded)) => Form::Decoded(decoded, scales),
+        _ => Form::stored(linear),
     }
 }
 
@@ -191,18 +188,14 @@ impl Weights for LruWeights {
         let mut operands = Vec::with_capacity(jobs.len());
         for (&slot, (_, out)) in slots.iter().zip(jobs.iter_mut()) {
             let price = if self.decoded[slot].is_some() { Price::default() } else { self.prices[slot] };
-            // Fields one by one: the engine is borrowed mutably below.
-            let form = match (&self.linears[slot].source, &self.decoded[slot]) {
-                (Source::Coded { scales, .. }, Some(decoded)) => Form::Decoded(decoded, scales),
-                _ => Form::stored(&self.linears[slot]),
-            };
+            let form = form(&self.linears[slot], self.decoded[slot].as_ref());
             operands.push(Operand { name: &self.linears[slot].name, form, price, out });
         }
         self.engine.multiply(x, tokens, &mut operands)
     }
 
     fn embed(&mut self, tokens: &[u32], out: &mut [f32]) -> Result<(), RunError> {
-        self.engine.rows(&self.linears[0].name, self.form(0), tokens, out)
+        self.engine.rows(&self.linears[0].name, form(&self.linears[0], self.decoded[0].as_ref()), tokens, out)
     }
 
     fn report(&self) -> ResidencyReport {

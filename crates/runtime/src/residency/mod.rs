@@ -26,7 +26,7 @@ pub mod profile;
 mod set;
 
 pub use auto::{Choice, Plan, PlanRow};
-pub use budget::{Footprint, SLICE_TOKENS};
+pub use budget::Footprint;
 pub use cost::{CostModel, MatrixCost, Offer, choose};
 pub use profile::{MachineProfile, ProfileError};
 
@@ -41,7 +41,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use tersor_cpu::{Level, ScalesError};
-use tersor_format::{FormatError, ModelDir};
+use tersor_format::{FormatError, ModelDir, Place};
 use thiserror::Error;
 
 /// Who holds which weights decoded, and when.
@@ -198,20 +198,18 @@ pub enum OpenError {
     #[error(transparent)]
     Model(#[from] ModelError),
     /// Scales that the kernels cannot use.
-    #[error("{}: tensor {tensor}: {cause}", dir.display())]
+    #[error("{place}: {cause}")]
     Scales {
-        /// The model directory.
-        dir: PathBuf,
-        /// Name of the tensor.
-        tensor: String,
+        /// The file and the tensor.
+        place: Place,
         /// What is wrong with them.
         cause: ScalesError,
     },
     /// Coded bytes that have the right checksum but do not decode.
-    #[error("{}: {cause}", dir.display())]
+    #[error("{}: {cause}", file.display())]
     Decode {
-        /// The model directory.
-        dir: PathBuf,
+        /// The file that holds the tensor.
+        file: PathBuf,
         /// Names tensor and chunk.
         cause: RunError,
     },
@@ -250,6 +248,8 @@ fn smaller_hint(smaller: Option<(Strategy, u64)>) -> String {
 
 /// Opens the weights of a model directory under a strategy. Compares every checksum first.
 ///
+/// Takes the directory, so that its files are unmapped as soon as no matrix needs them: `Model::load` comes first.
+///
 /// # Errors
 /// [`OpenError`]: a damaged directory, a budget that is too small, a strategy that needs a GPU.
 pub fn open(dir: ModelDir, strategy: Strategy, options: &Options) -> Result<Box<dyn Weights>, OpenError> {
@@ -257,11 +257,11 @@ pub fn open(dir: ModelDir, strategy: Strategy, options: &Options) -> Result<Box<
     let settled = settle(&set, strategy, options)?;
     let options = &settled.options;
     Ok(match (strategy, settled.decision) {
-        (Strategy::Auto, Some(Decision::Prefetch)) | (Strategy::Prefetch, _) => Box::new(prefetch::open(dir, set, options)?),
-        (Strategy::Auto, Some(Decision::Mixture(decoded))) => Box::new(auto::open(dir, set, &decoded, options)?),
-        (Strategy::Cached, _) => Box::new(cached::open(dir, set, options)?),
-        (Strategy::Lru, _) => Box::new(lru::open(dir, set, options)?),
-        (Strategy::Fused, _) => Box::new(fused::open(dir, set, options)?),
+        (Strategy::Auto, Some(Decision::Prefetch)) | (Strategy::Prefetch, _) => Box::new(prefetch::open(&dir, set, options)?),
+        (Strategy::Auto, Some(Decision::Mixture(decoded))) => Box::new(auto::open(&dir, set, &decoded, options)?),
+        (Strategy::Cached, _) => Box::new(cached::open(&dir, set, options)?),
+        (Strategy::Lru, _) => Box::new(lru::open(&dir, set, options)?),
+        (Strategy::Fused, _) => Box::new(fused::open(&dir, set, options)?),
         (Strategy::Auto | Strategy::GpuAsync, _) => return Err(OpenError::NeedsGpu),
     })
 }
@@ -323,12 +323,7 @@ fn least(set: &TensorSet, strategy: Strategy, options: &Options) -> Result<Footp
 fn refuse(set: &TensorSet, strategy: Strategy, options: &Options, needed: Footprint) -> OpenError {
     let others = Strategy::CPU.into_iter().filter_map(|other| Some((other, least(set, other, options).ok()?.total_bytes())));
     let smaller = others.min_by_key(|(_, bytes)| *bytes).filter(|(_, bytes)| *bytes < needed.total_bytes());
-    OpenError::BudgetTooSmall {
-        strategy,
-        budget_bytes: options.memory_budget.unwrap_or(u64::MAX),
-        least: Box::new(needed),
-        smaller,
-    }
+    OpenError::BudgetTooSmall { strategy, budget_bytes: options.memory_budget.unwrap_or(u64::MAX), least: Box::new(needed), smaller }
 }
 
 fn with_profile(options: &Options) -> Result<Options, OpenError> {

@@ -18,7 +18,7 @@ use super::{OpenError, Options};
 use crate::model::weights::{LinearId, LinearKind, ResidencyReport, RunError, Weights};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use tersor_cpu::{Decoded, Level, Pool, decode_into};
@@ -32,7 +32,7 @@ pub(super) fn footprint(set: &TensorSet, options: &Options) -> Footprint {
 /// Bytes of a layer buffer.
 fn layer_bytes(set: &TensorSet) -> u64 {
     let layers = 0..set.index.layers;
-    let largest = |position| layers.clone().map(|l| set.linears[set.layer(l)][position].decoded_bytes()).max().unwrap_or(0);
+    let largest = |position: usize| layers.clone().map(|l| set.linears[set.layer(l)][position].decoded_bytes()).max().unwrap_or(0);
     (0..Index::PER_LAYER).map(largest).sum()
 }
 
@@ -118,14 +118,12 @@ pub(super) struct PrefetchWeights {
     decode_ns: u64,
     exposed_ns: u64,
     detail: String,
-    /// Keeps the mapping.
-    _dir: ModelDir,
 }
 
-pub(super) fn open(dir: ModelDir, set: TensorSet, options: &Options) -> Result<PrefetchWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<PrefetchWeights, OpenError> {
     let (compute, decode) = split(&set, options);
     let engine = Engine::new(compute, options.level);
-    verify(&dir, &engine.pool, &|_| Ok(()))?;
+    verify(dir, &engine.pool, &|_| Ok(()))?;
     let new_buffer = || {
         let mut matrices: Vec<Decoded> = (0..Index::PER_LAYER).map(|_| Decoded::new()).collect();
         for layer in 0..set.index.layers {
@@ -183,7 +181,6 @@ pub(super) fn open(dir: ModelDir, set: TensorSet, options: &Options) -> Result<P
         decode_ns: 0,
         exposed_ns: 0,
         detail: format!("{compute} threads compute, {decode} decode one layer ahead"),
-        _dir: dir,
     };
     weights.request_ahead(0);
     Ok(weights)
@@ -282,8 +279,8 @@ impl PrefetchWeights {
         } else {
             match self.replies.try_recv() {
                 Ok(reply) => Some(reply),
-                Err(std::sync::mpsc::TryRecvError::Empty) => return Ok(false),
-                Err(std::sync::mpsc::TryRecvError::Disconnected) => None,
+                Err(TryRecvError::Empty) => return Ok(false),
+                Err(TryRecvError::Disconnected) => None,
             }
         };
         let Some(reply) = reply else {

@@ -7,12 +7,12 @@
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
+use std::hint::black_box;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::hint::black_box;
 use std::time::{Duration, Instant};
 use tersor_codec::{Codec, fixed};
-use tersor_cpu::{Activations, Decoded, Job, KernelError, KernelScales, Level, Matrix, Pool, decode_into, matmul};
+use tersor_cpu::{Activations, Decoded, Job, KernelError, KernelScales, Level, Matrix, Pool, decode_into, matmul, read_bandwidth};
 use tersor_format::{Bytes, CHUNK_SYMBOLS_TARGET, CodedTensor, EncodeTensorError, TensorError, encode_tensor};
 use tersor_quant::{QuantizedTensor, Scales};
 use thiserror::Error;
@@ -211,9 +211,7 @@ impl MachineProfile {
 
     /// Whether every rate can be divided by. The file may have been edited.
     fn is_sane(&self) -> bool {
-        let codecs = self.codecs.iter().flat_map(|r| {
-            [r.fused_weights_per_second, r.decode_weights_per_second, r.macs_per_second]
-        });
+        let codecs = self.codecs.iter().flat_map(|r| [r.fused_weights_per_second, r.decode_weights_per_second, r.macs_per_second]);
         let plain = self.plain.iter().flat_map(|r| [r.weights_per_second, r.macs_per_second]);
         let mut rates = codecs.chain(plain).chain(self.read_bytes_per_second.values().copied());
         !self.codecs.is_empty()
@@ -230,19 +228,18 @@ impl MachineProfile {
         // Symbols of 3 and of 5 bits of entropy: the first decode to nibbles with a few escapes, the second to bytes.
         let narrow = sample(2.0);
         let plain = [bench.plain(&narrow, 4)?, bench.plain(&sample(8.0), 8)?].to_vec();
-        let codecs = ["fixed", "huffman", "rans", "rans-precise", "block-ans"];
-        let codecs = codecs.map(|name| name.parse::<Codec>().expect("a short name that the codec crate documents"));
-        let codecs = codecs.into_iter().map(|codec| bench.codec(&narrow, codec)).collect::<Result<Vec<_>, _>>()?;
+        let codecs = Codec::SHORT_NAMES.iter().map(|(_, codec)| bench.codec(&narrow, *codec));
+        let codecs = codecs.collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             version: VERSION,
             library: env!("CARGO_PKG_VERSION").to_owned(),
             cpu: cpu_name(),
             level: level.name().to_owned(),
             threads,
-            read_bytes_per_second: read_bandwidth(threads, effort),
+            read_bytes_per_second: bandwidth(level, threads, effort),
             plain,
             codecs,
-            measured_seconds: start.elapsed().as_secs_f64(),
+            measured_seconds: rounded(start.elapsed().as_secs_f64(), 1e3),
         })
     }
 }
@@ -257,6 +254,11 @@ pub fn cpu_name() -> String {
 
 fn file_name(level: &str, threads: usize) -> String {
     format!("profile-{level}-{threads}.json")
+}
+
+/// Rounded to a multiple of `1 / parts`: short decimals survive JSON exactly, and the digits beyond are noise.
+fn rounded(value: f64, parts: f64) -> f64 {
+    (value * parts).round() / parts
 }
 
 /// A matrix of normally distributed symbols with standard deviation `deviation`; the same on every machine.
@@ -323,9 +325,9 @@ impl Bench<'_> {
         let weights = (SAMPLE.0 * SAMPLE.1) as f64;
         Ok(CodecRates {
             codec: codec.to_string(),
-            sample_bpw: 8.0 * encoded.tensor().coded_bytes() as f64 / weights,
+            sample_bpw: rounded(8.0 * encoded.tensor().coded_bytes() as f64 / weights, 1e3),
             fused_weights_per_second,
-            decode_weights_per_second: weights / seconds.map_err(kernel)?,
+            decode_weights_per_second: rounded(weights / seconds.map_err(kernel)?, 1.0),
             macs_per_second,
         })
     }
@@ -356,7 +358,7 @@ impl Bench<'_> {
         let weights = (SAMPLE.0 * SAMPLE.1) as f64;
         // Where noise makes the batch look free, the rate is bounded by the batch as a whole.
         let more = (batch - one).max(batch * 0.01) / (BATCH - 1) as f64;
-        Ok((weights / one, weights / more))
+        Ok((rounded(weights / one, 1.0), rounded(weights / more, 1.0)))
     }
 
     /// Seconds of one `work`: the best mean of the windows.
@@ -376,34 +378,13 @@ impl Bench<'_> {
     }
 }
 
-/// Bytes per second of summing a buffer larger than the caches, for 1, 2, 4, ... and `threads` threads.
-fn read_bandwidth(threads: usize, effort: Effort) -> BTreeMap<usize, f64> {
-    const PART_WORDS: usize = 32 << 10;
-    // Twice the working set of the kernels: the fastest reader needs the most to get beyond the caches.
-    let buffer: Vec<u64> = (0..2 * effort.working_set_bytes as u64 / 8).collect();
-    let parts: Vec<&[u64]> = buffer.chunks(PART_WORDS).collect();
+/// Read bandwidth in bytes per second, for 1, 2, 4, ... and `threads` threads.
+fn bandwidth(level: Level, threads: usize, effort: Effort) -> BTreeMap<usize, f64> {
+    // Twice the working set of the kernels: the fastest reader needs the most to get beyond the caches. Not zeros, whose pages might be shared.
+    let buffer = vec![1u8; 2 * effort.working_set_bytes];
     let mut counts: Vec<usize> = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|&n| n < threads).collect();
     counts.push(threads);
-    let measure = |threads: usize| {
-        let pool = Pool::new(threads);
-        let pass = || {
-            let start = Instant::now();
-            pool.run(parts.len(), &|part| {
-                // Eight independent sums, so that additions do not limit.
-                let mut sums = [0u64; 8];
-                for words in parts[part].as_chunks::<8>().0 {
-                    for (sum, word) in sums.iter_mut().zip(words) {
-                        *sum = sum.wrapping_add(*word);
-                    }
-                }
-                black_box(sums);
-            });
-            start.elapsed().as_secs_f64()
-        };
-        pass();
-        let best = (0..effort.windows).map(|_| pass()).fold(f64::INFINITY, f64::min);
-        size_of_val(&buffer[..]) as f64 / best.max(1e-9)
-    };
+    let measure = |threads: usize| rounded(read_bandwidth(&Pool::new(threads), level, &buffer, effort.windows + 1), 1.0);
     counts.into_iter().map(|threads| (threads, measure(threads))).collect()
 }
 
@@ -428,14 +409,14 @@ mod tests {
         profile.store(&cache).unwrap();
         let path = MachineProfile::path(&cache, level, 1);
         assert_eq!(MachineProfile::load(&cache, level, 1), Some(profile.clone()));
-        assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 1, "no temporary file stays");
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 1, "no temporary file stays");
         assert_eq!(MachineProfile::load_or_measure(&cache, level, 1).unwrap(), profile, "the kept one, not measured again");
         assert_eq!(MachineProfile::load(&cache, level, 2), None, "another number of threads");
 
         let edit = |edit: &dyn Fn(&mut MachineProfile)| {
             let mut other = profile.clone();
             edit(&mut other);
-            std::fs::write(&path, serde_json::to_vec(&other).unwrap()).unwrap();
+            fs::write(&path, serde_json::to_vec(&other).unwrap()).unwrap();
             MachineProfile::load(&cache, level, 1)
         };
         assert_eq!(edit(&|_| ()), Some(profile.clone()));
@@ -446,7 +427,7 @@ mod tests {
         assert_eq!(edit(&|p| p.threads = 9), None);
         assert_eq!(edit(&|p| p.codecs.clear()), None);
         assert_eq!(edit(&|p| p.plain[0].weights_per_second = 0.0), None);
-        std::fs::write(&path, b"{ not json").unwrap();
+        fs::write(&path, b"{ not json").unwrap();
         assert_eq!(MachineProfile::load(&cache, level, 1), None);
     }
 

@@ -1,17 +1,17 @@
 //! The matrices of a model as a directory holds them: found, measured, and checked against their checksums.
 
-use super::budget::{Footprint, SLICE_TOKENS};
+use super::budget::Footprint;
 use super::cost::MatrixCost;
 use super::{OpenError, Options};
-use crate::model::ModelError;
 use crate::model::config::Config;
+use crate::model::llama::SLICE_TOKENS_MAX;
 use crate::model::names::{self, LinearInfo};
 use crate::model::weights::{LinearId, LinearKind};
+use crate::model::{find, wrong_form};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use tersor_codec::Codec;
-use tersor_cpu::{KernelScales, Pool};
-use tersor_format::{CodedTensor, DecodedForm, ModelDir, RawTensor, Tensor};
+use tersor_cpu::{Dense, DenseType, KernelScales, Pool};
+use tersor_format::{CodedTensor, DecodedForm, Dtype, ModelDir, RawTensor, Tensor};
 
 /// Chunks that a kernel of `tersor_cpu` decodes side by side, to hide latencies.
 const CHUNKS_TOGETHER: u64 = 4;
@@ -22,7 +22,6 @@ pub(super) struct Linear {
     pub id: LinearId,
     /// Name of its tensor, as the model calls it.
     pub name: String,
-    pub rows: usize,
     pub source: Source,
 }
 
@@ -32,7 +31,33 @@ pub(super) enum Source {
     /// Entropy coded, with scales as the kernels read them.
     Coded { tensor: CodedTensor, scales: KernelScales },
     /// Float elements in the mapped file; multiplied as they are.
-    Raw(RawTensor),
+    Raw(RawMatrix),
+}
+
+/// A matrix of F32, BF16 or F16.
+#[derive(Clone, Debug)]
+pub(super) struct RawMatrix {
+    tensor: RawTensor,
+    dtype: DenseType,
+}
+
+impl RawMatrix {
+    /// `None` for other dtypes.
+    fn new(tensor: RawTensor) -> Option<Self> {
+        let dtype = match tensor.dtype() {
+            Dtype::F32 => DenseType::F32,
+            Dtype::Bf16 => DenseType::Bf16,
+            Dtype::F16 => DenseType::F16,
+            _ => return None,
+        };
+        Some(Self { tensor, dtype })
+    }
+
+    pub fn dense(&self) -> Dense<'_> {
+        // RawTensor has checked its shape against its bytes, TensorSet that there are two dimensions.
+        let shape = self.tensor.shape();
+        Dense::new(self.dtype, shape[0], shape[1], self.tensor.bytes())
+    }
 }
 
 impl Linear {
@@ -47,7 +72,7 @@ impl Linear {
     pub fn mapped_bytes(&self) -> u64 {
         match &self.source {
             Source::Coded { tensor, .. } => tensor.coded_bytes(),
-            Source::Raw(raw) => raw.bytes().len() as u64,
+            Source::Raw(raw) => raw.tensor.bytes().len() as u64,
         }
     }
 
@@ -199,7 +224,7 @@ impl TensorSet {
         let activations = |linear: &Linear| match &linear.source {
             Source::Coded { tensor, scales } => {
                 let segments = tensor.cols().div_ceil(scales.segment());
-                (SLICE_TOKENS * (tensor.cols_padded() + 8 * segments)) as u64
+                (SLICE_TOKENS_MAX * (tensor.cols_padded() + 8 * segments)) as u64
             }
             Source::Raw(_) => 0,
         };
@@ -216,45 +241,31 @@ impl TensorSet {
 }
 
 fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
-    let missing = || ModelError::TensorMissing { dir: dir.path().to_owned(), tensor: info.name.clone() };
-    let tensor = dir.tensor(&info.name).ok_or_else(missing)?;
-    let (expected, found) = (vec![info.rows, info.cols], tensor.shape());
-    if expected != found {
-        let (dir, tensor) = (dir.path().to_owned(), info.name);
-        return Err(ModelError::TensorShape { dir, tensor, expected, found }.into());
-    }
+    let tensor = find(dir, &info.name, &[info.rows, info.cols])?;
+    let unusable = |found: String| wrong_form(dir, &info.name, "entropy coded, F32, BF16 or F16", found);
     let source = match tensor {
         Tensor::Coded(tensor) => {
             let scales = KernelScales::from_coded(tensor);
-            let scales = scales.map_err(|cause| OpenError::Scales { dir: dir.path().to_owned(), tensor: info.name.clone(), cause })?;
+            let scales = scales.map_err(|cause| OpenError::Scales { place: dir.place(&info.name), cause })?;
             Source::Coded { tensor: tensor.clone(), scales }
         }
-        Tensor::Raw(raw) => Source::Raw(raw.clone()),
-        _ => return Err(missing().into()),
+        Tensor::Raw(raw) => Source::Raw(RawMatrix::new(raw.clone()).ok_or_else(|| unusable(raw.dtype().to_string()))?),
+        _ => return Err(unusable("of an unknown kind".to_owned()).into()),
     };
-    Ok(Linear { id: info.id, name: info.name, rows: info.rows, source })
+    Ok(Linear { id: info.id, name: info.name, source })
 }
 
 /// Compares the checksums of every tensor of the directory, in parallel, the largest first; `then(name)` runs on the same thread
 /// right after the check of a tensor, while its bytes are still in the cache.
 ///
-/// The error is that of the first bad tensor in the order of names, whatever the number of threads.
-pub(super) fn verify(
-    dir: &ModelDir,
-    pool: &Pool,
-    then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync),
-) -> Result<(), OpenError> {
+/// The error is that of the first bad tensor in the order of names, whatever the number of threads: damage does not end the sweep.
+pub(super) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync)) -> Result<(), OpenError> {
     let mut tensors: Vec<(&str, &Tensor)> = dir.tensors().collect();
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes()));
-    let failed = AtomicBool::new(false);
     let failures: Mutex<Vec<(&str, OpenError)>> = Mutex::new(Vec::new());
     pool.run(tensors.len(), &|task| {
         let (name, tensor) = tensors[task];
-        if failed.load(Ordering::Relaxed) {
-            return;
-        }
         if let Err(error) = check(dir, name, tensor).and_then(|()| then(name)) {
-            failed.store(true, Ordering::Relaxed);
             failures.lock().unwrap_or_else(|e| e.into_inner()).push((name, error));
         }
     });
