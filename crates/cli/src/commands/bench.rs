@@ -213,7 +213,7 @@ fn prompt(tokens: usize, vocab: usize) -> Vec<u32> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        ((state >> 32) * vocab as u64 >> 32) as u32
+        (((state >> 32) * vocab as u64) >> 32) as u32
     };
     (0..tokens).map(|_| next()).collect()
 }

@@ -269,8 +269,8 @@ impl Source {
             }
         }
         // A tied head may be stored a second time; the model never reads it.
-        let stays = |name: &str| !linears.iter().any(|linear| linear.name == name) && !(config.tied && name == "lm_head.weight");
-        let raw = dir.tensors().map(|(name, _)| name.to_owned()).filter(|name| stays(name)).collect();
+        let goes = |name: &str| linears.iter().any(|linear| linear.name == name) || (config.tied && name == "lm_head.weight");
+        let raw = dir.tensors().map(|(name, _)| name.to_owned()).filter(|name| !goes(name)).collect();
         Ok(Self { dir, linears, raw })
     }
 
@@ -295,7 +295,7 @@ impl Source {
     }
 
     fn coded_weights(&self) -> u64 {
-        self.linears.iter().map(|linear| weights_of(linear)).sum()
+        self.linears.iter().map(weights_of).sum()
     }
 
     /// The first pass.
