@@ -1,8 +1,10 @@
 //! Times fused, plain and bulk kernels beside the machine's read bandwidth, after checking that they agree.
 //!
-//! `cargo run --release -p tersor-cpu --example gemv [level] [million weights in memory] [part of a codec's id]`
+//! `cargo run --release -p tersor-cpu --example gemv [level] [million weights in memory] [part of a
+//! codec's id]`
 //!
-//! Gaussian symbols at four entropies; matrices of 4096 columns, one that stays in the caches and one that does not. Rates are in G weights/s. Other processes on the machine disturb them:
+//! Gaussian symbols at four entropies; matrices of 4096 columns, one that stays in the caches and
+//! one that does not. Rates are in G weights/s. Other processes on the machine disturb them:
 //! compare within one run.
 
 use std::time::Instant;

@@ -3,7 +3,8 @@
 use crate::level::per_level;
 use crate::{Level, round_up};
 
-/// Most columns one segment may span: `512 * 127 * (32767 + 128)` is the largest sum a segment can reach with any i16 symbols, and it still fits an i32.
+/// Most columns one segment may span: `512 * 127 * (32767 + 128)` is the largest sum a segment can
+/// reach with any i16 symbols, and it still fits an i32.
 pub const SEGMENT_COLS_MAX: usize = 512;
 
 /// Columns that share an activation scale when the weights have row or tensor scales.
@@ -11,8 +12,9 @@ pub const SEGMENT_COLS: usize = 128;
 
 /// int8 activations. `x[t, c]` is about `q[t, c] * scales[t, c / segment]`.
 ///
-/// Per segment, `scale = absmax / 127` and `q = round_half_even(x * (127 / absmax))` in f32; a segment whose absmax is below 1e-36 is zero; one that holds a NaN or an
-/// infinity has the scale NaN, so that the fault reaches the output.
+/// Per segment, `scale = absmax / 127` and `q = round_half_even(x * (127 / absmax))` in f32; a
+/// segment whose absmax is below 1e-36 is zero; one that holds a NaN or an infinity has the scale
+/// NaN, so that the fault reaches the output.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Activations {
     tokens: usize,
@@ -130,7 +132,8 @@ per_level! {
         for ((x, q), (scales, sums)) in rows.zip(scales.chunks_exact_mut(segments).zip(sums.chunks_exact_mut(segments))) {
             let parts = x.chunks(segment).zip(q.chunks_mut(segment));
             for ((x, q), (scale, sum)) in parts.zip(scales.iter_mut().zip(sums.iter_mut())) {
-                // Compared as integers, so that a NaN is the greatest and the result does not depend on the order.
+                // Compared as integers, so that a NaN is the greatest and the result does not
+                // depend on the order.
                 let bits = x.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
                 let absmax = f32::from_bits(bits);
                 if bits >= f32::INFINITY.to_bits() || absmax < 1e-36 {

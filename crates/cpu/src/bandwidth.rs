@@ -8,7 +8,8 @@ use crate::{Level, Pool};
 
 /// Bytes per second at which the pool's threads read `buffer`, the best of `passes` passes.
 ///
-/// A buffer several times the size of the last-level cache measures memory, a small one the cache. Each task reads one contiguous part, as the kernels do.
+/// A buffer several times the size of the last-level cache measures memory, a small one the cache.
+/// Each task reads one contiguous part, as the kernels do.
 pub fn read_bandwidth(pool: &Pool, level: Level, buffer: &[u8], passes: u32) -> f64 {
     let parts = 8 * pool.threads();
     let part = buffer.len().div_ceil(parts).max(1);

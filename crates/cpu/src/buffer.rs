@@ -7,7 +7,8 @@ use std::ptr::NonNull;
 /// Alignment in bytes: a cache line, and a whole AVX-512 register.
 const ALIGN: usize = 64;
 
-/// A byte buffer that starts on a cache line. It comes zeroed from the system, so that pages nobody writes cost nothing.
+/// A byte buffer that starts on a cache line. It comes zeroed from the system, so that pages nobody
+/// writes cost nothing.
 pub(crate) struct AlignedBytes {
     start: NonNull<u8>,
     len: usize,

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! fields    a row tile's lines, 64 bytes each, one row tile behind the other.
-//!           4 bits: line i holds column step 2i in its low and step 2i + 1 in its high nibbles (0 beyond the last step); 8 bits: line i holds step i as symbol bytes.
-//! escapes   the symbol bytes of the symbols without a field value, in symbol order within a row tile (only with 4 bits and escape: field 0, otherwise symbol = field - 8).
-//!           Row tiles of a chunk follow each other; chunks lie in the order in which threads finished them.
+//!           8 bits: line i holds column step i as symbol bytes.
+//!           4 bits: line i holds step 2i in its low and step 2i + 1 in its high nibbles (0 beyond
+//!           the last step).
+//! escapes   only with 4 bits and escape (field 0; otherwise symbol = field - 8): the bytes of the
+//!           symbols without a field value, in symbol order within a row tile. The row tiles of a
+//!           chunk follow each other; chunks lie in the order in which threads finished them.
 //! offsets   where each row tile's escapes begin.
 //! far       symbols outside -127..=127, sorted; their symbol byte is 0.
 //! ```
@@ -22,7 +25,8 @@ use crate::isa::{Isa, TileBytes, per_isa};
 use crate::source::{CHUNKS_TOGETHER, FarAt, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS};
 
-/// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with each other.
+/// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with
+/// each other.
 #[derive(Default)]
 pub struct Decoded {
     rows: usize,
@@ -85,7 +89,8 @@ pub(crate) struct RowTile<'a> {
     pub form: Form,
     pub lines: &'a [TileBytes],
     pub far: &'a [FarAt],
-    /// The row tile's escapes and all that follow: as many bytes as the row tile has fields of 0, and [`PADDING_BYTES`] more, are there, because [`decode_into`] wrote both.
+    /// The row tile's escapes and all that follow: as many bytes as the row tile has fields of 0,
+    /// and [`PADDING_BYTES`] more, are there, because [`decode_into`] wrote both.
     pub escapes: &'a [u8],
 }
 
@@ -95,7 +100,8 @@ impl Decoded {
         Decoded::default()
     }
 
-    /// Makes room for `tensor`, so that decoding it does not allocate (but for far symbols, which are rare). For a buffer that serves several tensors, call it with each.
+    /// Makes room for `tensor`, so that decoding it does not allocate (but for far symbols, which
+    /// are rare). For a buffer that serves several tensors, call it with each.
     pub fn reserve(&mut self, tensor: &CodedTensor) {
         let form = Form::of(tensor.decoded_form());
         self.fields
@@ -219,7 +225,8 @@ pub fn decode_into(
     Ok(())
 }
 
-/// Decodes a tensor to symbol bytes (symbol + 128; far symbols are 0), in the format's symbol order: row tiles, column steps, lanes.
+/// Decodes a tensor to symbol bytes (symbol + 128; far symbols are 0), in the format's symbol
+/// order: row tiles, column steps, lanes.
 ///
 /// `out`: (row tiles, column steps, 64).
 ///
@@ -300,7 +307,8 @@ impl Store<'_> {
         let row_tiles = self.tensor.chunk_row_tiles(chunks.start).start
             ..self.tensor.chunk_row_tiles(chunks.end - 1).end;
         with_scratch(|scratch| {
-            // SAFETY: each task has its own row tiles, and so its own part of the fields and of the offsets.
+            // SAFETY: each task has its own row tiles, and so its own part of the fields and of the
+            // offsets.
             let (fields, offsets) = unsafe {
                 (
                     self.fields.slice(
@@ -332,25 +340,21 @@ impl Store<'_> {
                 .as_chunks_mut()
                 .0
                 .chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
-            for ((lines, offset), tiles) in
-                lines.zip(offsets.iter_mut()).zip(tiles.chunks_exact(steps))
+            let tiles = tiles.chunks_exact(steps);
+            for (i, ((lines, offset), tiles)) in
+                lines.zip(offsets.iter_mut()).zip(tiles).enumerate()
             {
                 // At most 2^32 symbols, of which fewer are wide.
                 *offset = taken as u32;
-                taken += narrow_row_tile(
-                    self.level,
-                    tiles,
-                    bias,
-                    u8::from(escapes),
-                    lines,
-                    &mut scratch.escapes[taken..],
-                );
-            }
-            if !escapes && taken > 0 {
-                return Err(KernelError::OutOfRange {
-                    chunk: chunks.start,
-                    found: taken,
-                });
+                let room = &mut scratch.escapes[taken..];
+                taken += narrow_row_tile(self.level, tiles, bias, u8::from(escapes), lines, room);
+                if !escapes && taken > 0 {
+                    let chunk = chunks.start + i / self.tensor.chunk_row_tiles(chunks.start).len();
+                    return Err(KernelError::OutOfRange {
+                        chunk,
+                        found: taken,
+                    });
+                }
             }
             let start = self.escapes_taken.fetch_add(taken, Ordering::Relaxed);
             if start + taken > self.escape_capacity {
@@ -380,14 +384,16 @@ impl Store<'_> {
 }
 
 per_isa! {
-    /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns how many of the latter. `escapes` has room for as many as there are symbols, and 64 more.
+    /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns
+    /// how many of the latter. `escapes` has room for as many as there are symbols, and 64 more.
     fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
         assert!(escapes.len() >= (tiles.len() + 1) * TILE_SYMBOLS);
         let (bias, lowest, zero) = (isa.splat(bias), isa.splat(lowest), isa.splat(0));
         let mut next = escapes.as_mut_ptr();
         let (pairs, single) = tiles.as_chunks::<2>();
         for ([low, high], line) in pairs.iter().zip(lines.iter_mut()) {
-            // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as just asserted.
+            // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as
+            // just asserted.
             let (low, high) = unsafe { (narrow(isa, low, bias, lowest, &mut next), narrow(isa, high, bias, lowest, &mut next)) };
             isa.store(isa.pair(low, high), line);
         }
@@ -447,10 +453,12 @@ per_isa! {
     }
 }
 
-/// Replaces the fields of 0 of a tile by the next escapes. (Not a closure: the compiler would not inline intrinsics into it.)
+/// Replaces the fields of 0 of a tile by the next escapes. (Not a closure: the compiler would not
+/// inline intrinsics into it.)
 ///
 /// # Safety
-/// `next` must come from [`RowTile::escapes`] and be passed on through all tiles of that row tile in order: then as many bytes as are taken, and 64 more, are readable.
+/// `next` must come from [`RowTile::escapes`] and be passed on through all tiles of that row tile
+/// in order: then as many bytes as are taken, and 64 more, are readable.
 #[inline(always)]
 pub(crate) unsafe fn unescape<I: Isa>(
     isa: I,

@@ -16,7 +16,8 @@ pub enum KernelError {
         /// What the codec says.
         source: DecodeError,
     },
-    /// A chunk decodes to symbols that the tensor's header excludes, so that they do not fit the decoded form.
+    /// A chunk decodes to symbols that the tensor's header excludes, so that they do not fit the
+    /// decoded form.
     #[error(
         "chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives"
     )]
@@ -57,7 +58,8 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// Order in which errors of parallel tasks are reported, so that the same input gives the same error: by job, then by chunk.
+    /// Order in which errors of parallel tasks are reported, so that the same input gives the same
+    /// error: by job, then by chunk.
     pub(crate) fn place(&self) -> (usize, usize) {
         match *self {
             KernelError::Corrupt { job, chunk, .. } => (job, chunk),

@@ -1,5 +1,6 @@
-//! SIMD levels. Safety is a value: a level beyond [`Level::Scalar`] carries a token that only detection makes, so a kernel that is given one may use
-//! its instructions without asking again, and safe callers cannot ask for what the machine lacks.
+//! SIMD levels. Safety is a value: a level beyond [`Level::Scalar`] carries a token that only
+//! detection makes, so a kernel that is given one may use its instructions without asking again,
+//! and safe callers cannot ask for what the machine lacks.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,11 +9,13 @@ use std::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Avx2(());
 
-/// Proof that this machine has AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI and GFNI (Ice Lake, Zen 4 and later), and all of [`Avx2`].
+/// Proof that this machine has AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI and GFNI (Ice Lake, Zen 4
+/// and later), and all of [`Avx2`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Avx512(());
 
-/// What the kernels may use. Every level gives the same bits; only the time differs. Ordered from the plainest to the widest.
+/// What the kernels may use. Every level gives the same bits; only the time differs. Ordered from
+/// the plainest to the widest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
 pub enum Level {
@@ -113,8 +116,9 @@ impl FromStr for Level {
     }
 }
 
-/// Defines a public function whose body is compiled once for every level. The body is plain Rust over slices and `[f32; 16]` groups, which the
-/// compiler vectorizes with what the level has; it never contracts a multiplication and an addition, so that every level gives the same bits.
+/// Defines a public function whose body is compiled once for every level. The body is plain Rust
+/// over slices and `[f32; 16]` groups, which the compiler vectorizes with what the level has; it
+/// never contracts a multiplication and an addition, so that every level gives the same bits.
 macro_rules! per_level {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $([$e:ident: $bound:path])? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*

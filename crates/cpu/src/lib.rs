@@ -1,6 +1,7 @@
 //! CPU kernels: decode, GEMV and GEMM at every SIMD level.
 //!
-//! Every result is the same to the bit at every [`Level`], for coded and decoded weights, for any number of threads and however tokens are batched; the crate opens no file.
+//! Every result is the same to the bit at every [`Level`], for coded and decoded weights, for any
+//! number of threads and however tokens are batched; the crate opens no file.
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod activations;
@@ -51,7 +52,8 @@ pub(crate) struct SharedOut<'a, T> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it is a `&mut [T]` whose parts are handed out by `slice`, whose contract demands that they be disjoint.
+// SAFETY: it is a `&mut [T]` whose parts are handed out by `slice`, whose contract demands that
+// they be disjoint.
 unsafe impl<T: Send> Sync for SharedOut<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for SharedOut<'_, T> {}

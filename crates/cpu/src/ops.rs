@@ -1,10 +1,14 @@
-//! What a transformer needs besides its linears, in f32. Every operation gives the same bits at every level and thread count.
+//! What a transformer needs besides its linears, in f32. Every operation gives the same bits at
+//! every level and thread count.
 //!
-//! Sums run in 16 fixed lanes: lane `j` adds the elements `j, j + 16, ...` in order, then the lanes are added as a balanced tree (8 apart, 4, 2, 1).
-//! Products and sums are rounded one by one, never fused. `exp` is our own, so that no libm decides a token.
+//! Sums run in 16 fixed lanes: lane `j` adds the elements `j, j + 16, ...` in order, then the lanes
+//! are added as a balanced tree (8 apart, 4, 2, 1). Products and sums are rounded one by one, never
+//! fused. `exp` is our own, so that no libm decides a token.
 
 use half::f16;
 
+use crate::dense::dot_block;
+use crate::isa::per_isa;
 use crate::level::per_level;
 use crate::{Level, Pool, SharedOut};
 
@@ -40,9 +44,11 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     fold(lanes)
 }
 
-/// `e^x`, within 2e-7 of the exact value relatively: 0 below about -87.3 (where the result would be subnormal), infinite above about 88.7, NaN for NaN.
+/// `e^x`, within 2e-7 of the exact value relatively: 0 below about -87.3 (where the result would be
+/// subnormal), infinite above about 88.7, NaN for NaN.
 ///
-/// Cody and Waite's reduction to `|r| <= ln 2 / 2`, then the Taylor polynomial of degree 7 in Horner's form; only additions and multiplications that are rounded one by one.
+/// Cody and Waite's reduction to `|r| <= ln 2 / 2`, then the Taylor polynomial of degree 7 in
+/// Horner's form; only additions and multiplications that are rounded one by one.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_145_75; // 16 significant bits: products with |n| <= 256 are exact
@@ -106,8 +112,9 @@ per_level! {
 }
 
 per_level! {
-    /// Rotary position embedding, as Hugging Face's Llama turns the halves of a head: for `i < head_dim / 2`,
-    /// `(x[i], x[i + head_dim / 2])` becomes `(x[i] cos - x[i + head_dim / 2] sin, x[i + head_dim / 2] cos + x[i] sin)`.
+    /// Rotary position embedding, as Hugging Face's Llama turns the halves of a head: for `i <
+    /// head_dim / 2`, `(x[i], x[i + head_dim / 2])` becomes `(x[i] cos - x[i + head_dim / 2] sin,
+    /// x[i + head_dim / 2] cos + x[i] sin)`.
     ///
     /// `x`: (tokens, heads, head_dim); `cos`, `sin`: (tokens, head_dim / 2).
     ///
@@ -155,7 +162,8 @@ fn softmax_body(x: &mut [f32]) {
     }
 }
 
-/// The greatest element; the order does not matter for a maximum. NaNs are passed over (and then poison the sum).
+/// The greatest element; the order does not matter for a maximum. NaNs are passed over (and then
+/// poison the sum).
 #[inline(always)]
 fn max_of(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -213,7 +221,8 @@ per_level! {
     }
 }
 
-/// Index of the greatest element, the first of equals; NaNs never win. 0 if there is nothing greater than minus infinity.
+/// Index of the greatest element, the first of equals; NaNs never win. 0 if there is nothing
+/// greater than minus infinity.
 pub fn argmax(x: &[f32]) -> usize {
     let mut best = (f32::NEG_INFINITY, 0);
     for (i, v) in x.iter().enumerate() {
@@ -234,8 +243,12 @@ mod sealed {
 pub trait KvElement: sealed::Sealed + Copy + Default + Send + Sync + 'static {
     /// Exact.
     fn load(self) -> f32;
-    /// Rounded to nearest even; values beyond the largest finite one of the type become that, so that one outlier does not turn a row into NaNs.
+    /// Rounded to nearest even; values beyond the largest finite one of the type become that, so
+    /// that one outlier does not turn a row into NaNs.
     fn store(x: f32) -> Self;
+    /// The values in f32: themselves, or converted into `buffer`, which is long enough.
+    #[doc(hidden)]
+    fn widen<'a>(level: Level, x: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
 }
 
 impl KvElement for f32 {
@@ -245,6 +258,9 @@ impl KvElement for f32 {
     }
     #[inline(always)]
     fn store(x: f32) -> f32 {
+        x
+    }
+    fn widen<'a>(_level: Level, x: &'a [f32], _buffer: &'a mut [f32]) -> &'a [f32] {
         x
     }
 }
@@ -262,14 +278,21 @@ impl KvElement for f16 {
             x.clamp(-65504.0, 65504.0)
         })
     }
+    fn widen<'a>(level: Level, x: &'a [f16], buffer: &'a mut [f32]) -> &'a [f32] {
+        let buffer = &mut buffer[..x.len()];
+        widen_f16(level, x, buffer);
+        buffer
+    }
 }
 
-/// f16 bits to f32, exact; branch-free integer arithmetic, so that it vectorizes at every level. NaNs keep their payload.
+/// f16 bits to f32, exact; branch-free integer arithmetic, so that it vectorizes at every level.
+/// NaNs keep their payload.
 #[inline(always)]
 pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let sign = u32::from(bits & 0x8000) << 16;
     let magnitude = u32::from(bits & 0x7fff);
-    // Normal numbers: shift into place and rebias the exponent by 112. Infinities and NaNs: rebias once more.
+    // Normal numbers: shift into place and rebias the exponent by 112. Infinities and NaNs: rebias
+    // once more.
     let rebias = if magnitude >= 0x7c00 {
         224u32 << 23
     } else {
@@ -313,7 +336,8 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
-/// Keys and values of one layer: a slice of (kv_heads, capacity, head_dim) each, of which the positions that the call can see are filled.
+/// Keys and values of one layer: a slice of (kv_heads, capacity, head_dim) each, of which the
+/// positions that the call can see are filled.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a, E> {
     /// (kv_heads, capacity, head_dim)
@@ -326,8 +350,9 @@ pub struct KvView<'a, E> {
 
 /// Causal attention of `tokens` new tokens at positions `position ..`, parallel over heads and tokens.
 ///
-/// `q`, `out`: (tokens, heads, head_dim). The cache already holds the keys and values of the new tokens. Every token's result depends only on its own query and on the positions
-/// it sees, so it does not matter how a prompt is sliced.
+/// `q`, `out`: (tokens, heads, head_dim). The cache already holds the keys and values of the new
+/// tokens. Every token's result depends only on its own query and on the positions it sees, so it
+/// does not matter how a prompt is sliced.
 ///
 /// # Panics
 /// If the lengths disagree with the shape, `position + tokens > capacity`, or a window is 0.
@@ -384,54 +409,142 @@ pub fn attend<E: KvElement>(
         let at = (token * heads + kv_head * group) * head_dim;
         // SAFETY: each (token, kv_head) has its own `group * head_dim` elements of `out`.
         let out = unsafe { out.slice(at, group * head_dim) };
-        SCORES.with_borrow_mut(|scores| {
-            scores.resize(end - start, 0.0);
-            attend_group(
-                level,
-                &q[at..][..group * head_dim],
-                &kv.keys[cached.clone()],
-                &kv.values[cached],
-                shape.scale,
-                scores,
-                out,
-            );
-        });
+        let group = Group {
+            level,
+            head_dim,
+            q: &q[at..][..group * head_dim],
+            keys: &kv.keys[cached.clone()],
+            values: &kv.values[cached],
+            scale: shape.scale,
+        };
+        SCRATCH.with_borrow_mut(|scratch| group.attend(scratch, out));
     });
 }
 
 thread_local! {
-    /// One score a position, kept between calls so that a step allocates nothing.
-    static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// Kept between calls, so that a step allocates nothing.
+    static SCRATCH: std::cell::RefCell<AttendScratch> = const { std::cell::RefCell::new(AttendScratch { scores: Vec::new(), wide: Vec::new() }) };
+}
+
+struct AttendScratch {
+    /// (group, positions)
+    scores: Vec<f32>,
+    /// Keys or values of some positions in f32.
+    wide: Vec<f32>,
+}
+
+/// Elements of keys or values that are widened at a time: 16 KiB, half of a usual L1 cache.
+const WIDE: usize = 4096;
+
+/// The query heads that share one key head, for one token.
+struct Group<'a, E> {
+    level: Level,
+    head_dim: usize,
+    /// (group, head_dim)
+    q: &'a [f32],
+    /// (positions, head_dim)
+    keys: &'a [E],
+    /// (positions, head_dim)
+    values: &'a [E],
+    scale: f32,
+}
+
+impl<E: KvElement> Group<'_, E> {
+    /// `out = softmax(q K^T scale) V`, (group, head_dim). Keys and values are widened once for all
+    /// heads of the group.
+    fn attend(&self, scratch: &mut AttendScratch, out: &mut [f32]) {
+        let (head_dim, level) = (self.head_dim, self.level);
+        let positions = self.keys.len() / head_dim;
+        let block = (WIDE / head_dim).max(1);
+        scratch
+            .scores
+            .resize(self.q.len() / head_dim * positions, 0.0);
+        scratch.wide.resize(block * head_dim, 0.0);
+        let (scores, wide) = (&mut scratch.scores[..], &mut scratch.wide[..]);
+        for (i, keys) in self.keys.chunks(block * head_dim).enumerate() {
+            let keys = E::widen(level, keys, wide);
+            for (q, scores) in self
+                .q
+                .chunks_exact(head_dim)
+                .zip(scores.chunks_exact_mut(positions))
+            {
+                score(
+                    level,
+                    q,
+                    keys,
+                    self.scale,
+                    &mut scores[i * block..][..keys.len() / head_dim],
+                );
+            }
+        }
+        for scores in scores.chunks_exact_mut(positions) {
+            softmax(level, scores);
+        }
+        out.fill(0.0);
+        for (i, values) in self.values.chunks(block * head_dim).enumerate() {
+            let values = E::widen(level, values, wide);
+            for (out, scores) in out
+                .chunks_exact_mut(head_dim)
+                .zip(scores.chunks_exact(positions))
+            {
+                mix(
+                    level,
+                    &scores[i * block..][..values.len() / head_dim],
+                    values,
+                    out,
+                );
+            }
+        }
+    }
+}
+
+per_isa! {
+    /// `scores[p] = (q . keys[p]) * scale`. `keys`: (positions, q.len())
+    fn score(isa; q: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) {
+        const TOGETHER: usize = 4;
+        let (fours, rest) = scores.as_chunks_mut::<TOGETHER>();
+        let (keys_of_fours, keys_of_rest) = keys.split_at(fours.len() * TOGETHER * q.len());
+        for (keys, scores) in keys_of_fours.chunks_exact(TOGETHER * q.len()).zip(fours) {
+            dot_block::<_, TOGETHER>(isa, keys, q, scores);
+            for score in scores {
+                *score *= scale;
+            }
+        }
+        for (key, score) in keys_of_rest.chunks_exact(q.len()).zip(rest) {
+            dot_block::<_, 1>(isa, key, q, std::slice::from_mut(score));
+            *score *= scale;
+        }
+    }
+}
+
+per_isa! {
+    /// `out[d] += p[i] * values[i, d]` for all `i` in order.
+    fn mix(isa; p: &[f32], values: &[f32], out: &mut [f32]) {
+        let head_dim = out.len();
+        let (out16, tail) = out.as_chunks_mut::<LANES>();
+        let whole = out16.len() * LANES;
+        for (block, out) in out16.iter_mut().enumerate() {
+            let mut acc = isa.floats(out);
+            for (p, value) in p.iter().zip(values.chunks_exact(head_dim)) {
+                let value = value[block * LANES..].first_chunk().expect("a whole block of lanes");
+                acc = isa.multiply_add(acc, isa.floats(&[*p; LANES]), isa.floats(value));
+            }
+            isa.store_floats(acc, out);
+        }
+        for (p, value) in p.iter().zip(values.chunks_exact(head_dim)) {
+            for (out, v) in tail.iter_mut().zip(&value[whole..]) {
+                *out += p * v;
+            }
+        }
+    }
 }
 
 per_level! {
-    /// Attention of the query heads that share one key head, for one token: `out = softmax(q K^T scale) V`.
-    ///
-    /// `q`, `out`: (group, head_dim); `keys`, `values`: (positions, head_dim); `scores`: (positions), scratch.
-    fn attend_group[E: KvElement](q: &[f32], keys: &[E], values: &[E], scale: f32, scores: &mut [f32], out: &mut [f32]) {
-        let head_dim = keys.len() / scores.len();
-        for (q, out) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
-            let (q16, q_tail) = q.as_chunks::<LANES>();
-            for (key, score) in keys.chunks_exact(head_dim).zip(scores.iter_mut()) {
-                let mut lanes = [0f32; LANES];
-                let (k16, k_tail) = key.as_chunks::<LANES>();
-                for (q, k) in q16.iter().zip(k16) {
-                    for j in 0..LANES {
-                        lanes[j] += q[j] * k[j].load();
-                    }
-                }
-                for (j, (q, k)) in q_tail.iter().zip(k_tail).enumerate() {
-                    lanes[j] += q * k.load();
-                }
-                *score = fold(lanes) * scale;
-            }
-            softmax_body(scores);
-            out.fill(0.0);
-            for (value, p) in values.chunks_exact(head_dim).zip(scores.iter()) {
-                for (out, v) in out.iter_mut().zip(value) {
-                    *out += p * v.load();
-                }
-            }
+    /// Widens f16 values. Integer arithmetic that vectorizes: no slower than the cache it reads
+    /// from, and the heads of a group share it.
+    fn widen_f16(x: &[f16], out: &mut [f32]) {
+        for (x, out) in x.iter().zip(out) {
+            *out = f16_to_f32(x.to_bits());
         }
     }
 }

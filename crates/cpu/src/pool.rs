@@ -1,13 +1,16 @@
 //! A thread pool for about a hundred short parallel regions a token.
 //!
-//! Workers spin for some tens of microseconds after a region and then park; a region allocates nothing. The caller works too, and it waits only for
-//! workers that joined: one that wakes late, because the machine is busy, holds nobody up. Tasks are claimed one by one from a counter, so who runs
-//! what differs from run to run, and results must not depend on it.
+//! Workers spin for some tens of microseconds after a region and then park; a region allocates
+//! nothing. The caller works too, and it waits only for workers that joined: one that wakes late,
+//! because the machine is busy, holds nobody up. Tasks are claimed one by one from a counter, so
+//! who runs what differs from run to run, and results must not depend on it.
 //!
-//! One atomic word carries the protocol, from the low end: 16 bits count the workers inside the region, one bit says that the region is open to join,
-//! the rest is the region's number. A worker joins by a compare-exchange that succeeds only while the region is open; the caller closes the region and
-//! waits for the count to fall to zero. The job is written only while the region is closed and the count is zero, and is read only between joining and
-//! leaving: that is what makes it sound to lend the workers a borrowed closure.
+//! One atomic word carries the protocol, from the low end: 16 bits count the workers inside the
+//! region, one bit says that the region is open to join, the rest is the region's number. A worker
+//! joins by a compare-exchange that succeeds only while the region is open; the caller closes the
+//! region and waits for the count to fall to zero. The job is written only while the region is
+//! closed and the count is zero, and is read only between joining and leaving: that is what makes
+//! it sound to lend the workers a borrowed closure.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -16,14 +19,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle, Thread};
 
-/// Most threads a pool will have: the width of the counter in the state word is far more, this keeps a mistyped number harmless.
+/// Most threads a pool will have: the width of the counter in the state word is far more, this
+/// keeps a mistyped number harmless.
 pub const THREADS_MAX: usize = 1024;
 
 const INSIDE: u64 = 0xffff;
 const OPEN: u64 = 1 << 16;
 const REGION: u64 = 1 << 17;
 
-/// Spins before parking: each is one `pause`, so this is some 50 µs, longer than the serial work between two regions of a token.
+/// Spins before parking: each is one `pause`, so this is some 50 µs, longer than the serial work
+/// between two regions of a token.
 const SPINS: u32 = 4096;
 
 type Body = dyn Fn(usize) + Sync;
@@ -42,10 +47,12 @@ struct Shared {
     parked: Box<[AtomicBool]>,
 }
 
-// SAFETY: `job` is the only field that is not Sync by itself. It is written by the holder of `Pool::region` while the region is closed and nobody is inside,
-// and read only by threads inside, which joined by an acquiring compare-exchange after the releasing store that opened the region.
+// SAFETY: `job` is the only field that is not Sync by itself. It is written by the holder of
+// `Pool::region` while the region is closed and nobody is inside, and read only by threads inside,
+// which joined by an acquiring compare-exchange after the releasing store that opened the region.
 unsafe impl Sync for Shared {}
-// SAFETY: the raw pointer in `job` is never dereferenced outside a region, and the closure behind it is Sync.
+// SAFETY: the raw pointer in `job` is never dereferenced outside a region, and the closure behind
+// it is Sync.
 unsafe impl Send for Shared {}
 
 /// Threads that wait for short parallel regions.
@@ -57,8 +64,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool of `threads` threads in all: the caller of [`Pool::run`] is one of them, so `new(1)` starts none. 0 is taken as 1, and more than [`THREADS_MAX`] as that.
-    /// Threads that the system refuses to start are left out.
+    /// A pool of `threads` threads in all: the caller of [`Pool::run`] is one of them, so `new(1)`
+    /// starts none. 0 is taken as 1, and more than [`THREADS_MAX`] as that. Threads that the system
+    /// refuses to start are left out.
     pub fn new(threads: usize) -> Pool {
         let wanted = threads.clamp(1, THREADS_MAX) - 1;
         fn nothing(_: usize) {}
@@ -99,12 +107,15 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `body(task)` once for every task of `0..tasks` and returns when all have ended. Tasks run in any order on any thread.
+    /// Runs `body(task)` once for every task of `0..tasks` and returns when all have ended. Tasks
+    /// run in any order on any thread.
     ///
-    /// A region started while another is running (from inside a task, or by another thread) runs on its caller alone, so nothing deadlocks.
+    /// A region started while another is running (from inside a task, or by another thread) runs on
+    /// its caller alone, so nothing deadlocks.
     ///
     /// # Panics
-    /// If a task panics, the tasks not yet begun are dropped and the first panic is resumed here, after all threads have left the region.
+    /// If a task panics, the tasks not yet begun are dropped and the first panic is resumed here,
+    /// after all threads have left the region.
     pub fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         let guard = if tasks > 1 && !self.workers.is_empty() {
             match self.region.try_lock() {
@@ -121,15 +132,18 @@ impl Pool {
             return;
         };
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. No worker holds the pointer after this function has seen the count of threads inside fall to zero, below,
-        // and between here and there nothing returns or unwinds (`claim` catches panics).
+        // SAFETY: only the lifetime changes. No worker holds the pointer after this function has
+        // seen the count of threads inside fall to zero, below, and between here and there nothing
+        // returns or unwinds (`claim` catches panics).
         let lent: *const Body =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Body>(body) };
-        // SAFETY: the region is closed and nobody is inside: this thread holds the region lock, and the last holder left it so.
+        // SAFETY: the region is closed and nobody is inside: this thread holds the region lock, and
+        // the last holder left it so.
         unsafe { *shared.job.get() = Job { body: lent, tasks } };
         shared.next.store(0, Ordering::Relaxed);
         let opened = (shared.state.load(Ordering::Relaxed) + REGION) | OPEN;
-        // Sequentially consistent with the worker's `parked` store: either it sees the region or we see it parked.
+        // Sequentially consistent with the worker's `parked` store: either it sees the region or we
+        // see it parked.
         shared.state.store(opened, Ordering::SeqCst);
         for (parked, handle) in shared.parked.iter().zip(&self.handles).take(tasks - 1) {
             if parked.load(Ordering::SeqCst) {
@@ -218,7 +232,8 @@ fn work(shared: &Shared, index: usize, spins: u32) {
             {
                 seen = state / REGION;
                 idle = 0;
-                // SAFETY: this thread is inside the region, so the job is not written and the closure behind it is alive until it leaves.
+                // SAFETY: this thread is inside the region, so the job is not written and the
+                // closure behind it is alive until it leaves.
                 let (body, tasks) = unsafe {
                     let job = &*shared.job.get();
                     (&*job.body, job.tasks)

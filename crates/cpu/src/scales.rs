@@ -40,7 +40,8 @@ pub enum ScalesError {
     },
 }
 
-/// Scales of one matrix. 16-bit group scales stay 16 bits wide and are transposed, so that a kernel loads those of a row tile at once.
+/// Scales of one matrix. 16-bit group scales stay 16 bits wide and are transposed, so that a kernel
+/// loads those of a row tile at once.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KernelScales {
     rows: usize,
@@ -122,7 +123,8 @@ impl KernelScales {
                 }
                 let groups = cols.div_ceil(group_size);
                 let brain = view.raw().dtype() == Dtype::Bf16;
-                // One flag serves both: biases of another type are converted, or refused where that would lose bits.
+                // One flag serves both: biases of another type are converted, or refused where that
+                // would lose bits.
                 let biases = match view.raw_biases() {
                     Some(raw) if (raw.dtype() == Dtype::Bf16) != brain => {
                         return Err(ScalesError::Dtype { found: raw.dtype() });
@@ -169,7 +171,9 @@ impl KernelScales {
         self.cols
     }
 
-    /// Columns that share an activation scale: what [`Activations::quantize`](crate::Activations::quantize) wants for this matrix. The group size, or [`SEGMENT_COLS`].
+    /// Columns that share an activation scale: what
+    /// [`Activations::quantize`](crate::Activations::quantize) wants for this matrix. The group
+    /// size, or [`SEGMENT_COLS`].
     pub fn segment(&self) -> usize {
         match &self.kind {
             Kind::Row(_) => SEGMENT_COLS,
@@ -202,7 +206,8 @@ impl KernelScales {
         }
     }
 
-    /// The real weight of a symbol, by the formulas of `tersor_quant`: `scale * symbol`, or `scale * (symbol + 8) + bias`.
+    /// The real weight of a symbol, by the formulas of `tersor_quant`: `scale * symbol`, or `scale
+    /// * (symbol + 8) + bias`.
     pub(crate) fn weight(&self, row: usize, col: usize, symbol: i16) -> f32 {
         match (self.tile(row / TILE_ROWS), row % TILE_ROWS) {
             (TileScales::Row(scales), lane) => scales[lane] * f32::from(symbol),

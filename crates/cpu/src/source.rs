@@ -1,7 +1,9 @@
-//! From chunks to symbol bytes, by the fastest way there is for a codec and level, with the codec's own decoder behind all of them.
+//! From chunks to symbol bytes, by the fastest way there is for a codec and level, with the codec's
+//! own decoder behind all of them.
 //!
-//! A fast way may give up on a chunk (far symbols, a shape it was not made for, bytes that do not decode) and say no more than that: the chunk then goes to the codec's decoder,
-//! which knows the exact error. So there is one authority on what is valid.
+//! A fast way may give up on a chunk (far symbols, a shape it was not made for, bytes that do not
+//! decode) and say no more than that: the chunk then goes to the codec's decoder, which knows the
+//! exact error. So there is one authority on what is valid.
 
 use std::ops::Range;
 
@@ -76,7 +78,8 @@ pub(crate) fn symbols_of(tensor: &CodedTensor, chunks: &Range<usize>) -> usize {
     chunks.clone().map(|c| tensor.chunk_symbols(c)).sum()
 }
 
-/// Decodes at most [`CHUNKS_TOGETHER`] consecutive chunks to symbol bytes, one chunk behind the other in `out`, and their far symbols, sorted.
+/// Decodes at most [`CHUNKS_TOGETHER`] consecutive chunks to symbol bytes, one chunk behind the
+/// other in `out`, and their far symbols, sorted.
 ///
 /// The error names the first chunk that does not decode.
 pub(crate) fn decode_chunks(
@@ -105,13 +108,15 @@ pub(crate) fn decode_chunks(
     Ok(())
 }
 
-/// A part of a chunk together with the [`PADDING_BYTES`] readable bytes behind it. `padded`: the chunk and the bytes behind it.
+/// A part of a chunk together with the [`PADDING_BYTES`] readable bytes behind it. `padded`: the
+/// chunk and the bytes behind it.
 pub(crate) fn with_padding<'a>(padded: &'a [u8], part: &[u8]) -> &'a [u8] {
     let start = part.as_ptr().addr() - padded.as_ptr().addr();
     &padded[start..start + part.len() + PADDING_BYTES]
 }
 
-/// Adds a chunk's far symbols to `far`. False if they do not fit its symbol bytes: each far symbol has a byte 0 at its position, and `escapes` have no others.
+/// Adds a chunk's far symbols to `far`. False if they do not fit its symbol bytes: each far symbol
+/// has a byte 0 at its position, and `escapes` have no others.
 pub(crate) fn take_far(
     tensor: &CodedTensor,
     chunk: usize,
@@ -131,7 +136,8 @@ pub(crate) fn count_zeros(escapes: &[u8]) -> usize {
     escapes.iter().filter(|b| **b == 0).count()
 }
 
-/// Decodes a chunk of `fixed/b4`. False if it is none, or does not decode: `out` and `far` may then have changed.
+/// Decodes a chunk of `fixed/b4`. False if it is none, or does not decode: `out` and `far` may then
+/// have changed.
 fn decode_nibbles(
     level: Level,
     tensor: &CodedTensor,
@@ -164,7 +170,8 @@ fn decode_nibbles(
 }
 
 per_isa! {
-    /// Symbol bytes of a chunk of nibbles. `escapes`: with [`PADDING_BYTES`] behind them. False if escapes are left or missing, or nibbles beyond the last tile are not 0.
+    /// Symbol bytes of a chunk of nibbles. `escapes`: with [`PADDING_BYTES`] behind them. False if
+    /// escapes are left or missing, or nibbles beyond the last tile are not 0.
     fn unpack_nibbles(isa; lines: &[TileBytes], bias: u8, has_escapes: bool, escapes: &[u8], out: &mut [TileBytes]) -> bool {
         let bias = isa.splat(bias);
         let end = escapes.len() - PADDING_BYTES;
@@ -176,7 +183,8 @@ per_isa! {
             let line = isa.load(line);
             let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
             if has_escapes {
-                // SAFETY: reads begin at the end of the escapes at most, behind which 64 bytes are readable.
+                // SAFETY: reads begin at the end of the escapes at most, behind which 64 bytes are
+                // readable.
                 low = unsafe { unescape(isa, low, bias, escapes, end, &mut taken) };
             }
             isa.store(low, &mut pair[0]);

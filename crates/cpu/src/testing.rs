@@ -2,7 +2,8 @@
 
 use crate::Level;
 
-/// The levels of this machine. `TERSOR_REQUIRE`, a comma list such as `avx2,avx512`, names levels without which the tests fail; any other level that is missing is named on stderr.
+/// The levels of this machine. `TERSOR_REQUIRE`, a comma list such as `avx2,avx512`, names levels
+/// without which the tests fail; any other level that is missing is named on stderr.
 pub(crate) fn levels() -> Vec<Level> {
     let available = Level::available();
     let required = std::env::var("TERSOR_REQUIRE").unwrap_or_default();

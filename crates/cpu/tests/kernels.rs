@@ -1,4 +1,5 @@
-//! Every kernel against the naive product: codecs, levels, coded and decoded, threads, numbers of tokens, tails, escapes, far symbols, corrupt chunks.
+//! Every kernel against the naive product: codecs, levels, coded and decoded, threads, numbers of
+//! tokens, tails, escapes, far symbols, corrupt chunks.
 
 mod common;
 
@@ -342,7 +343,8 @@ fn corrupted(coded: &CodedTensor, random: &mut Random, changes: usize) -> CodedT
     for _ in 0..changes {
         let chunk = coded.chunk(random.below(coded.chunk_count()));
         let start = chunk.as_ptr().addr() - coded.blob().as_ptr().addr();
-        // Half of the changes hit the first or last bytes: the lengths, the states, the escapes and the far list.
+        // Half of the changes hit the first or last bytes: the lengths, the states, the escapes and
+        // the far list.
         let at = match random.below(4) {
             0 => random.below(chunk.len().min(16)),
             1 => chunk.len() - 1 - random.below(chunk.len().min(40)),

@@ -3,9 +3,11 @@
 use std::arch::x86_64::*;
 
 use super::{Isa, TileBytes};
+use crate::ops::LANES;
 use crate::{Avx2, TILE_COLS, TILE_ROWS};
 
-/// An expression for each of the two halves. Not `array::from_fn`: the compiler does not inline intrinsics into a closure that lacks the features of its caller.
+/// An expression for each of the two halves. Not `array::from_fn`: the compiler does not inline
+/// intrinsics into a closure that lacks the features of its caller.
 macro_rules! halves {
     (|$i:ident| $half:expr) => {{
         macro_rules! half {
@@ -21,6 +23,7 @@ macro_rules! halves {
 impl Isa for Avx2 {
     type Tile = [__m256i; 2];
     type Sums = [__m256i; 2];
+    type Floats = [__m256; 2];
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> [__m256i; 2] {
@@ -85,7 +88,8 @@ impl Isa for Avx2 {
         if mask == 0 {
             return (tile, 0);
         }
-        // There is no byte expand here, and escapes are a few in a hundred: patch them one by one in memory.
+        // There is no byte expand here, and escapes are a few in a hundred: patch them one by one
+        // in memory.
         let count = mask.count_ones() as usize;
         let mut bytes: TileBytes = [0; 64];
         self.store(tile, &mut bytes);
@@ -126,7 +130,8 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn pair(self, low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
-        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
+        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit
+        // from one byte to the next.
         unsafe { halves!(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
     }
 
@@ -153,7 +158,8 @@ impl Isa for Avx2 {
         unsafe { [_mm256_setzero_si256(); 2] }
     }
 
-    /// `maddubs` takes unsigned by signed bytes: the symbol's sign moves over to `q`. With `|symbol| <= 128` and `|q| <= 127` a pair's sum is at most 32,512, so nothing saturates.
+    /// `maddubs` takes unsigned by signed bytes: the symbol's sign moves over to `q`. With
+    /// `|symbol| <= 128` and `|q| <= 127` a pair's sum is at most 32,512, so nothing saturates.
     #[inline(always)]
     fn dot(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
         // SAFETY: registers only.
@@ -185,5 +191,51 @@ impl Isa for Avx2 {
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), sums[1]);
         }
         out
+    }
+
+    #[inline(always)]
+    fn floats(self, x: &[f32; LANES]) -> [__m256; 2] {
+        // SAFETY: 16 readable floats.
+        unsafe {
+            [
+                _mm256_loadu_ps(x.as_ptr()),
+                _mm256_loadu_ps(x.as_ptr().add(8)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn store_floats(self, x: [__m256; 2], out: &mut [f32; LANES]) {
+        // SAFETY: 16 writable floats.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), x[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), x[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, acc: [__m256; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_add_ps(acc[i], _mm256_mul_ps(a[i], b[i]))) }
+    }
+
+    #[inline(always)]
+    fn fold(self, x: [__m256; 2]) -> f32 {
+        // SAFETY: registers only.
+        unsafe { fold_8(_mm256_add_ps(x[0], x[1])) }
+    }
+}
+
+/// Adds eight lanes: 4 apart, 2 apart, 1 apart.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+pub(super) unsafe fn fold_8(x: __m256) -> f32 {
+    // SAFETY: registers only.
+    unsafe {
+        let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
     }
 }

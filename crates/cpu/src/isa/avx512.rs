@@ -2,12 +2,15 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::fold_8;
 use super::{Isa, TileBytes};
+use crate::ops::LANES;
 use crate::{Avx512, TILE_COLS, TILE_ROWS};
 
 impl Isa for Avx512 {
     type Tile = __m512i;
     type Sums = __m512i;
+    type Floats = __m512;
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> __m512i {
@@ -44,7 +47,8 @@ impl Isa for Avx512 {
         }
     }
 
-    /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on some cores.
+    /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on
+    /// some cores.
     #[inline(always)]
     unsafe fn unescape(
         self,
@@ -77,14 +81,15 @@ impl Isa for Avx512 {
 
     #[inline(always)]
     fn pair(self, low: __m512i, high: __m512i) -> __m512i {
-        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit from one byte to the next.
+        // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit
+        // from one byte to the next.
         unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<4>(high)) }
     }
 
     #[inline(always)]
     unsafe fn compress(self, tile: __m512i, mask: u64, out: *mut u8) {
-        // Compressed in a register and stored whole: a compress into memory, and a masked store, are microcode on some cores.
-        // SAFETY: 64 writable bytes.
+        // Compressed in a register and stored whole: a compress into memory, and a masked store,
+        // are microcode on some cores. SAFETY: 64 writable bytes.
         unsafe { _mm512_storeu_si512(out.cast(), _mm512_maskz_compress_epi8(mask, tile)) }
     }
 
@@ -94,7 +99,8 @@ impl Isa for Avx512 {
         unsafe { _mm512_setzero_si512() }
     }
 
-    /// VNNI multiplies unsigned by signed bytes, and the symbol byte is unsigned as it is; `finish` takes the bias off again.
+    /// VNNI multiplies unsigned by signed bytes, and the symbol byte is unsigned as it is; `finish`
+    /// takes the bias off again.
     #[inline(always)]
     fn dot(self, sums: __m512i, tile: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
         // SAFETY: registers only.
@@ -124,5 +130,34 @@ impl Isa for Avx512 {
             )
         }
         out
+    }
+
+    #[inline(always)]
+    fn floats(self, x: &[f32; LANES]) -> __m512 {
+        // SAFETY: 16 readable floats.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_floats(self, x: __m512, out: &mut [f32; LANES]) {
+        // SAFETY: 16 writable floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, acc: __m512, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_ps(acc, _mm512_mul_ps(a, b)) }
+    }
+
+    #[inline(always)]
+    fn fold(self, x: __m512) -> f32 {
+        // SAFETY: registers only.
+        unsafe {
+            fold_8(_mm256_add_ps(
+                _mm512_castps512_ps256(x),
+                _mm512_extractf32x8_ps::<1>(x),
+            ))
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! The steps that every kernel is made of, once per level: a tile of 64 symbol bytes in registers, and 16 integer sums, one a row of the tile.
+//! The steps that every kernel is made of, once per level: a tile of 64 symbol bytes in registers,
+//! and 16 integer sums, one a row of the tile.
 //!
 //! A new level (NEON) is one more implementation of [`Isa`], and an arm in `per_isa`.
 
@@ -12,17 +13,22 @@ mod scalar;
 
 pub(crate) use scalar::Scalar;
 
+use crate::ops::LANES;
 use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// 64 symbol bytes in memory.
 pub(crate) type TileBytes = [u8; TILE_SYMBOLS];
 
-/// One level's steps, all of which are to be called from functions that are always inlined (not from closures) below a function that enables the level's features. A value of the type proves that the machine has what the steps need.
+/// One level's steps, all of which are to be called from functions that are always inlined (not
+/// from closures) below a function that enables the level's features. A value of the type proves
+/// that the machine has what the steps need.
 pub(crate) trait Isa: Copy {
     /// 64 bytes: lane `row * 4 + col`.
     type Tile: Copy;
     /// 16 i32 sums, one a row, in whatever form the level adds best.
     type Sums: Copy;
+    /// 16 f32 lanes.
+    type Floats: Copy;
 
     fn load(self, tile: &TileBytes) -> Self::Tile;
     fn store(self, tile: Self::Tile, out: &mut TileBytes);
@@ -32,7 +38,8 @@ pub(crate) trait Isa: Copy {
     fn low(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
     /// High nibble of each byte, plus `bias`.
     fn high(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
-    /// Replaces the bytes of `tile` that equal `escape` by the next bytes at `escapes`, in lane order; returns how many.
+    /// Replaces the bytes of `tile` that equal `escape` by the next bytes at `escapes`, in lane
+    /// order; returns how many.
     ///
     /// # Safety
     /// 64 bytes at `escapes` are readable.
@@ -42,11 +49,13 @@ pub(crate) trait Isa: Copy {
         escape: Self::Tile,
         escapes: *const u8,
     ) -> (Self::Tile, usize);
-    /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0, and the mask of the lanes where it does not.
+    /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0,
+    /// and the mask of the lanes where it does not.
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);
     /// `low | high << 4`, of fields.
     fn pair(self, low: Self::Tile, high: Self::Tile) -> Self::Tile;
-    /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order, and anything to the bytes behind them.
+    /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order, and anything
+    /// to the bytes behind them.
     ///
     /// # Safety
     /// 64 bytes are writable at `out`.
@@ -56,11 +65,20 @@ pub(crate) trait Isa: Copy {
     fn dot(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
     /// Sums of two halves of a segment.
     fn add(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
-    /// The rows' sums of `symbol * q`, where `symbol = byte - 128`; `q_sum` is the sum of all `q` that went in.
+    /// The rows' sums of `symbol * q`, where `symbol = byte - 128`; `q_sum` is the sum of all `q`
+    /// that went in.
     fn finish(self, sums: Self::Sums, q_sum: i32) -> [i32; TILE_ROWS];
+
+    fn floats(self, x: &[f32; LANES]) -> Self::Floats;
+    fn store_floats(self, x: Self::Floats, out: &mut [f32; LANES]);
+    /// `acc + a * b` by lane, the product and the sum rounded one by one.
+    fn multiply_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The sum of all lanes, as [`crate::ops::fold`] adds them.
+    fn fold(self, x: Self::Floats) -> f32;
 }
 
-/// Defines a function whose body is compiled once for every level, with the level's [`Isa`] as its first argument.
+/// Defines a function whose body is compiled once for every level, with the level's [`Isa`] as its
+/// first argument.
 macro_rules! per_isa {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($isa:ident; $($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*

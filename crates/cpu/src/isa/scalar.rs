@@ -1,6 +1,7 @@
 //! Plain arrays: what the other levels are compared with.
 
 use super::{Isa, TileBytes};
+use crate::ops::{LANES, fold};
 use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// Needs nothing.
@@ -10,6 +11,7 @@ pub(crate) struct Scalar;
 impl Isa for Scalar {
     type Tile = TileBytes;
     type Sums = [i32; TILE_ROWS];
+    type Floats = [f32; LANES];
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> TileBytes {
@@ -111,5 +113,28 @@ impl Isa for Scalar {
     #[inline(always)]
     fn finish(self, sums: [i32; TILE_ROWS], _q_sum: i32) -> [i32; TILE_ROWS] {
         sums
+    }
+
+    #[inline(always)]
+    fn floats(self, x: &[f32; LANES]) -> [f32; LANES] {
+        *x
+    }
+
+    #[inline(always)]
+    fn store_floats(self, x: [f32; LANES], out: &mut [f32; LANES]) {
+        *out = x;
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, mut acc: [f32; LANES], a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        for j in 0..LANES {
+            acc[j] += a[j] * b[j];
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn fold(self, x: [f32; LANES]) -> f32 {
+        fold(x)
     }
 }

@@ -5,7 +5,8 @@ use tersor_cpu::{Activations, Level, LevelError};
 use tersor_format::CodedTensor;
 use tersor_quant::{QuantizedTensor, ScaleVec, Scales};
 
-/// The levels of this machine; fails if `TERSOR_REQUIRE` names one that is missing, and names those that are skipped.
+/// The levels of this machine; fails if `TERSOR_REQUIRE` names one that is missing, and names those
+/// that are skipped.
 pub fn levels() -> Vec<Level> {
     let available = Level::available();
     let required = std::env::var("TERSOR_REQUIRE").unwrap_or_default();
