@@ -151,7 +151,7 @@ def perplexity(args):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(args.dir) / "tokenizer.json"))
-    text = Path(args.text).read_text(encoding="utf-8")
+    text = Path(args.text).read_bytes().decode("utf-8")  # read_text would turn CRLF into LF
     tokens = np.array(tokenizer.encode(text).ids[: args.tokens])
     model = Model(args.dir)
     total, count = 0.0, 0

@@ -74,20 +74,22 @@ fn texts_and_contexts_that_predict_nothing_are_refused() {
 
 /// Perplexities of the first 6,000 tokens of `valid_books.txt` in windows of 512, by
 /// `tools/reference_forward.py perplexity DIR --text valid_books.txt --tokens 6000 --window 512`. mlx-lm 0.32.2 in float32
-/// on the CPU, same tokens and windows, gives 38.210287 for books-52m.
-const NUMPY_PERPLEXITIES: [(&str, f64); 2] = [("books-52m", 38.210_290), ("books-6m", 29.403_770)];
+/// on the CPU, same tokens and windows, gives 56.0256909 and 39.5730813.
+const NUMPY_PERPLEXITIES: [(&str, f64); 2] = [("books-52m", 56.025_691_9), ("books-6m", 39.573_082_0)];
 
 #[test]
 fn perplexities_agree_with_numpy() {
     let Some(data) = shared_data() else { return };
     let text = fs::read_to_string(data.join("valid_books.txt")).unwrap();
+    // A part with more than 6,000 tokens, cut where no token crosses.
+    let text = &text[..text[..60_000].rfind("\r\nThe ").unwrap()];
     for (name, expected) in NUMPY_PERPLEXITIES {
         let dir = data.join(name);
-        let tokens = Tokenizer::load(&dir).unwrap().encode(&text).unwrap();
+        let tokens = Tokenizer::load(&dir).unwrap().encode(text).unwrap();
         let mut side = open(&dir, Level::best(), 2);
         let report = run(&tokens[..6000], 512, &mut side, None).unwrap();
         let relative = report.perplexity / expected - 1.0;
-        println!("{name}: perplexity {:.6}, NumPy {expected:.6}, relative difference {relative:.1e}", report.perplexity);
+        println!("{name}: perplexity {:.7}, NumPy {expected:.7}, relative difference {relative:.1e}", report.perplexity);
         assert_eq!((report.tokens, report.predicted), (6000, 5988));
         // A tenth of a percent is asked for; two float32 engines agree a thousand times better.
         assert!(relative.abs() < 1e-6, "{name}: {}", report.perplexity);
