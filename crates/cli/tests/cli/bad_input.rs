@@ -156,7 +156,10 @@ fn an_output_in_the_way_is_kept() {
     assert_eq!(std::fs::read(scratch.path("photos/cat.jpg")).unwrap(), b"cat");
     scratch.fails(1, &["quantize", "src", "-o", "no/such/parent"]);
     contains(&scratch.fails(1, &["quantize", "out", "-o", "again"]), &["out", "already"]);
-    assert_eq!(scratch.names(), ["out", "photos", "src"]);
+    scratch.mlx("mlx", TINY);
+    contains(&scratch.fails(1, &["quantize", "mlx", "-o", "again"]), &["mlx", "encode"]);
+    contains(&scratch.fails(2, &["encode", "src", "-o", "again"]), &["src", "quantize"]);
+    assert_eq!(scratch.names(), ["mlx", "out", "photos", "src"]);
 }
 
 #[test]

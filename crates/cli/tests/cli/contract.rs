@@ -274,3 +274,23 @@ fn the_plot_is_an_svg_with_a_mark_for_every_coded_tensor() {
     assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
     assert_eq!(svg.matches("<title>").count(), 1 + 7 * TINY.layers);
 }
+
+#[test]
+fn encode_loses_nothing() {
+    let scratch = Scratch::new();
+    scratch.mlx("mlx", SMALL);
+    let report = scratch.json(&["encode", "mlx", "-o", "out", "--json"]);
+    assert_eq!(report["lossless"], true);
+    assert_eq!(report["coded_tensors"].as_u64(), Some(1 + 7 * SMALL.layers as u64));
+    let number = |key: &str| report[key].as_f64().unwrap();
+    // A scale and a bias of 16 bits for 32 weights; norms are a few thousandths.
+    assert!((number("bpw_before") - 5.0).abs() < 0.02, "{report}");
+    assert!(number("bpw") < number("entropy_bits") + 1.0 + 0.1, "{report}");
+    scratch.ok(&["verify", "out"]);
+    let inspected = scratch.json(&["inspect", "out", "--json"]);
+    assert_eq!(inspected["scheme"], "affine4");
+    assert_eq!(generate(&scratch, "out", &["--strategy", "cached"])["tokens"].as_array().unwrap().len(), 12);
+    let config: Value = serde_json::from_slice(&std::fs::read(scratch.path("out/config.json")).unwrap()).unwrap();
+    assert!(config.get("quantization").is_none());
+    assert_eq!(config["quantization_config"]["source"]["quantization"]["group_size"], 32);
+}
