@@ -1,5 +1,6 @@
 //! Opens a model directory for the commands that run it: model, weights under a strategy, and how long that took.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,14 +73,19 @@ impl Setup {
         self.limits.level.unwrap_or_else(Level::best)
     }
 
-    /// What the machine can do: from the user's cache, or measured now, which is said on stderr as it takes a few seconds.
+    /// What the machine can do: from the user's cache, or measured now, which a person at a terminal is told, as it takes a few seconds.
     pub fn profile(&self) -> Result<Arc<MachineProfile>> {
         let (directory, level) = (machine::cache_dir(), self.level());
         if let Some(profile) = MachineProfile::load(&directory, level, self.threads) {
             return Ok(Arc::new(profile));
         }
-        eprintln!("measuring this machine once, for {} threads at {level}", self.threads);
-        Ok(Arc::new(MachineProfile::load_or_measure(&directory, level, self.threads)?))
+        if std::io::stderr().is_terminal() {
+            eprintln!("measuring this machine once, for {} threads at {level}", self.threads);
+        }
+        let profile = MachineProfile::load_or_measure(&directory, level, self.threads)?;
+        // The samples that were measured are no part of what the model needs.
+        machine::reset_peak_rss();
+        Ok(Arc::new(profile))
     }
 }
 
@@ -105,7 +111,9 @@ impl Opened {
     pub fn context(&self, asked: Option<usize>, wanted: usize) -> Result<usize> {
         let most = self.model.config().context_max;
         match asked {
-            Some(asked) if asked > most => Err(Usage(format!("--context {asked}: {} was made for {most} tokens", self.path.display())).into()),
+            Some(asked) if asked > most => {
+                Err(Usage(format!("--context {asked}: {} was made for {most} tokens", self.path.display())).into())
+            }
             Some(asked) => Ok(asked),
             None => Ok(wanted.min(most)),
         }
@@ -156,7 +164,11 @@ impl Opened {
                 bail!(Usage(format!("{}: not quantized, so there is nothing to decode; leave --strategy out", self.path.display())));
             }
             if let Some(budget) = setup.limits.memory_budget {
-                bail!(Usage(format!("--memory-budget {}: {} is not quantized and is used where it lies; quantize it first", budget.0, self.path.display())));
+                bail!(Usage(format!(
+                    "--memory-budget {}: {} is not quantized and is used where it lies; quantize it first",
+                    budget.0,
+                    self.path.display()
+                )));
             }
             Box::new(Dense::new(&self.dir, self.model.config(), Arc::new(Pool::new(setup.threads)), setup.level())?)
         };

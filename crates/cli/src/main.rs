@@ -4,6 +4,7 @@
 
 mod account;
 mod commands;
+mod convert;
 mod engine;
 mod interrupt;
 mod machine;
@@ -30,6 +31,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Quantize(commands::quantize::Args),
+    Encode(commands::encode::Args),
     Inspect(commands::inspect::Args),
     Verify(commands::verify::Args),
     Generate(commands::generate::Args),
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Quantize(args) => commands::quantize::run(&args),
+        Command::Encode(args) => commands::encode::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Generate(args) => commands::generate::run(&args),

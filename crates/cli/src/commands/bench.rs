@@ -138,11 +138,8 @@ fn strategies(names: &[String]) -> Result<Vec<Strategy>> {
 fn lengths(args: &Args) -> Result<(usize, usize)> {
     let most = Opened::new(&args.directory)?.model.config().context_max;
     let (prompt_default, tokens_default) = LENGTHS_DEFAULT;
-    let (prompt_default, tokens_default) = if prompt_default + tokens_default <= most {
-        LENGTHS_DEFAULT
-    } else {
-        ((most * 4 / 5).max(1), (most / 5).max(1))
-    };
+    let (prompt_default, tokens_default) =
+        if prompt_default + tokens_default <= most { LENGTHS_DEFAULT } else { ((most * 4 / 5).max(1), (most / 5).max(1)) };
     let prompt = args.prompt_tokens.map_or(prompt_default, |n| n as usize);
     let tokens = args.tokens.map_or(tokens_default, |n| n as usize);
     ensure!(
@@ -216,7 +213,7 @@ fn prompt(tokens: usize, vocab: usize) -> Vec<u32> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        ((state >> 32) * vocab as u64 >> 32) as u32
+        (((state >> 32) * vocab as u64) >> 32) as u32
     };
     (0..tokens).map(|_| next()).collect()
 }
@@ -239,8 +236,18 @@ fn render(report: &Report) -> String {
         report.repeat,
         report.logits_hash
     );
-    let mut table =
-        Table::new(&["strategy", ">threads", ">load", ">prefill tok/s", ">step tok/s", ">weights", ">peak RSS", ">decoding", ">hits", "detail"]);
+    let mut table = Table::new(&[
+        "strategy",
+        ">threads",
+        ">load",
+        ">prefill tok/s",
+        ">step tok/s",
+        ">weights",
+        ">peak RSS",
+        ">decoding",
+        ">hits",
+        "detail",
+    ]);
     for run in &report.runs {
         table.row([
             run.strategy.clone(),

@@ -15,6 +15,9 @@ use crate::output::table::Table;
 use crate::output::{self, units};
 use crate::progress::Progress;
 
+/// Tokens of a window unless the user says otherwise.
+const CONTEXT_DEFAULT: usize = 512;
+
 /// Measure perplexity on a text, and the divergence from a reference model
 ///
 /// The text is read in windows of --context tokens, each from an empty cache. With --reference both models read the same windows; KL is
@@ -30,9 +33,9 @@ pub struct Args {
     /// Directory to compare with, normally the unquantized checkpoint
     #[arg(long, value_name = "HFDIR")]
     reference: Option<PathBuf>,
-    /// Tokens of a window
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    context: usize,
+    /// Tokens of a window [default: 512, or the longest that the model was made for]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
     /// Use the first N tokens of the text [default: all]
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
@@ -68,25 +71,20 @@ struct Report {
 pub fn run(args: &Args) -> Result<()> {
     let setup = Setup::new(&args.engine)?;
     let opened = Opened::new(&args.directory)?;
-    let context = opened.context(Some(args.context), args.context)?;
+    let context = opened.context(args.context, CONTEXT_DEFAULT)?;
     let (weight_bytes, bpw) = opened.size();
     let text = std::fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?;
     let mut tokens = Tokenizer::load(&args.directory)?.encode(&text)?;
     tokens.truncate(args.tokens.unwrap_or(usize::MAX));
     let mut engine = opened.load(&setup, context, false)?;
-    let mut reference = args.reference.as_ref().map(|path| load_reference(path, args, setup.threads)).transpose()?;
+    let mut reference = args.reference.as_ref().map(|path| load_reference(path, args, context, setup.threads)).transpose()?;
 
     let _graceful = interrupt::graceful();
     let progress = Progress::new("eval", tokens.len() as u64);
     let start = std::time::Instant::now();
-    let report = eval::evaluate(
-        &tokens,
-        context,
-        subject(&mut engine),
-        reference.as_mut().map(subject),
-        interrupt::flag(),
-        &mut |read| progress.set(read as u64),
-    );
+    let report = eval::evaluate(&tokens, context, subject(&mut engine), reference.as_mut().map(subject), interrupt::flag(), &mut |read| {
+        progress.set(read as u64)
+    });
     let report = match report {
         Err(EvalError::Interrupted) => return Err(Interrupted.into()),
         other => other.with_context(|| args.text.display().to_string())?,
@@ -112,9 +110,9 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// The reference has all the machine: no budget, whatever the level of the model under test.
-fn load_reference(path: &std::path::Path, args: &Args, threads: usize) -> Result<Engine> {
+fn load_reference(path: &std::path::Path, args: &Args, context: usize, threads: usize) -> Result<Engine> {
     let opened = Opened::new(path)?;
-    let context = opened.context(Some(args.context), args.context)?;
+    let context = opened.context(Some(context), context)?;
     let limits = LimitArgs { memory_budget: None, level: Some(Level::best()), ..args.engine.limits.clone() };
     opened.load(&Setup::of(Strategy::Auto, &limits, threads)?, context, false)
 }

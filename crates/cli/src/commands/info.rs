@@ -88,11 +88,8 @@ fn render(report: &Report) -> String {
         units::seconds(profile.measured_seconds),
         report.profile_file
     );
-    let read: Vec<String> = profile
-        .read_bytes_per_second
-        .iter()
-        .map(|(threads, rate)| format!("{} GB/s with {threads}", units::digits3(rate / 1e9)))
-        .collect();
+    let read: Vec<String> =
+        profile.read_bytes_per_second.iter().map(|(threads, rate)| format!("{} GB/s with {threads}", units::digits3(rate / 1e9))).collect();
     text += &format!("read bandwidth by threads: {}\n\n", read.join(", "));
     let billions = |rate: f64| units::digits3(rate / 1e9);
     let mut table = Table::new(&["form", ">bpw", ">GEMV G weights/s", ">decode G weights/s", ">G MACs/s"]);

@@ -49,8 +49,11 @@ pub struct Args {
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     cols: u32,
     /// Entropy of the symbols, bits per weight
-    #[arg(long, default_value_t = 2.25, value_parser = positive)]
+    #[arg(long, default_value_t = 2.25, value_parser = positive, allow_negative_numbers = true)]
     entropy: f64,
+    /// Where the matrices lie: cache, memory, or both
+    #[arg(long, value_name = "WHERE", default_value = "both", value_parser = ["cache", "memory", "both"])]
+    working_set: String,
     /// Least time for each row, seconds
     #[arg(long, default_value_t = 0.2, value_parser = positive)]
     seconds: f64,
@@ -105,7 +108,10 @@ pub fn run(args: &Args) -> Result<()> {
 
     let memory_bytes = memory_working_set();
     let mut bandwidth = BTreeMap::new();
-    let progress = Progress::new("kernels", (threads.len() * (1 + levels.len() * codecs.len() * 6)) as u64);
+    let progress = Progress::new(
+        "kernels",
+        (threads.len() * (1 + levels.len() * codecs.len() * 3 * if args.working_set == "both" { 2 } else { 1 })) as u64,
+    );
     {
         let buffer = vec![1_u64; (memory_bytes / 8) as usize];
         for &count in &threads {
@@ -114,6 +120,7 @@ pub fn run(args: &Args) -> Result<()> {
             progress.add(1);
         }
     }
+    // Both working sets of a codec are measured one after the other, so that their ratio is of one moment.
     let large = Sample::gaussian(args.rows as usize, args.cols as usize, args.entropy);
     let mut rows = Vec::new();
     for &codec in &codecs {
@@ -121,6 +128,9 @@ pub fn run(args: &Args) -> Result<()> {
             let cache_rows = (CACHE_WEIGHTS * count / args.cols as usize).clamp(1, args.rows as usize);
             let small = Sample::gaussian(cache_rows, args.cols as usize, args.entropy);
             for (sample, working_set) in [(&small, "cache"), (&large, "memory")] {
+                if args.working_set != "both" && args.working_set != working_set {
+                    continue;
+                }
                 let bytes = if working_set == "cache" { 0 } else { memory_bytes };
                 let set = WorkingSet::new(sample, codec, bytes).with_context(|| codec.to_string())?;
                 for &level in &levels {

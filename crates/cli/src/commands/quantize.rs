@@ -12,13 +12,15 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tersor_codec::{Codec, Histogram};
 use tersor_format::{
-    CHUNK_SYMBOLS_TARGET, DirWriter, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
+    CHUNK_SYMBOLS_TARGET, DirWriter, MlxDir, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
 };
 use tersor_quant::{DEFAULT_ROUNDING, Plan, RateModel, RateTarget, RateTensor, Role, Scheme, SymbolCounts, quantize, solve_step};
 use tersor_runtime::model::config::Config;
 use tersor_runtime::model::names::{self, LinearInfo};
 
+use crate::convert::{self, Written};
 use crate::interrupt;
+use crate::machine;
 use crate::options::{Usage, positive, thread_count};
 use crate::output::table::Table;
 use crate::output::{self, units};
@@ -47,7 +49,7 @@ pub struct Args {
     #[arg(long, default_value = "ecsq")]
     scheme: Scheme,
     /// Bits per weight of the whole model, everything counted; ecsq only [default: 4.0]
-    #[arg(long, value_parser = positive)]
+    #[arg(long, value_parser = positive, allow_negative_numbers = true)]
     bpw: Option<f64>,
     /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
     #[arg(long, value_name = "N", value_parser = ["32", "64", "128"])]
@@ -85,12 +87,14 @@ struct Report {
     overhead_bits: f64,
     passes: usize,
     measure_seconds: f64,
+    solve_seconds: f64,
     quantize_seconds: f64,
     encode_seconds: f64,
     write_seconds: f64,
     seconds: f64,
     weights_per_second: f64,
     threads: usize,
+    peak_rss_bytes: u64,
 }
 
 /// Runs the command.
@@ -102,38 +106,39 @@ pub fn run(args: &Args) -> Result<()> {
     let _graceful = interrupt::graceful();
     let start = Instant::now();
     let source = Source::open(&args.source)?;
-    if same_directory(&args.source, &args.output) {
-        return Err(Usage("-o names the checkpoint itself; write to another directory".to_owned()).into());
-    }
     // Made before the long first pass, so that an output that is in the way is told at once.
-    let mut writer = Writer::create(args)?;
+    let mut writer = convert::create(&args.source, &args.output, args.force)?;
 
-    let mut target = args.bpw.unwrap_or(BPW_DEFAULT);
-    let models = if scheme == Scheme::Ecsq { Some(source.measure()?) } else { None };
-    let measure = start.elapsed();
+    let wanted = args.bpw.unwrap_or(BPW_DEFAULT);
+    let mut target = wanted;
+    let (mut measure, mut solve) = (Duration::ZERO, Duration::ZERO);
     let mut passes = 0;
     let written = loop {
         passes += 1;
-        let plans = match &models {
-            Some(models) => source.solve(models, args.codec, target)?,
-            None => vec![plan(scheme); source.linears.len()],
+        let plans = if scheme == Scheme::Ecsq {
+            let start = Instant::now();
+            // Not kept for a further pass, which is rare: together they may take more memory than a tensor.
+            let models = source.measure()?;
+            measure += start.elapsed();
+            let start = Instant::now();
+            let plans = source.solve(&models, args.codec, target)?;
+            solve += start.elapsed();
+            plans
+        } else {
+            vec![plan(scheme); source.linears.len()]
         };
-        let written = source.write(&mut writer.0, &plans, args.codec)?;
-        let wanted = args.bpw.unwrap_or(BPW_DEFAULT);
+        let written = source.write(&mut writer, &plans, args.codec)?;
         let miss = written.bpw() - wanted;
-        if models.is_none() || miss.abs() <= MISS_MAX * wanted || passes == PASSES_MAX {
+        if scheme != Scheme::Ecsq || miss.abs() <= MISS_MAX * wanted || passes == PASSES_MAX {
             break written;
         }
         target -= miss;
         drop(writer);
-        writer = Writer::create(args)?;
+        writer = convert::create(&args.source, &args.output, args.force)?;
     };
     let finish = Instant::now();
-    source.copy_files(&mut writer.0)?;
-    interrupt::check()?;
     let config = source.config_with(scheme, args.codec, &written);
-    writer.0.finish(config)?;
-    interrupt::forget_temporary();
+    convert::finish(writer, &source.dir, config)?;
 
     let seconds = start.elapsed().as_secs_f64();
     let report = Report {
@@ -147,19 +152,21 @@ pub fn run(args: &Args) -> Result<()> {
         raw_tensors: source.raw.len(),
         bytes_before: source.dir.file_bytes(),
         bytes_after: ModelDir::open(&args.output)?.file_bytes(),
-        target_bpw: models.is_some().then_some(args.bpw.unwrap_or(BPW_DEFAULT)),
+        target_bpw: (scheme == Scheme::Ecsq).then_some(wanted),
         bpw: written.bpw(),
         coded_bpw: written.coded_bpw(),
         entropy_bits: written.entropy_bits(),
         overhead_bits: written.coded_bpw() - written.entropy_bits(),
         passes,
         measure_seconds: measure.as_secs_f64(),
+        solve_seconds: solve.as_secs_f64(),
         quantize_seconds: written.quantize.as_secs_f64(),
         encode_seconds: written.encode.as_secs_f64(),
         write_seconds: (written.write + finish.elapsed()).as_secs_f64(),
         seconds,
         weights_per_second: written.weights as f64 / seconds,
         threads: rayon::current_num_threads(),
+        peak_rss_bytes: machine::peak_rss_bytes(),
     };
     if args.json { output::json(&report) } else { output::text(&render(&report)) }
 }
@@ -188,21 +195,6 @@ fn plan(scheme: Scheme) -> Plan {
     }
 }
 
-fn same_directory(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
-}
-
-/// A writer whose temporary directory a second Ctrl-C removes.
-struct Writer(DirWriter);
-
-impl Writer {
-    fn create(args: &Args) -> Result<Self> {
-        let writer = DirWriter::create(&args.output, args.force)?;
-        interrupt::remember_temporary(writer.temp_path());
-        Ok(Self(writer))
-    }
-}
-
 /// A checkpoint: what is coded and what stays.
 struct Source {
     dir: ModelDir,
@@ -211,39 +203,14 @@ struct Source {
     raw: Vec<String>,
 }
 
-/// What one second pass wrote.
-#[derive(Default)]
-struct Written {
-    weights: u64,
-    bytes: u64,
-    coded_weights: u64,
-    coded_bytes: u64,
-    /// Sum over coded tensors of weights times entropy, bits.
-    entropy: f64,
-    quantize: Duration,
-    encode: Duration,
-    write: Duration,
-}
-
-impl Written {
-    fn bpw(&self) -> f64 {
-        self.bytes as f64 * 8.0 / self.weights as f64
-    }
-
-    fn coded_bpw(&self) -> f64 {
-        self.coded_bytes as f64 * 8.0 / self.coded_weights as f64
-    }
-
-    fn entropy_bits(&self) -> f64 {
-        self.entropy / self.coded_weights as f64
-    }
-}
-
 impl Source {
     fn open(path: &Path) -> Result<Self> {
         let dir = ModelDir::open(path)?;
         if dir.is_tersor() {
             bail!("{}: already a Tersor directory; quantize the original checkpoint", path.display());
+        }
+        if MlxDir::new(&dir).is_some() {
+            bail!("{}: quantized by MLX already; `tersor encode` codes it without loss", path.display());
         }
         let config = Config::from_json(path, dir.config(), None)?;
         let linears = names::linears(&config);
@@ -266,8 +233,8 @@ impl Source {
             }
         }
         // A tied head may be stored a second time; the model never reads it.
-        let stays = |name: &str| !linears.iter().any(|linear| linear.name == name) && !(config.tied && name == "lm_head.weight");
-        let raw = dir.tensors().map(|(name, _)| name.to_owned()).filter(|name| stays(name)).collect();
+        let goes = |name: &str| linears.iter().any(|linear| linear.name == name) || (config.tied && name == "lm_head.weight");
+        let raw = dir.tensors().map(|(name, _)| name.to_owned()).filter(|name| !goes(name)).collect();
         Ok(Self { dir, linears, raw })
     }
 
@@ -292,7 +259,7 @@ impl Source {
     }
 
     fn coded_weights(&self) -> u64 {
-        self.linears.iter().map(|linear| weights_of(linear)).sum()
+        self.linears.iter().map(weights_of).sum()
     }
 
     /// The first pass.
@@ -364,11 +331,7 @@ impl Source {
             writer.write_coded(&linear.name, &encoded)?;
             let weights = weights_of(linear);
             let bytes = encoded.tensor().coded_bytes() + encoded.tensor().scales().bytes();
-            written.coded_weights += weights;
-            written.coded_bytes += bytes;
-            written.weights += weights;
-            written.bytes += bytes;
-            written.entropy += histogram.entropy_bits() * weights as f64;
+            written.add_coded(weights, bytes, histogram.entropy_bits());
             written.quantize += quantized - start;
             written.encode += coded - quantized;
             written.write += coded.elapsed();
@@ -377,59 +340,22 @@ impl Source {
         for name in &self.raw {
             interrupt::check()?;
             let start = Instant::now();
-            let raw = self.raw_tensor(name)?;
-            writer.write_raw(name, raw.dtype(), raw.shape(), raw.bytes())?;
-            written.weights += raw.len() as u64;
-            written.bytes += raw.bytes().len() as u64;
+            written.add_raw(writer, name, self.raw_tensor(name)?)?;
             self.dir.release(name);
             written.write += start.elapsed();
         }
         Ok(written)
     }
 
-    /// Tokenizer, chat template, generation defaults, licence.
-    fn copy_files(&self, writer: &mut DirWriter) -> Result<()> {
-        let path = self.dir.path();
-        let mut files: Vec<PathBuf> = std::fs::read_dir(path)
-            .with_context(|| path.display().to_string())?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.is_file() && path.file_name().and_then(|n| n.to_str()).is_some_and(travels_along))
-            .collect();
-        files.sort();
-        for file in files {
-            writer.copy_file(&file)?;
-        }
-        Ok(())
-    }
-
     fn config_with(&self, scheme: Scheme, codec: Codec, written: &Written) -> serde_json::Value {
         let mut config = self.dir.config().clone();
-        // Rounded, so that the text does not depend on how floats are printed.
-        let rounded = |value: f64| (value * 1e4).round() / 1e4;
-        config["quantization_config"] = serde_json::json!({
-            "quant_method": "tersor",
-            "version": tersor_format::VERSION,
-            "scheme": scheme.to_string(),
-            "codec": codec.to_string(),
-            "bpw": rounded(written.bpw()),
-            "entropy_bits": rounded(written.entropy_bits()),
-        });
+        config["quantization_config"] = convert::quantization_config(&scheme.to_string(), codec, written);
         config
     }
 }
 
 fn weights_of(linear: &LinearInfo) -> u64 {
     linear.rows as u64 * linear.cols as u64
-}
-
-/// Does a file of the checkpoint belong into the output?
-fn travels_along(name: &str) -> bool {
-    let lower = name.to_ascii_lowercase();
-    (name.starts_with("tokenizer") && (name.ends_with(".json") || name.ends_with(".model")))
-        || ["generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"].contains(&name)
-        || name.starts_with("chat_template")
-        || lower.starts_with("license")
-        || lower.starts_with("notice")
 }
 
 /// Symbols that a tensor is padded with.
@@ -519,6 +445,8 @@ fn render(report: &Report) -> String {
     row("codec", report.codec.clone());
     row("time", units::seconds(report.seconds));
     row("weights/s", units::count(report.weights_per_second));
+    let encoded = report.weights as f64 / report.encode_seconds.max(1e-9);
+    row("of it encoding", format!("{}, {}/s", units::seconds(report.encode_seconds), units::count(encoded)));
     let mut text = table.render();
     if let Some(target) = report.target_bpw.filter(|target| (report.bpw / target - 1.0).abs() > 0.005) {
         text +=
