@@ -72,10 +72,15 @@ fn texts_and_contexts_that_predict_nothing_are_refused() {
     assert!(matches!(result, Err(EvalError::Interrupted)));
 }
 
-/// Perplexities of the first 6,000 tokens of `valid_books.txt` in windows of 512, by
-/// `tools/reference_forward.py perplexity DIR --text valid_books.txt --tokens 6000 --window 512`. mlx-lm 0.32.2 in float32
-/// on the CPU, same tokens and windows, gives 56.0256909 and 39.5730813.
-const NUMPY_PERPLEXITIES: [(&str, f64); 2] = [("books-52m", 56.025_691_9), ("books-6m", 39.573_082_0)];
+/// Model, first tokens of `valid_books.txt` and their perplexity in windows of 512, by
+/// `tools/reference_forward.py perplexity DIR --text valid_books.txt --tokens N --window 512`. mlx-lm 0.32.2 in float32 on
+/// the CPU, same tokens and windows, gives 56.0256909 and 39.5730813 for 6,000 tokens.
+const NUMPY_PERPLEXITIES: [(&str, usize, f64); 4] = [
+    ("books-52m", 1024, 64.083_069_0),
+    ("books-6m", 1024, 40.639_985_9),
+    ("books-52m", 6000, 56.025_691_9),
+    ("books-6m", 6000, 39.573_082_0),
+];
 
 #[test]
 fn perplexities_agree_with_numpy() {
@@ -83,14 +88,19 @@ fn perplexities_agree_with_numpy() {
     let text = fs::read_to_string(data.join("valid_books.txt")).unwrap();
     // A part with more than 6,000 tokens, cut where no token crosses.
     let text = &text[..text[..60_000].rfind("\r\nThe ").unwrap()];
-    for (name, expected) in NUMPY_PERPLEXITIES {
+    for (name, count, expected) in NUMPY_PERPLEXITIES {
+        // 300 G multiplications take minutes in a debug build.
+        if cfg!(debug_assertions) && count > 1024 {
+            println!("skipped: {name}, {count} tokens: needs a release build");
+            continue;
+        }
         let dir = data.join(name);
         let tokens = Tokenizer::load(&dir).unwrap().encode(text).unwrap();
         let mut side = open(&dir, Level::best(), 2);
-        let report = run(&tokens[..6000], 512, &mut side, None).unwrap();
+        let report = run(&tokens[..count], 512, &mut side, None).unwrap();
         let relative = report.perplexity / expected - 1.0;
-        println!("{name}: perplexity {:.7}, NumPy {expected:.7}, relative difference {relative:.1e}", report.perplexity);
-        assert_eq!((report.tokens, report.predicted), (6000, 5988));
+        println!("{name}, {count} tokens: {:.7}, NumPy {expected:.7}, relative {relative:.1e}", report.perplexity);
+        assert_eq!(report.tokens, count);
         // A tenth of a percent is asked for; two float32 engines agree a thousand times better.
         assert!(relative.abs() < 1e-6, "{name}: {}", report.perplexity);
     }
