@@ -108,7 +108,7 @@ pub(super) fn least(set: &TensorSet, options: &Options) -> Footprint {
 
 /// Decides. `None` if the budget is below [`least`].
 pub(super) fn decide(set: &TensorSet, options: &Options, profile: &MachineProfile) -> Option<Decision> {
-    let model = CostModel::new(profile, options.threads);
+    let model = CostModel::new(profile, options.threads, set.working_set_bytes());
     let offers: Vec<Offer> = (0..set.linears.len()).map(|slot| offer(set, slot, &model)).collect();
     let capacity = options.memory_budget.map(|budget| {
         let room = i128::from(budget) - i128::from(set.footprint(options).total_bytes());
@@ -199,13 +199,11 @@ pub(super) fn choices(set: &TensorSet, strategy: Strategy, options: &Options, de
 
 /// The rows of a plan: matrices of one kind and choice together.
 pub(super) fn rows(set: &TensorSet, choices: &[Choice], strategy: Strategy, options: &Options, profile: &MachineProfile) -> Vec<PlanRow> {
-    let model = CostModel::new(profile, options.threads);
-    let layers = set.linears.iter().filter(|linear| linear.coded().is_some()).count();
+    let model = CostModel::new(profile, options.threads, set.working_set_bytes());
     // All layers are decoded and multiplied side by side; each matrix is shown with its share of that time.
-    let prefetch_share = |cost: &MatrixCost| {
-        let all: u64 = set.linears.iter().filter_map(Linear::cost).map(|cost| cost.weights).sum();
-        if layers == 0 { 0.0 } else { prefetch::step_seconds(set, options) * cost.weights as f64 / all as f64 }
-    };
+    let in_layers = (0..set.linears.len()).filter(|&slot| !set.is_outside_layers(slot));
+    let layer_weights: u64 = in_layers.filter_map(|slot| set.linears[slot].cost()).map(|cost| cost.weights).sum();
+    let prefetch_share = |cost: &MatrixCost| prefetch::step_seconds(set, options) * cost.weights as f64 / layer_weights.max(1) as f64;
     let mut groups: Vec<(&'static str, Choice, Vec<usize>)> = Vec::new();
     for (slot, (linear, &choice)) in set.linears.iter().zip(choices).enumerate() {
         match groups.iter_mut().find(|(group, other, _)| *group == linear.group() && *other == choice) {

@@ -4,8 +4,9 @@
 //!
 //! `seconds = max(bytes / bandwidth, weights / rate, weights * tokens / dot rate)`,
 //!
-//! with the rates of a [`MachineProfile`], which were measured on working sets larger than the caches. Only the ratios of prices
-//! matter to a choice, and both sides of each were measured in the same run.
+//! with the rates of a [`MachineProfile`]. A small model stays in the caches from step to step, where decoding costs more than the bytes that it
+//! saves; a large one comes from memory, where it may not. So bandwidth and rates are those of the model's working set, between the rates measured in
+//! the caches and in memory. Only the ratios of prices matter to a choice, and both sides of each were measured in the same run.
 
 use super::profile::MachineProfile;
 use tersor_codec::Codec;
@@ -30,14 +31,24 @@ pub struct MatrixCost {
 pub struct CostModel<'a> {
     profile: &'a MachineProfile,
     threads: usize,
+    bytes_per_second: f64,
+    /// 0 if the working set stays in the caches, 1 if it comes from memory.
+    memory_share: f64,
 }
 
 impl<'a> CostModel<'a> {
-    /// Prices for `threads` threads, from a profile that may have been measured with another number: compute rates are taken as
-    /// proportional to it, bandwidth is interpolated.
+    /// Prices for `threads` threads and a model of which a step reads `working_set_bytes`. The profile may have been measured with another
+    /// number of threads: compute rates are taken as proportional to it, bandwidth is interpolated.
     #[must_use]
-    pub fn new(profile: &'a MachineProfile, threads: usize) -> Self {
-        Self { profile, threads: threads.max(1) }
+    pub fn new(profile: &'a MachineProfile, threads: usize, working_set_bytes: u64) -> Self {
+        let threads = threads.max(1);
+        let bytes_per_second = profile.read_bytes_per_second(threads) * profile.cache_speedup(working_set_bytes);
+        Self { profile, threads, bytes_per_second, memory_share: profile.memory_share(working_set_bytes) }
+    }
+
+    /// Seconds a weight, from the rates in the caches and in memory.
+    fn per_weight(&self, in_cache: f64, in_memory: f64) -> f64 {
+        (1.0 - self.memory_share) / in_cache + self.memory_share / in_memory
     }
 
     /// The product with a matrix that stays coded, in seconds. Each chunk is decoded once, however many tokens share it.
@@ -45,7 +56,8 @@ impl<'a> CostModel<'a> {
     pub fn fused(&self, matrix: &MatrixCost, tokens: usize) -> f64 {
         let rate = self.profile.codec(matrix.codec);
         let more = tokens.max(1) as f64 - 1.0;
-        let compute = matrix.weights as f64 * (1.0 / rate.fused_weights_per_second + more / rate.macs_per_second);
+        let compute = matrix.weights as f64
+            * (self.per_weight(rate.fused_cache_weights_per_second, rate.fused_weights_per_second) + more / rate.macs_per_second);
         self.longest(matrix.coded_bytes, compute)
     }
 
@@ -54,7 +66,8 @@ impl<'a> CostModel<'a> {
     pub fn decoded(&self, matrix: &MatrixCost, tokens: usize) -> f64 {
         let rate = self.profile.plain(matrix.decoded_bits);
         let more = tokens.max(1) as f64 - 1.0;
-        let compute = matrix.weights as f64 * (1.0 / rate.weights_per_second + more / rate.macs_per_second);
+        let compute =
+            matrix.weights as f64 * (self.per_weight(rate.cache_weights_per_second, rate.weights_per_second) + more / rate.macs_per_second);
         self.longest(matrix.decoded_bytes, compute)
     }
 
@@ -73,10 +86,10 @@ impl<'a> CostModel<'a> {
         chunk_weights as f64 / rate
     }
 
-    /// Reading `bytes` from memory, in seconds.
+    /// Reading `bytes` of the working set, in seconds.
     #[must_use]
     pub fn read(&self, bytes: u64) -> f64 {
-        bytes as f64 / self.profile.read_bytes_per_second(self.threads)
+        bytes as f64 / self.bytes_per_second
     }
 
     /// `compute` is in seconds with the profile's number of threads.

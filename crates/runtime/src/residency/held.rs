@@ -61,7 +61,7 @@ impl HeldWeights {
     pub fn load(dir: &ModelDir, set: TensorSet, decoded: &[bool], strategy: Strategy, options: &Options) -> Result<Self, OpenError> {
         let engine = Engine::new(options.threads, options.level);
         let mut forms = decode_marked(dir, &set, decoded, &engine)?;
-        let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads));
+        let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads, set.working_set_bytes()));
         let index = set.index;
         let mut matrices = Vec::with_capacity(set.linears.len());
         for (slot, linear) in set.linears.into_iter().enumerate() {

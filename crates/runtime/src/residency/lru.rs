@@ -120,7 +120,7 @@ pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<
     let engine = Engine::new(options.threads, options.level);
     verify(dir, &engine.pool, &|_| Ok(()))?;
     let capacity = capacity(&least(&set, options), options);
-    let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads));
+    let model = options.profile.as_ref().map(|profile| CostModel::new(profile, options.threads, set.working_set_bytes()));
     let price = |linear: &Linear| match (&model, linear.cost()) {
         (Some(model), Some(cost)) => Price::of_fused(model, &cost),
         _ => Price::default(),

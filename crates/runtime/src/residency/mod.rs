@@ -257,7 +257,7 @@ pub fn open(dir: ModelDir, strategy: Strategy, options: &Options) -> Result<Box<
     let settled = settle(&set, strategy, options)?;
     let options = &settled.options;
     Ok(match (strategy, settled.decision) {
-        (Strategy::Auto, Some(Decision::Prefetch)) | (Strategy::Prefetch, _) => Box::new(prefetch::open(&dir, set, options)?),
+        (Strategy::Auto, Some(Decision::Prefetch)) | (Strategy::Prefetch, _) => Box::new(prefetch::open(&dir, set, strategy, options)?),
         (Strategy::Auto, Some(Decision::Mixture(decoded))) => Box::new(auto::open(&dir, set, &decoded, options)?),
         (Strategy::Cached, _) => Box::new(cached::open(&dir, set, options)?),
         (Strategy::Lru, _) => Box::new(lru::open(&dir, set, options)?),
@@ -272,7 +272,8 @@ pub fn open(dir: ModelDir, strategy: Strategy, options: &Options) -> Result<Box<
 /// As [`open`], but for damage in the coded bytes.
 pub fn explain(dir: &ModelDir, strategy: Strategy, options: &Options) -> Result<Plan, OpenError> {
     let set = TensorSet::open(dir)?;
-    let Settled { options, decision, footprint } = settle(&set, strategy, &with_profile(options)?)?;
+    let Settled { options, decision, footprint } = settle(&set, strategy, options)?;
+    let options = with_profile(&options)?;
     let choices = auto::choices(&set, strategy, &options, decision.as_ref());
     let profile = options.profile.as_ref().expect("measured above");
     let rows = auto::rows(&set, &choices, strategy, &options, profile);

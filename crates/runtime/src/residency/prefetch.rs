@@ -13,8 +13,9 @@
 use super::budget::Footprint;
 use super::cost::CostModel;
 use super::engine::{Engine, Form, Operand, Price, corrupt};
+use super::profile::MachineProfile;
 use super::set::{Index, Linear, Source, TensorSet, verify};
-use super::{OpenError, Options};
+use super::{OpenError, Options, Strategy};
 use crate::model::weights::{LinearId, LinearKind, ResidencyReport, RunError, Weights};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,7 +43,7 @@ pub(super) fn split(set: &TensorSet, options: &Options) -> (usize, usize) {
     let threads = options.threads.max(2);
     let Some(profile) = &options.profile else { return (threads - threads / 2, threads / 2) };
     let seconds = |compute: usize| {
-        let (products, decoding) = layer_seconds(set, &CostModel::new(profile, compute), &CostModel::new(profile, threads - compute));
+        let (products, decoding) = layer_seconds(set, profile, compute, threads - compute);
         products.max(decoding)
     };
     let compute = (1..threads).min_by(|&a, &b| seconds(a).total_cmp(&seconds(b))).unwrap_or(1);
@@ -50,7 +51,8 @@ pub(super) fn split(set: &TensorSet, options: &Options) -> (usize, usize) {
 }
 
 /// Seconds of all layers of a step: products with the decoded matrices, and decoding.
-fn layer_seconds(set: &TensorSet, compute: &CostModel<'_>, decode: &CostModel<'_>) -> (f64, f64) {
+fn layer_seconds(set: &TensorSet, profile: &MachineProfile, compute: usize, decode: usize) -> (f64, f64) {
+    let [compute, decode] = [compute, decode].map(|threads| CostModel::new(profile, threads, set.working_set_bytes()));
     let layers = 1..1 + set.index.layers * Index::PER_LAYER;
     let costs = || set.linears[layers.clone()].iter().filter_map(Linear::cost);
     (costs().map(|cost| compute.decoded(&cost, 1)).sum(), costs().map(|cost| decode.decode(&cost)).sum())
@@ -60,7 +62,7 @@ fn layer_seconds(set: &TensorSet, compute: &CostModel<'_>, decode: &CostModel<'_
 pub(super) fn step_seconds(set: &TensorSet, options: &Options) -> f64 {
     let Some(profile) = &options.profile else { return f64::INFINITY };
     let (compute, decode) = split(set, options);
-    let (products, decoding) = layer_seconds(set, &CostModel::new(profile, compute), &CostModel::new(profile, decode));
+    let (products, decoding) = layer_seconds(set, profile, compute, decode);
     products.max(decoding)
 }
 
@@ -117,10 +119,11 @@ pub(super) struct PrefetchWeights {
     miss_bytes: u64,
     decode_ns: u64,
     exposed_ns: u64,
+    strategy: Strategy,
     detail: String,
 }
 
-pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<PrefetchWeights, OpenError> {
+pub(super) fn open(dir: &ModelDir, set: TensorSet, strategy: Strategy, options: &Options) -> Result<PrefetchWeights, OpenError> {
     let (compute, decode) = split(&set, options);
     let engine = Engine::new(compute, options.level);
     verify(dir, &engine.pool, &|_| Ok(()))?;
@@ -139,7 +142,7 @@ pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<
     let buffer_bytes = 2 * current.matrices.iter().map(Decoded::capacity_bytes).sum::<u64>();
     let head = set.index.of(LinearId::HEAD).and_then(|slot| set.linears[slot].cost());
     let head_price = match (&options.profile, head) {
-        (Some(profile), Some(cost)) => Price::of_fused(&CostModel::new(profile, compute), &cost),
+        (Some(profile), Some(cost)) => Price::of_fused(&CostModel::new(profile, compute, set.working_set_bytes()), &cost),
         _ => Price::default(),
     };
     let linears = Arc::new(set.linears);
@@ -180,6 +183,7 @@ pub(super) fn open(dir: &ModelDir, set: TensorSet, options: &Options) -> Result<
         miss_bytes: 0,
         decode_ns: 0,
         exposed_ns: 0,
+        strategy,
         detail: format!("{compute} threads compute, {decode} decode one layer ahead"),
     };
     weights.request_ahead(0);
@@ -349,7 +353,7 @@ impl Weights for PrefetchWeights {
     fn report(&self) -> ResidencyReport {
         let stored: u64 = self.linears.iter().map(|l| l.mapped_bytes() + l.table_bytes() + l.scale_bytes()).sum();
         ResidencyReport {
-            strategy: "prefetch".to_owned(),
+            strategy: self.strategy.to_string(),
             detail: self.detail.clone(),
             resident_bytes: stored + self.buffer_bytes,
             hits: self.hits,

@@ -1,11 +1,12 @@
 //! What one machine can do: read bandwidth and the rates of the kernels, measured once and kept as a small JSON file.
 //!
-//! Everything is measured on working sets larger than the caches, because that is where weights live, with the kernels that the
-//! strategies use, in one run, so that ratios hold even where the machine is busy. A rate is the best of several windows: other
-//! processes can only make a kernel look slower.
+//! Everything is measured with the kernels that the strategies use, in one run, so that ratios hold even where the machine is busy. A rate is
+//! that of the fastest tenth of many short runs: other processes can only make a kernel look slower. Products with one token are measured on working
+//! sets larger than the caches, where the weights of large models live, and on one matrix, for models that fit.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fs;
 use std::hint::black_box;
 use std::io::{self, Write};
@@ -18,9 +19,11 @@ use tersor_quant::{QuantizedTensor, Scales};
 use thiserror::Error;
 
 /// Version of the JSON document; another one is measured again.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Rows and columns of the sample matrix.
 const SAMPLE: (usize, usize) = (1024, 2048);
+/// Bytes that are timed at once when bandwidth is measured.
+const PART_BYTES: usize = 2 << 20;
 /// Tokens that share a call when the rate of multiplication is measured.
 const BATCH: usize = 16;
 
@@ -32,8 +35,10 @@ pub struct CodecRates {
     pub codec: String,
     /// Coded size of the sample, bits per weight.
     pub sample_bpw: f64,
-    /// Decoding fused with the product by one token, weights per second.
+    /// Decoding fused with the product by one token, weights per second, coded bytes from memory.
     pub fused_weights_per_second: f64,
+    /// The same with the coded bytes in the caches.
+    pub fused_cache_weights_per_second: f64,
     /// Decoding to memory, weights per second.
     pub decode_weights_per_second: f64,
     /// Multiplications by each token after the first in one call, weights times tokens per second.
@@ -46,8 +51,10 @@ pub struct CodecRates {
 pub struct PlainRates {
     /// Bits of a field of the decoded form: 4 or 8.
     pub bits: u8,
-    /// The product by one token, weights per second.
+    /// The product by one token, weights per second, decoded bytes from memory.
     pub weights_per_second: f64,
+    /// The same with the decoded bytes in the caches.
+    pub cache_weights_per_second: f64,
     /// Multiplications by each token after the first in one call, weights times tokens per second.
     pub macs_per_second: f64,
 }
@@ -68,6 +75,9 @@ pub struct MachineProfile {
     pub threads: usize,
     /// Sequential read bandwidth, bytes per second, by number of threads: 1, 2, 4, ... and `threads`.
     pub read_bytes_per_second: BTreeMap<usize, f64>,
+    /// Read bandwidth again and again over one buffer, bytes per second with `threads` threads, by size of the buffer in MiB: where it falls, the
+    /// caches end.
+    pub read_bytes_per_second_by_mib: BTreeMap<u64, f64>,
     /// Products with decoded matrices.
     pub plain: Vec<PlainRates>,
     /// Every codec that `tersor quantize` writes.
@@ -99,21 +109,19 @@ pub enum ProfileError {
 /// How much time a measurement may take.
 #[derive(Clone, Copy, Debug)]
 struct Effort {
-    /// Length of one window.
-    window: Duration,
-    /// Windows of each rate; the best counts.
-    windows: u32,
-    /// Bytes of each working set.
+    /// For how long each rate is measured.
+    duration: Duration,
+    /// Bytes of each working set that is to come from memory; bandwidth is measured on twice as much.
     working_set_bytes: usize,
 }
 
 impl Effort {
-    /// About 1.5 s in all: some 20 rates of 3 windows each, and the preparation of the samples.
-    const FULL: Self = Self { window: Duration::from_millis(12), windows: 3, working_set_bytes: 64 << 20 };
+    /// About 1.5 s in all: some 40 rates, and the preparation of the samples.
+    const FULL: Self = Self { duration: Duration::from_millis(15), working_set_bytes: 48 << 20 };
 }
 
 impl MachineProfile {
-    /// Measures. Takes less than 3 s with optimized kernels, about 200 MiB of memory, and `threads` threads.
+    /// Measures. Takes less than 3 s with optimized kernels, about 100 MiB of memory, and `threads` threads.
     ///
     /// # Errors
     /// [`ProfileError`] if the sample cannot be made or a kernel fails on it.
@@ -190,6 +198,22 @@ impl MachineProfile {
         }
     }
 
+    /// How much faster than from memory a working set of `bytes` is read that is read again and again; at least 1.
+    pub(super) fn cache_speedup(&self, bytes: u64) -> f64 {
+        let Some((_, in_memory)) = self.read_bytes_per_second_by_mib.last_key_value() else { return 1.0 };
+        // The smallest measured buffer that the working set fits into.
+        let fitting = self.read_bytes_per_second_by_mib.range(bytes.div_ceil(1 << 20)..).next();
+        fitting.map_or(1.0, |(_, rate)| (rate / in_memory).max(1.0))
+    }
+
+    /// What part of a working set of `bytes` comes from memory in each step: 0 if it is read as fast as the smallest that was measured, 1 if as fast
+    /// as the largest.
+    pub(super) fn memory_share(&self, bytes: u64) -> f64 {
+        let (speedup, best) = (self.cache_speedup(bytes), self.cache_speedup(0));
+        // Times, not speeds, are what adds up.
+        if best <= 1.0 { 1.0 } else { ((1.0 / speedup - 1.0 / best) / (1.0 - 1.0 / best)).clamp(0.0, 1.0) }
+    }
+
     /// The rates of `codec`; of one with other parameters, the slowest codec of its kind; of one that was not measured, the slowest of all.
     pub(super) fn codec(&self, codec: Codec) -> &CodecRates {
         let (id, kind) = (codec.to_string(), codec.kind().name());
@@ -211,12 +235,17 @@ impl MachineProfile {
 
     /// Whether every rate can be divided by. The file may have been edited.
     fn is_sane(&self) -> bool {
-        let codecs = self.codecs.iter().flat_map(|r| [r.fused_weights_per_second, r.decode_weights_per_second, r.macs_per_second]);
-        let plain = self.plain.iter().flat_map(|r| [r.weights_per_second, r.macs_per_second]);
-        let mut rates = codecs.chain(plain).chain(self.read_bytes_per_second.values().copied());
+        let codecs = self
+            .codecs
+            .iter()
+            .flat_map(|r| [r.fused_weights_per_second, r.fused_cache_weights_per_second, r.decode_weights_per_second, r.macs_per_second]);
+        let plain = self.plain.iter().flat_map(|r| [r.weights_per_second, r.cache_weights_per_second, r.macs_per_second]);
+        let bandwidths = self.read_bytes_per_second.values().chain(self.read_bytes_per_second_by_mib.values());
+        let mut rates = codecs.chain(plain).chain(bandwidths.copied());
         !self.codecs.is_empty()
             && !self.plain.is_empty()
             && !self.read_bytes_per_second.is_empty()
+            && !self.read_bytes_per_second_by_mib.is_empty()
             && rates.all(|rate| rate.is_finite() && rate > 0.0)
     }
 
@@ -237,6 +266,7 @@ impl MachineProfile {
             level: level.name().to_owned(),
             threads,
             read_bytes_per_second: bandwidth(level, threads, effort),
+            read_bytes_per_second_by_mib: bandwidth_by_mib(&pool, level, effort),
             plain,
             codecs,
             measured_seconds: rounded(start.elapsed().as_secs_f64(), 1e3),
@@ -273,8 +303,8 @@ fn sample(deviation: f64) -> QuantizedTensor {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     };
-    // Twelve uniforms in sum have variance 1 and look normal enough.
-    let mut normal = || (0..12).map(|_| uniform()).sum::<f64>() - 6.0;
+    // Four uniforms in sum look normal enough; their variance is 1/3.
+    let mut normal = || 3f64.sqrt() * ((0..4).map(|_| uniform()).sum::<f64>() - 2.0);
     let symbols = (0..rows * cols).map(|_| (deviation * normal()).round() as i16).collect();
     let scales = Scales::Row { scales: vec![half::f16::ONE.to_bits(); rows], scale_exponent: 0 };
     QuantizedTensor { rows, cols, symbols, scales }
@@ -300,8 +330,8 @@ impl Bench<'_> {
         });
         let copies = copies.collect::<Result<Vec<_>, _>>().map_err(kernel)?;
         let copies: Vec<Matrix<'_>> = copies.iter().map(Matrix::Decoded).collect();
-        let (weights_per_second, macs_per_second) = self.products(&tensor, &copies).map_err(kernel)?;
-        Ok(PlainRates { bits, weights_per_second, macs_per_second })
+        let [weights_per_second, cache_weights_per_second, macs_per_second] = self.products(&tensor, &copies).map_err(kernel)?;
+        Ok(PlainRates { bits, weights_per_second, cache_weights_per_second, macs_per_second })
     }
 
     fn codec(&self, sample: &QuantizedTensor, codec: Codec) -> Result<CodecRates, ProfileError> {
@@ -313,7 +343,8 @@ impl Bench<'_> {
         let copies = (0..self.copies(encoded.tensor().coded_bytes())).map(|_| copy()).collect::<Result<Vec<_>, _>>()?;
         let kernel = |cause| ProfileError::Kernel { codec: codec.to_string(), cause };
         let matrices: Vec<Matrix<'_>> = copies.iter().map(Matrix::Coded).collect();
-        let (fused_weights_per_second, macs_per_second) = self.products(encoded.tensor(), &matrices).map_err(kernel)?;
+        let products = self.products(encoded.tensor(), &matrices).map_err(kernel)?;
+        let [fused_weights_per_second, fused_cache_weights_per_second, macs_per_second] = products;
         // Two buffers, as prefetch has.
         let mut buffers = [Decoded::new(), Decoded::new()];
         let mut next = 0;
@@ -327,6 +358,7 @@ impl Bench<'_> {
             codec: codec.to_string(),
             sample_bpw: rounded(8.0 * encoded.tensor().coded_bytes() as f64 / weights, 1e3),
             fused_weights_per_second,
+            fused_cache_weights_per_second,
             decode_weights_per_second: rounded(weights / seconds.map_err(kernel)?, 1.0),
             macs_per_second,
         })
@@ -337,11 +369,11 @@ impl Bench<'_> {
         (self.effort.working_set_bytes as u64 / bytes.max(1)).max(1) as usize
     }
 
-    /// Weights per second of a product with one token, and weights times tokens per second of each further token.
-    fn products(&self, tensor: &CodedTensor, copies: &[Matrix<'_>]) -> Result<(f64, f64), KernelError> {
+    /// Weights per second of a product with one token, from memory and from the caches, and weights times tokens per second of each further token.
+    fn products(&self, tensor: &CodedTensor, copies: &[Matrix<'_>]) -> Result<[f64; 3], KernelError> {
         let ones = vec![1.0f32; tensor.rows()];
         let scales = KernelScales::from_rows(&ones, tensor.cols());
-        let seconds = |tokens: usize| {
+        let seconds = |tokens: usize, copies: &[Matrix<'_>]| {
             let x: Vec<f32> = (0..tokens * tensor.cols()).map(|i| ((i * 37) % 101) as f32 - 50.0).collect();
             let x = Activations::quantize(self.level, &x, tokens, tensor.cols(), scales.segment());
             let mut out = vec![0.0; tokens * tensor.rows()];
@@ -354,38 +386,68 @@ impl Bench<'_> {
                 result
             })
         };
-        let (one, batch) = (seconds(1)?, seconds(BATCH)?);
+        let (one, one_in_cache, batch) = (seconds(1, copies)?, seconds(1, &copies[..1])?, seconds(BATCH, &copies[..1])?);
         let weights = (SAMPLE.0 * SAMPLE.1) as f64;
         // Where noise makes the batch look free, the rate is bounded by the batch as a whole.
-        let more = (batch - one).max(batch * 0.01) / (BATCH - 1) as f64;
-        Ok((rounded(weights / one, 1.0), rounded(weights / more, 1.0)))
+        let more = (batch - one_in_cache).max(batch * 0.01) / (BATCH - 1) as f64;
+        Ok([one, one_in_cache, more].map(|seconds| rounded(weights / seconds, 1.0)))
     }
 
-    /// Seconds of one `work`: the best mean of the windows.
+    /// Seconds of one `work`.
     fn seconds(&self, mut work: impl FnMut() -> Result<(), KernelError>) -> Result<f64, KernelError> {
         work()?;
-        let mut best = f64::INFINITY;
-        for _ in 0..self.effort.windows {
+        fast_tenth(self.effort.duration, || {
             let start = Instant::now();
-            let mut runs = 0u32;
-            while runs == 0 || start.elapsed() < self.effort.window {
-                work()?;
-                runs += 1;
-            }
-            best = best.min(start.elapsed().as_secs_f64() / f64::from(runs));
-        }
-        Ok(best)
+            work()?;
+            Ok(start.elapsed().as_secs_f64())
+        })
     }
 }
 
-/// Read bandwidth in bytes per second, for 1, 2, 4, ... and `threads` threads.
+/// Has runs measured for `duration`, three at least, and returns the result below which a tenth of them lie: free of preemptions, and of the
+/// luckiest runs.
+fn fast_tenth<E>(duration: Duration, mut seconds: impl FnMut() -> Result<f64, E>) -> Result<f64, E> {
+    let start = Instant::now();
+    let mut runs = Vec::new();
+    while runs.len() < 3 || start.elapsed() < duration {
+        runs.push(seconds()?.max(1e-9));
+    }
+    runs.sort_by(f64::total_cmp);
+    Ok(runs[runs.len() / 10])
+}
+
+/// Read bandwidth from memory in bytes per second, for 1, 2, 4, ... and `threads` threads.
 fn bandwidth(level: Level, threads: usize, effort: Effort) -> BTreeMap<usize, f64> {
-    // Twice the working set of the kernels: the fastest reader needs the most to get beyond the caches. Not zeros, whose pages might be shared.
+    // Not zeros, whose pages might be shared.
     let buffer = vec![1u8; 2 * effort.working_set_bytes];
     let mut counts: Vec<usize> = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|&n| n < threads).collect();
     counts.push(threads);
-    let measure = |threads: usize| rounded(read_bandwidth(&Pool::new(threads), level, &buffer, effort.windows + 1), 1.0);
+    let measure = |threads: usize| sweep(&Pool::new(threads), level, &buffer, effort);
     counts.into_iter().map(|threads| (threads, measure(threads))).collect()
+}
+
+/// Read bandwidth of buffers of 2, 4, 8, ... MiB that are read again and again.
+fn bandwidth_by_mib(pool: &Pool, level: Level, effort: Effort) -> BTreeMap<u64, f64> {
+    let buffer = vec![1u8; 2 * effort.working_set_bytes];
+    let sizes = std::iter::successors(Some(PART_BYTES), |size| Some(2 * size)).take_while(|&size| size < buffer.len());
+    let sizes = sizes.chain([buffer.len()]);
+    sizes.map(|size| ((size >> 20) as u64, sweep(pool, level, &buffer[..size], effort))).collect()
+}
+
+/// Bytes per second of reading `buffer` again and again. Timed in parts, which are too short to be preempted often; each part was last read a whole
+/// sweep ago.
+fn sweep(pool: &Pool, level: Level, buffer: &[u8], effort: Effort) -> f64 {
+    let parts = buffer.as_chunks::<PART_BYTES>().0;
+    let mut next = 0;
+    let mut seconds = || {
+        next += 1;
+        Ok::<_, Infallible>(PART_BYTES as f64 / read_bandwidth(pool, level, &parts[next % parts.len()], 1))
+    };
+    for _ in 0..parts.len() {
+        let Ok(_) = seconds();
+    }
+    let Ok(seconds) = fast_tenth(effort.duration, seconds);
+    rounded(PART_BYTES as f64 / seconds, 1.0)
 }
 
 #[cfg(test)]
@@ -393,7 +455,7 @@ mod tests {
     use super::*;
 
     /// As much as the caching logic needs; the rates mean nothing.
-    const QUICK: Effort = Effort { window: Duration::ZERO, windows: 1, working_set_bytes: 1 << 20 };
+    const QUICK: Effort = Effort { duration: Duration::ZERO, working_set_bytes: 2 << 20 };
 
     #[test]
     fn measures_keeps_and_invalidates() {
@@ -437,6 +499,7 @@ mod tests {
             codec: codec.to_owned(),
             sample_bpw: 3.0,
             fused_weights_per_second: rate,
+            fused_cache_weights_per_second: rate,
             decode_weights_per_second: rate,
             macs_per_second: rate,
         };
@@ -447,7 +510,8 @@ mod tests {
             level: String::new(),
             threads: 2,
             read_bytes_per_second: BTreeMap::from([(1, 10.0), (2, 18.0), (8, 30.0)]),
-            plain: vec![PlainRates { bits: 4, weights_per_second: 7.0, macs_per_second: 7.0 }],
+            read_bytes_per_second_by_mib: BTreeMap::from([(2, 90.0), (32, 30.0), (64, 18.0)]),
+            plain: vec![PlainRates { bits: 4, weights_per_second: 7.0, cache_weights_per_second: 8.0, macs_per_second: 7.0 }],
             codecs: vec![rates("rans/s16-w8-p7-l64", 9.0), rates("rans/s32-w16-p12-l64", 3.0), rates("fixed/b4", 1.0)],
             measured_seconds: 0.0,
         };
@@ -458,5 +522,11 @@ mod tests {
         assert_eq!(profile.plain(8).weights_per_second, 7.0);
         let bandwidth = [1, 2, 5, 8, 99].map(|threads| profile.read_bytes_per_second(threads));
         assert_eq!(bandwidth, [10.0, 18.0, 24.0, 30.0, 30.0]);
+        // 1/90 is the cache's time for a byte, 1/18 the memory's, 1/30 is half way between them.
+        let shares = [0, 2 << 20, (2 << 20) + 1, 32 << 20, 33 << 20, u64::MAX].map(|bytes| profile.memory_share(bytes));
+        for (share, expected) in shares.into_iter().zip([0.0, 0.0, 0.5, 0.5, 1.0, 1.0]) {
+            assert!((share - expected).abs() < 1e-12, "{shares:?}");
+        }
+        assert_eq!((profile.cache_speedup(1), profile.cache_speedup(u64::MAX)), (5.0, 1.0));
     }
 }

@@ -9,7 +9,7 @@ use crate::model::names::{self, LinearInfo};
 use crate::model::weights::{LinearId, LinearKind};
 use crate::model::{find, wrong_form};
 use std::sync::Mutex;
-use tersor_codec::Codec;
+use tersor_codec::Table;
 use tersor_cpu::{Dense, DenseType, KernelScales, Pool};
 use tersor_format::{CodedTensor, DecodedForm, Dtype, ModelDir, RawTensor, Tensor};
 
@@ -91,7 +91,7 @@ impl Linear {
 
     /// Bytes of the decoding table and the chunk index, which only the coded form needs.
     pub fn table_bytes(&self) -> u64 {
-        self.coded().map_or(0, |tensor| table_bytes(tensor.codec()) + 8 * tensor.chunk_count() as u64)
+        self.coded().map_or(0, |tensor| table_bytes(tensor.table()) + 8 * tensor.chunk_count() as u64)
     }
 
     /// What its prices depend on; `None` for a matrix that is not coded.
@@ -121,15 +121,17 @@ impl Linear {
     }
 }
 
-/// Memory of a decoding table: slots of 8 bytes at most, one for every value of the bits that are looked up.
-fn table_bytes(codec: Codec) -> u64 {
-    let index_bits = match codec {
-        Codec::Rans(params) => params.prob_bits,
-        Codec::BlockAns(params) => params.prob_bits,
-        Codec::Huffman(params) => params.code_bits_max,
+/// Memory of a decoding table: what is looked up by the next bits of a stream.
+fn table_bytes(table: &Table) -> u64 {
+    // A slot of rans: frequency and offset of two bytes each, and the symbol byte.
+    const SLOT_BYTES: usize = 5;
+    let bytes = match table {
+        Table::Rans(table) => SLOT_BYTES * table.slots().freq.len(),
+        Table::BlockAns(table) => SLOT_BYTES * table.slots().freq.len(),
+        Table::Huffman(table) => size_of_val(table.lookup()),
         _ => 0,
     };
-    8 << index_bits.min(16)
+    bytes as u64
 }
 
 /// All matrices of a model, in the order of `names::linears`: embedding, layers, head (unless tied).
@@ -185,6 +187,15 @@ impl TensorSet {
     /// Whether matrix `slot` is multiplied by: an embedding that the head is not tied to is only read, row by row.
     pub fn is_multiplied(&self, slot: usize) -> bool {
         slot > 0 || self.index.tied
+    }
+
+    /// About what a step reads: the mean of the coded and the decoded size of what is multiplied by.
+    pub fn working_set_bytes(&self) -> u64 {
+        let of = |slot: usize| {
+            let linear = &self.linears[slot];
+            linear.coded().map_or(linear.mapped_bytes(), |coded| (coded.coded_bytes() + coded.decoded_bytes()) / 2)
+        };
+        (0..self.linears.len()).filter(|&slot| self.is_multiplied(slot)).map(of).fold(0, u64::saturating_add)
     }
 
     /// Positions of the matrices of `layer`.

@@ -160,14 +160,16 @@ pub fn profile(plain: f64, fused: f64, decode: f64) -> MachineProfile {
     let codec = |codec: Codec| {
         serde_json::json!({
             "codec": codec.to_string(), "sample_bpw": 3.0, "fused_weights_per_second": fused,
+            "fused_cache_weights_per_second": fused,
             "decode_weights_per_second": decode, "macs_per_second": 100e9,
         })
     };
-    let plain = |bits: u8| serde_json::json!({"bits": bits, "weights_per_second": plain, "macs_per_second": 100e9});
+    let plain = |bits: u8| serde_json::json!({"bits": bits, "weights_per_second": plain, "cache_weights_per_second": plain, "macs_per_second": 100e9});
     let codecs: Vec<_> = Codec::SHORT_NAMES.iter().map(|(_, id)| codec(*id)).collect();
     serde_json::from_value(serde_json::json!({
         "version": 1, "library": "test", "cpu": "test", "level": "test", "threads": 2,
-        "read_bytes_per_second": {"1": 15e9, "2": 30e9}, "plain": [plain(4), plain(8)], "codecs": codecs, "measured_seconds": 0.0,
+        "read_bytes_per_second": {"1": 15e9, "2": 30e9}, "read_bytes_per_second_by_mib": {"2": 30e9},
+        "plain": [plain(4), plain(8)], "codecs": codecs, "measured_seconds": 0.0,
     }))
     .unwrap()
 }
