@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -82,10 +83,16 @@ impl Setup {
         if std::io::stderr().is_terminal() {
             eprintln!("measuring this machine once, for {} threads at {level}", self.threads);
         }
-        let profile = MachineProfile::load_or_measure(&directory, level, self.threads)?;
-        // The samples that were measured are no part of what the model needs.
-        machine::reset_peak_rss();
-        Ok(Arc::new(profile))
+        // In a process of its own, since what an allocator keeps of the samples would count as the model's memory.
+        let threads = self.threads.to_string();
+        let child = std::env::current_exe().and_then(|program| {
+            let arguments = ["info", "--json", "--threads", &threads, "--level", level.name()];
+            Command::new(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
+        });
+        match MachineProfile::load(&directory, level, self.threads).filter(|_| child.is_ok()) {
+            Some(profile) => Ok(Arc::new(profile)),
+            None => Ok(Arc::new(MachineProfile::measure(level, self.threads)?)),
+        }
     }
 }
 

@@ -38,12 +38,6 @@ pub fn peak_rss_bytes() -> u64 {
     field("/proc/self/status", "VmHWM").and_then(|text| kibibytes(&text)).unwrap_or(0)
 }
 
-/// Starts [`peak_rss_bytes`] anew from the present size, so that one process can report several runs. Where the kernel refuses, peaks
-/// only grow.
-pub fn reset_peak_rss() {
-    let _ = fs::write("/proc/self/clear_refs", "5");
-}
-
 fn field(path: &str, name: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;

@@ -22,7 +22,7 @@ use output::StdoutError;
 
 /// Language models with entropy-coded weights.
 #[derive(Parser)]
-#[command(name = "tersor", version, about, max_term_width = 110, disable_help_subcommand = true)]
+#[command(name = "tersor", version, disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -1,11 +1,11 @@
 //! `tersor bench`: prefill and step rates of every strategy, in one run on one machine.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use serde::Serialize;
-use tersor_cpu::Level;
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Generation, Options, Session, Stop};
 use tersor_runtime::residency::Strategy;
@@ -54,7 +54,7 @@ pub struct Args {
     json: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Report {
     machine: Machine,
     prompt_tokens: usize,
@@ -64,7 +64,7 @@ struct Report {
     runs: Vec<Run>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Machine {
     cpu: String,
     level: String,
@@ -72,7 +72,7 @@ struct Machine {
     memory_bytes: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Run {
     strategy: String,
     strategy_detail: String,
@@ -94,37 +94,94 @@ pub fn run(args: &Args) -> Result<()> {
     let strategies = strategies(&args.strategy)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let (prompt_tokens, tokens) = lengths(args)?;
+    let combinations: Vec<(Strategy, usize)> =
+        strategies.iter().flat_map(|&strategy| threads.iter().map(move |&count| (strategy, count))).collect();
     let _graceful = interrupt::graceful();
-    let progress = Progress::new("bench", (strategies.len() * threads.len()) as u64 * u64::from(args.repeat + 1));
-    let mut runs = Vec::new();
-    let mut hash: Option<(u64, String)> = None;
-    for &strategy in &strategies {
-        for &count in &threads {
-            let name = format!("{strategy}, {count} threads");
-            progress.message(&name);
-            let setup = Setup::of(strategy, &args.limits, count)?;
-            let (run, found) = measure(args, &setup, prompt_tokens, tokens, &progress).with_context(|| name.clone())?;
-            match &hash {
-                None => hash = Some((found, name)),
-                Some((expected, first)) => ensure!(
-                    found == *expected,
-                    "{}: logits of {name} ({found:016x}) differ from those of {first} ({expected:016x}); timings of wrong answers are not shown",
-                    args.directory.display()
-                ),
-            }
-            runs.push(run);
-        }
-    }
-    drop(progress);
+    let report = match combinations[..] {
+        [(strategy, count)] => alone(args, strategy, count, prompt_tokens, tokens)?,
+        _ => together(args, &combinations, prompt_tokens, tokens)?,
+    };
+    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+}
+
+/// One strategy with one number of threads, in this process.
+fn alone(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usize, tokens: usize) -> Result<Report> {
+    let progress = Progress::new("bench", u64::from(args.repeat + 1));
+    progress.message(&format!("{strategy}, {threads} threads"));
+    let setup = Setup::of(strategy, &args.limits, threads)?;
+    let (run, hash) = measure(args, &setup, prompt_tokens, tokens, &progress)?;
     let machine = Machine {
         cpu: machine::cpu_name(),
-        level: args.limits.level.unwrap_or_else(Level::best).to_string(),
+        level: setup.level().to_string(),
         cores: default_threads(),
         memory_bytes: machine::memory_bytes(),
     };
-    let logits_hash = hash.map_or_else(String::new, |(hash, _)| format!("{hash:016x}"));
-    let report = Report { machine, prompt_tokens, tokens, repeat: args.repeat, logits_hash, runs };
-    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+    Ok(Report { machine, prompt_tokens, tokens, repeat: args.repeat, logits_hash: format!("{hash:016x}"), runs: vec![run] })
+}
+
+/// Several, each in a process of its own: memory that an allocator keeps of one run would count as the next one's.
+fn together(args: &Args, combinations: &[(Strategy, usize)], prompt_tokens: usize, tokens: usize) -> Result<Report> {
+    let progress = Progress::new("bench", combinations.len() as u64);
+    let mut all: Option<(Report, String)> = None;
+    for &(strategy, threads) in combinations {
+        let name = format!("{strategy}, {threads} threads");
+        progress.message(&name);
+        let report = in_child(args, strategy, threads, prompt_tokens, tokens)?;
+        progress.add(1);
+        match &mut all {
+            None => all = Some((report, name)),
+            Some((all, first)) => {
+                ensure!(
+                    report.logits_hash == all.logits_hash,
+                    "{}: logits of {name} ({}) differ from those of {first} ({}); timings of wrong answers are not shown",
+                    args.directory.display(),
+                    report.logits_hash,
+                    all.logits_hash
+                );
+                all.runs.extend(report.runs);
+            }
+        }
+    }
+    all.map(|(report, _)| report).context("no strategy to measure")
+}
+
+fn in_child(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usize, tokens: usize) -> Result<Report> {
+    let limits = &args.limits;
+    let mut command = Command::new(std::env::current_exe().context("this program's own file")?);
+    command.arg("bench").arg(&args.directory).arg("--json");
+    let mut option = |name: &str, value: &dyn std::fmt::Display| {
+        command.arg(format!("{name}={value}"));
+    };
+    option("--strategy", &strategy);
+    option("--threads", &threads);
+    option("--prompt-tokens", &prompt_tokens);
+    option("--tokens", &tokens);
+    option("--repeat", &args.repeat);
+    option("--lru-policy", &limits.lru_policy);
+    option("--device", &limits.device);
+    if let Some(budget) = limits.memory_budget {
+        option("--memory-budget", &budget.0);
+    }
+    if let Some(level) = limits.level {
+        option("--level", &level);
+    }
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // What it prints fits the pipes, so that nobody need read before it ends.
+    while child.try_wait()?.is_none() {
+        if interrupt::requested() {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(Interrupted.into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        let line = String::from_utf8_lossy(&output.stderr);
+        let cause = line.trim().strip_prefix("error: ").unwrap_or(line.trim()).to_owned();
+        bail!("{strategy}, {threads} threads: {}", if cause.is_empty() { output.status.to_string() } else { cause });
+    }
+    serde_json::from_slice(&output.stdout).context("the report of a run")
 }
 
 fn strategies(names: &[String]) -> Result<Vec<Strategy>> {
@@ -150,7 +207,6 @@ fn lengths(args: &Args) -> Result<(usize, usize)> {
 }
 
 fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, progress: &Progress) -> Result<(Run, u64)> {
-    machine::reset_peak_rss();
     let opened = Opened::new(&args.directory)?;
     let context = opened.context(None, prompt_tokens + tokens)?;
     let mut engine = opened.load(setup, context, true)?;

@@ -179,6 +179,9 @@ fn damaged_directories_are_refused() {
         let line = scratch.fails(1, &["generate", "out", "--prompt", "w5", "-n", "2", "--strategy", strategy]);
         contains(&line, &["out/model.safetensors"]);
     }
+    // Each of several strategies runs in a process of its own; its error is told as one's own.
+    let line = scratch.fails(1, &["bench", "out", "--strategy", "cached,fused", "-p", "4", "-n", "2", "--repeat", "1"]);
+    contains(&line, &["cached", "out/model.safetensors"]);
     std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
     scratch.fails(1, &["verify", "out"]);
     scratch.fails(1, &["inspect", "out"]);
