@@ -7,35 +7,18 @@
 
 use std::time::{Duration, Instant};
 
-use tersor_codec::{
-    Codec, Histogram, Table, decode_chunk, decode_chunk_bytes, encode_chunk, reference,
-};
+use tersor_codec::{Codec, Histogram, Table, decode_chunk, decode_chunk_bytes, encode_chunk, reference};
 
 const CHUNK_SYMBOLS: usize = 1 << 16;
 const REPETITIONS: usize = 3;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let chunks: usize = std::env::args()
-        .nth(1)
-        .map_or(Ok(32), |text| text.parse())?;
+    let chunks: usize = std::env::args().nth(1).map_or(Ok(32), |text| text.parse())?;
     let mut codecs: Vec<Codec> = Vec::new();
-    for id in [
-        "fixed",
-        "fixed/b3",
-        "fixed/b8",
-        "huffman",
-        "huffman/c8-l4",
-        "rans/s16-w8-p6-l64",
-        "rans",
-        "rans/s16-w8-p8-l64",
-    ] {
+    for id in ["fixed", "fixed/b3", "fixed/b8", "huffman", "huffman/c8-l4", "rans/s16-w8-p6-l64", "rans", "rans/s16-w8-p8-l64"] {
         codecs.push(id.parse()?);
     }
-    for id in [
-        "rans/s32-w16-p10-l64",
-        "rans-precise",
-        "rans/s32-w16-p12-l64",
-    ] {
+    for id in ["rans/s32-w16-p10-l64", "rans-precise", "rans/s32-w16-p12-l64"] {
         codecs.push(id.parse()?);
     }
     for symbols in [32, 64, 128, 256, 512, 1024, 4096] {
@@ -50,14 +33,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             histogram.add(&symbols);
         });
         let entropy_bits = histogram.entropy_bits();
-        println!(
-            "\nGaussian, step {step}: entropy {entropy_bits:.4} bits; histogram {:.0} M/s",
-            rate(&symbols, histogram_time)
-        );
-        println!(
-            "{:28} {:>7} {:>8} {:>8} {:>10} {:>10} {:>9}",
-            "codec", "bits", "above H", "", "encode M/s", "decode M/s", "build ms"
-        );
+        println!("\nGaussian, step {step}: entropy {entropy_bits:.4} bits; histogram {:.0} M/s", rate(&symbols, histogram_time));
+        println!("{:28} {:>7} {:>8} {:>8} {:>10} {:>10} {:>9}", "codec", "bits", "above H", "", "encode M/s", "decode M/s", "build ms");
         for &codec in &codecs {
             let build = Instant::now();
             let table = Table::build(codec, &histogram)?;
@@ -72,10 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 decode_chunk(&table, chunk, &mut decoded)?;
                 assert_eq!(&decoded, part, "{codec} does not give back what it got");
             }
-            assert_eq!(
-                reference::decode_chunk(&table, &coded[0], CHUNK_SYMBOLS)?,
-                parts[0]
-            );
+            assert_eq!(reference::decode_chunk(&table, &coded[0], CHUNK_SYMBOLS)?, parts[0]);
 
             let coded_bytes: usize = coded.iter().map(Vec::len).sum();
             let bits = coded_bytes as f64 * 8.0 / symbols.len() as f64;
@@ -128,7 +102,5 @@ fn gaussian(symbols: usize, step: f64) -> Vec<i16> {
         ((state >> 11) as f64 + 0.5) / (1u64 << 53) as f64
     };
     let mut gauss = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
-    (0..symbols)
-        .map(|_| (gauss() / step).round() as i16)
-        .collect()
+    (0..symbols).map(|_| (gauss() / step).round() as i16).collect()
 }

@@ -31,11 +31,7 @@ pub(crate) struct PushEntry {
 impl PushEntry {
     pub(crate) fn new(freq: u32, cum: u32, state_bits: u32, prob_bits: u32) -> Self {
         let reciprocal = (1u64 << (state_bits + prob_bits)).div_ceil(u64::from(freq));
-        Self {
-            reciprocal,
-            freq,
-            cum,
-        }
+        Self { reciprocal, freq, cum }
     }
 }
 
@@ -47,11 +43,7 @@ impl PushEntry {
 /// freq`, too little to lift `x / freq` over the next integer: the quotient is exact. The product
 /// is below `2^(S-p) * 2^(S+p) = 2^(2S) <= 2^64`.
 #[inline(always)]
-pub(crate) fn push<const WORD_BITS: u32>(
-    state: &mut u32,
-    entry: PushEntry,
-    prob_bits: u32,
-) -> (u16, bool) {
+pub(crate) fn push<const WORD_BITS: u32>(state: &mut u32, entry: PushEntry, prob_bits: u32) -> (u16, bool) {
     let state_bits = 2 * WORD_BITS;
     let mut x = *state;
     let moves = x >> (state_bits - prob_bits) >= entry.freq;
@@ -104,29 +96,17 @@ mod tests {
         for freq in 1..=1u32 << prob_bits {
             let cum = (1 << prob_bits) - freq;
             let entry = PushEntry::new(freq, cum, 2 * WORD_BITS, prob_bits);
-            let entries: Vec<u32> = (0..1u32 << prob_bits)
-                .map(|slot| pop_entry(freq, slot.wrapping_sub(cum) & 0xfff, 77))
-                .collect();
+            let entries: Vec<u32> = (0..1u32 << prob_bits).map(|slot| pop_entry(freq, slot.wrapping_sub(cum) & 0xfff, 77)).collect();
             for x in states(freq) {
                 let mut state = x;
                 let (word, moves) = push::<WORD_BITS>(&mut state, entry, prob_bits);
                 let moved = u64::from(x) >= u64::from(freq) << (2 * WORD_BITS - prob_bits);
                 let rest = if moved { x >> WORD_BITS } else { x };
-                assert_eq!(
-                    (moves, u32::from(word)),
-                    (moved, x & ((1 << WORD_BITS) - 1))
-                );
-                assert_eq!(
-                    state,
-                    ((rest / freq) << prob_bits) + cum + rest % freq,
-                    "x {x} freq {freq}"
-                );
+                assert_eq!((moves, u32::from(word)), (moved, x & ((1 << WORD_BITS) - 1)));
+                assert_eq!(state, ((rest / freq) << prob_bits) + cum + rest % freq, "x {x} freq {freq}");
                 assert!(state >= 1 << WORD_BITS);
                 assert_eq!(pop(&mut state, &entries, prob_bits), 77);
-                assert_eq!(
-                    refill::<WORD_BITS>(&mut state, word.into()),
-                    usize::from(moved)
-                );
+                assert_eq!(refill::<WORD_BITS>(&mut state, word.into()), usize::from(moved));
                 assert_eq!(state, x);
             }
         }
@@ -137,43 +117,23 @@ mod tests {
         for prob_bits in [1, 3] {
             check_push::<8>(prob_bits, |_| (256..65536).collect());
         }
-        check_push::<8>(8, |freq| {
-            (256..65536)
-                .step_by(251 - freq as usize % 7)
-                .chain([65535])
-                .collect()
-        });
+        check_push::<8>(8, |freq| (256..65536).step_by(251 - freq as usize % 7).chain([65535]).collect());
     }
 
     #[test]
     fn thirty_two_bit_states_at_the_edges() {
         check_push::<16>(6, |freq| {
             let limit = u64::from(freq) << 26;
-            let edges = [
-                limit - 1,
-                limit,
-                u64::from(u32::MAX),
-                1 << 16,
-                (1 << 16) + 1,
-            ];
-            let multiples =
-                (1..400u64).map(|k| (limit / u64::from(freq) / 400 * k) * u64::from(freq));
+            let edges = [limit - 1, limit, u64::from(u32::MAX), 1 << 16, (1 << 16) + 1];
+            let multiples = (1..400u64).map(|k| (limit / u64::from(freq) / 400 * k) * u64::from(freq));
             let around = multiples.flat_map(|m| [m.saturating_sub(1), m, m + 1]);
-            edges
-                .into_iter()
-                .chain(around)
-                .filter(|x| (1 << 16..1 << 32).contains(x))
-                .map(|x| x as u32)
-                .collect()
+            edges.into_iter().chain(around).filter(|x| (1 << 16..1 << 32).contains(x)).map(|x| x as u32).collect()
         });
         for freq in [1u32, 2, 3, 1000, 2049, 4095, 4096] {
             let entry = PushEntry::new(freq, 0, 32, 12);
             for k in 0..1u64 << 10 {
                 let quotient = (1 << 20) - 1 - k * 7;
-                for x in [
-                    quotient * u64::from(freq),
-                    quotient * u64::from(freq) + u64::from(freq) - 1,
-                ] {
+                for x in [quotient * u64::from(freq), quotient * u64::from(freq) + u64::from(freq) - 1] {
                     if (1 << 16..1 << 32).contains(&x) {
                         let mut state = x as u32;
                         assert!(!push::<16>(&mut state, entry, 12).1);

@@ -69,23 +69,14 @@ pub struct Params {
 
 impl Params {
     /// 32-bit states, 12-bit frequencies, blocks of 1024.
-    pub const DEFAULT: Self = Self {
-        state_bits: 32,
-        word_bits: 16,
-        prob_bits: 12,
-        block_symbols: 1024,
-    };
+    pub const DEFAULT: Self = Self { state_bits: 32, word_bits: 16, prob_bits: 12, block_symbols: 1024 };
 
     /// Refuses what the layout cannot hold.
     pub fn validate(&self) -> Result<(), ParamsError> {
         self.widths().validate()?;
         match self.block_symbols {
             32..=16384 => Ok(()),
-            value => Err(ParamsError::OutOfRange {
-                parameter: "block_symbols",
-                value,
-                allowed: "32..=16384",
-            }),
+            value => Err(ParamsError::OutOfRange { parameter: "block_symbols", value, allowed: "32..=16384" }),
         }
     }
 
@@ -106,11 +97,7 @@ impl Params {
     }
 
     fn widths(&self) -> Widths {
-        Widths {
-            state: self.state_bits,
-            word: self.word_bits,
-            prob: self.prob_bits,
-        }
+        Widths { state: self.state_bits, word: self.word_bits, prob: self.prob_bits }
     }
 }
 
@@ -124,18 +111,12 @@ pub struct Table {
 impl Table {
     pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
         params.validate()?;
-        Ok(Self {
-            params,
-            frequencies: Frequencies::build(params.widths(), histogram)?,
-        })
+        Ok(Self { params, frequencies: Frequencies::build(params.widths(), histogram)? })
     }
 
     pub(crate) fn read(params: Params, bytes: &[u8]) -> Result<Self, TableError> {
         params.validate()?;
-        Ok(Self {
-            params,
-            frequencies: Frequencies::read(params.widths(), bytes)?,
-        })
+        Ok(Self { params, frequencies: Frequencies::read(params.widths(), bytes)? })
     }
 
     pub(crate) fn frequencies(&self) -> &Frequencies {
@@ -181,32 +162,20 @@ impl<'a> Chunk<'a> {
     pub fn parse(params: Params, symbols: usize, chunk: &'a [u8]) -> Result<Self, DecodeError> {
         let index_bytes = 2 * params.blocks(symbols);
         let (block_bytes, blocks, far) = parse_blocks(chunk, symbols, index_bytes)?;
-        let view = Self {
-            block_bytes,
-            blocks,
-            far,
-        };
+        let view = Self { block_bytes, blocks, far };
         let mut end = 0;
         for (block, range) in view.block_ranges().enumerate() {
             if range.len() < params.state_bytes() {
-                return Err(DecodeError::BlockTruncated {
-                    block,
-                    block_bytes: range.len(),
-                });
+                return Err(DecodeError::BlockTruncated { block, block_bytes: range.len() });
             }
             end = range.end;
         }
         if end > blocks.len() {
             let (needed_bytes, available_bytes) = (chunk.len() + (end - blocks.len()), chunk.len());
-            return Err(DecodeError::Truncated {
-                needed_bytes: needed_bytes as u64,
-                available_bytes: available_bytes as u64,
-            });
+            return Err(DecodeError::Truncated { needed_bytes: needed_bytes as u64, available_bytes: available_bytes as u64 });
         }
         if end < blocks.len() {
-            return Err(DecodeError::TrailingBytes {
-                extra_bytes: (blocks.len() - end) as u64,
-            });
+            return Err(DecodeError::TrailingBytes { extra_bytes: (blocks.len() - end) as u64 });
         }
         Ok(view)
     }
@@ -236,10 +205,7 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
 
 fn encode_blocks<const WORD_BITS: u32>(table: &Table, classified: &Classified, out: &mut Vec<u8>) {
     let params = table.params;
-    let (entries, prob_bits) = (
-        table.frequencies.push_entries(),
-        u32::from(params.prob_bits),
-    );
+    let (entries, prob_bits) = (table.frequencies.push_entries(), u32::from(params.prob_bits));
     let block_symbols = params.block_symbols as usize;
     let mut index = out.len();
     out.resize(index + 2 * params.blocks(classified.codes.len()), 0);
@@ -251,8 +217,7 @@ fn encode_blocks<const WORD_BITS: u32>(table: &Table, classified: &Classified, o
         let mut state = ans::state_min::<WORD_BITS>();
         let mut count = 0;
         for &code in codes.iter().rev() {
-            let (word, moved) =
-                push::<WORD_BITS>(&mut state, entries[usize::from(code)], prob_bits);
+            let (word, moved) = push::<WORD_BITS>(&mut state, entries[usize::from(code)], prob_bits);
             words[count] = word;
             count += usize::from(moved);
         }
@@ -275,11 +240,7 @@ fn encode_blocks<const WORD_BITS: u32>(table: &Table, classified: &Classified, o
 }
 
 /// Decodes to symbol bytes, far = 0.
-pub(crate) fn decode<'a>(
-    table: &Table,
-    bytes: &'a [u8],
-    out: &mut [u8],
-) -> Result<FarList<'a>, DecodeError> {
+pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     let chunk = Chunk::parse(table.params, out.len(), bytes)?;
     match table.params.word_bits {
         8 => decode_chunk::<8>(table, &chunk, out)?,
@@ -291,29 +252,16 @@ pub(crate) fn decode<'a>(
 /// Blocks that are decoded side by side: one alone would wait for itself at every symbol.
 const SIDE_BY_SIDE: usize = 8;
 
-fn decode_chunk<const WORD_BITS: u32>(
-    table: &Table,
-    chunk: &Chunk<'_>,
-    out: &mut [u8],
-) -> Result<(), DecodeError> {
+fn decode_chunk<const WORD_BITS: u32>(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
     let block_symbols = table.params.block_symbols as usize;
     let mut ranges = chunk.block_ranges();
     let mut next = || ranges.next().map_or(&[][..], |range| &chunk.blocks[range]);
-    let mut far = FarCursor {
-        entries: chunk.far.iter(),
-    };
+    let mut far = FarCursor { entries: chunk.far.iter() };
     let mut groups = out.chunks_exact_mut(SIDE_BY_SIDE * block_symbols);
     let mut first = 0;
     for group in &mut groups {
         let blocks: [_; SIDE_BY_SIDE] = std::array::from_fn(|_| next());
-        decode_blocks::<WORD_BITS, SIDE_BY_SIDE>(
-            table,
-            first,
-            blocks,
-            group,
-            block_symbols,
-            &mut far,
-        )?;
+        decode_blocks::<WORD_BITS, SIDE_BY_SIDE>(table, first, blocks, group, block_symbols, &mut far)?;
         first += SIDE_BY_SIDE;
     }
     for codes in groups.into_remainder().chunks_mut(block_symbols) {
@@ -339,11 +287,7 @@ fn decode_blocks<const WORD_BITS: u32, const N: usize>(
     let word_bytes = WORD_BITS as usize / 8;
     let read = |block: &[u8], at: usize, bytes: usize| -> u32 {
         // Beyond the end, zeros; that it was beyond shows when the block is done.
-        block.get(at..at + bytes).map_or(0, |word| {
-            word.iter()
-                .rev()
-                .fold(0, |word, &byte| word << 8 | u32::from(byte))
-        })
+        block.get(at..at + bytes).map_or(0, |word| word.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte)))
     };
     let mut states = blocks.map(|block| read(block, 0, params.state_bytes()));
     let mut positions = [params.state_bytes(); N];
@@ -358,37 +302,22 @@ fn decode_blocks<const WORD_BITS: u32, const N: usize>(
         let (block, bytes) = (first + lane, blocks[lane]);
         let expected = params.state_min();
         if states[lane] != expected {
-            return Err(DecodeError::FinalState {
-                lane: block,
-                state: states[lane],
-                expected,
-            });
+            return Err(DecodeError::FinalState { lane: block, state: states[lane], expected });
         }
         let escapes = bytes
             .get(positions[lane]..)
-            .ok_or_else(|| DecodeError::WordsExhausted {
-                available_words: (bytes.len() - params.state_bytes()) / word_bytes,
-            })?;
+            .ok_or_else(|| DecodeError::WordsExhausted { available_words: (bytes.len() - params.state_bytes()) / word_bytes })?;
         let start = block * params.block_symbols as usize;
         let mut left = escapes.iter().rev();
-        for (i, code) in codes
-            .iter_mut()
-            .enumerate()
-            .filter(|(_, code)| **code == ESCAPE)
-        {
+        for (i, code) in codes.iter_mut().enumerate().filter(|(_, code)| **code == ESCAPE) {
             let position = start + i;
-            *code = *left
-                .next()
-                .ok_or(DecodeError::EscapesExhausted { position })?;
+            *code = *left.next().ok_or(DecodeError::EscapesExhausted { position })?;
             if *code == 0 {
                 far.expect(position)?;
             }
         }
         if left.len() > 0 {
-            return Err(DecodeError::BlockGap {
-                block,
-                gap_bytes: left.len(),
-            });
+            return Err(DecodeError::BlockGap { block, gap_bytes: left.len() });
         }
     }
     Ok(())
@@ -409,9 +338,7 @@ impl<I: Iterator<Item = crate::Far>> FarCursor<I> {
 
     fn finish(mut self) -> Result<(), DecodeError> {
         match self.entries.next() {
-            Some(far) => Err(DecodeError::FarMismatch {
-                position: far.position as usize,
-            }),
+            Some(far) => Err(DecodeError::FarMismatch { position: far.position as usize }),
             None => Ok(()),
         }
     }
@@ -422,12 +349,7 @@ mod tests {
     use super::*;
 
     fn params() -> Params {
-        Params {
-            state_bits: 16,
-            word_bits: 8,
-            prob_bits: 2,
-            block_symbols: 32,
-        }
+        Params { state_bits: 16, word_bits: 8, prob_bits: 2, block_symbols: 32 }
     }
 
     /// Frequencies 2 (ESCAPE), 1, 1 of 4: an escaped symbol is one bit, the others are two.
@@ -441,10 +363,7 @@ mod tests {
         // Backward from 256: symbol 1 (cum 3): 1027; 9 escapes, state 1027 -> (513 << 2) + 1 =
         // 2053; -200 escapes: 2053 -> (1026 << 2) + 1 = 4105
         encode(&table(), &[-200, 9, 1], &mut out).unwrap();
-        assert_eq!(
-            out,
-            [1, 0, 0, 0, 4, 0, 0x09, 0x10, 137, 0, 0, 0, 0, 0, 56, 255]
-        );
+        assert_eq!(out, [1, 0, 0, 0, 4, 0, 0x09, 0x10, 137, 0, 0, 0, 0, 0, 56, 255]);
         let mut bytes = [0; 3];
         assert_eq!(decode(&table(), &out, &mut bytes).unwrap().len(), 1);
         assert_eq!(bytes, [0, 137, 129]);
@@ -458,10 +377,7 @@ mod tests {
         let chunk = Chunk::parse(params(), 100, &out).unwrap();
         let ranges: Vec<_> = chunk.block_ranges().collect();
         assert_eq!(ranges.len(), 4);
-        assert_eq!(
-            chunk.blocks[ranges[0].clone()],
-            chunk.blocks[ranges[1].clone()]
-        );
+        assert_eq!(chunk.blocks[ranges[0].clone()], chunk.blocks[ranges[1].clone()]);
         // The last block alone, as a chunk of its own.
         let mut alone = vec![0, 0, 0, 0, ranges[3].len() as u8, 0];
         alone.extend(&chunk.blocks[ranges[3].clone()]);
@@ -475,42 +391,12 @@ mod tests {
         let refused = |bytes: &[u8]| decode(&table(), bytes, &mut [0; 3]).unwrap_err();
         // As by hand, without the far symbol: 8, 9, 1.
         assert!(decode(&table(), &[0, 0, 0, 0, 4, 0, 9, 16, 137, 136], &mut [0; 3]).is_ok());
-        assert_eq!(
-            refused(&[0, 0, 0, 0, 5, 0, 9, 16, 1, 137, 136]),
-            DecodeError::BlockGap {
-                block: 0,
-                gap_bytes: 1
-            }
-        );
-        assert_eq!(
-            refused(&[0, 0, 0, 0, 3, 0, 9, 16, 137]),
-            DecodeError::EscapesExhausted { position: 1 }
-        );
-        assert_eq!(
-            refused(&[0, 0, 0, 0, 1, 0, 9]),
-            DecodeError::BlockTruncated {
-                block: 0,
-                block_bytes: 1
-            }
-        );
-        assert_eq!(
-            refused(&[0, 0, 0, 0, 5, 0, 9, 16, 137, 136]),
-            DecodeError::Truncated {
-                needed_bytes: 11,
-                available_bytes: 10
-            }
-        );
-        assert_eq!(
-            refused(&[0, 0, 0, 0, 3, 0, 9, 16, 137, 136]),
-            DecodeError::TrailingBytes { extra_bytes: 1 }
-        );
-        assert_eq!(
-            refused(&[0, 0, 0, 0, 4, 0, 9, 16, 137, 0]),
-            DecodeError::FarMismatch { position: 0 }
-        );
-        assert!(matches!(
-            refused(&[0, 0, 0, 0, 4, 0, 9, 17, 137, 136]),
-            DecodeError::FinalState { lane: 0, .. }
-        ));
+        assert_eq!(refused(&[0, 0, 0, 0, 5, 0, 9, 16, 1, 137, 136]), DecodeError::BlockGap { block: 0, gap_bytes: 1 });
+        assert_eq!(refused(&[0, 0, 0, 0, 3, 0, 9, 16, 137]), DecodeError::EscapesExhausted { position: 1 });
+        assert_eq!(refused(&[0, 0, 0, 0, 1, 0, 9]), DecodeError::BlockTruncated { block: 0, block_bytes: 1 });
+        assert_eq!(refused(&[0, 0, 0, 0, 5, 0, 9, 16, 137, 136]), DecodeError::Truncated { needed_bytes: 11, available_bytes: 10 });
+        assert_eq!(refused(&[0, 0, 0, 0, 3, 0, 9, 16, 137, 136]), DecodeError::TrailingBytes { extra_bytes: 1 });
+        assert_eq!(refused(&[0, 0, 0, 0, 4, 0, 9, 16, 137, 0]), DecodeError::FarMismatch { position: 0 });
+        assert!(matches!(refused(&[0, 0, 0, 0, 4, 0, 9, 17, 137, 136]), DecodeError::FinalState { lane: 0, .. }));
     }
 }

@@ -124,18 +124,10 @@ impl fmt::Display for Codec {
             Self::Fixed(p) => format!("fixed/b{}", p.bits),
             Self::Huffman(p) => format!("huffman/c{}-l{}", p.code_bits_max, p.lanes),
             Self::Rans(p) => {
-                format!(
-                    "rans/s{}-w{}-p{}-l{}",
-                    p.state_bits, p.word_bits, p.prob_bits, p.lanes
-                )
+                format!("rans/s{}-w{}-p{}-l{}", p.state_bits, p.word_bits, p.prob_bits, p.lanes)
             }
             Self::BlockAns(p) => {
-                let block_ans::Params {
-                    state_bits,
-                    word_bits,
-                    prob_bits,
-                    block_symbols,
-                } = p;
+                let block_ans::Params { state_bits, word_bits, prob_bits, block_symbols } = p;
                 format!("block-ans/s{state_bits}-w{word_bits}-p{prob_bits}-n{block_symbols}")
             }
         };
@@ -147,30 +139,20 @@ impl FromStr for Codec {
     type Err = ParamsError;
 
     fn from_str(text: &str) -> Result<Self, ParamsError> {
-        if let Some((_, codec)) = Self::SHORT_NAMES
-            .into_iter()
-            .find(|(name, _)| *name == text)
-        {
+        if let Some((_, codec)) = Self::SHORT_NAMES.into_iter().find(|(name, _)| *name == text) {
             return Ok(codec);
         }
-        let unknown = || ParamsError::UnknownId {
-            id: text.to_owned(),
-        };
+        let unknown = || ParamsError::UnknownId { id: text.to_owned() };
         let (name, parameters) = text.split_once('/').ok_or_else(unknown)?;
         let codec = match name {
             "fixed" => {
                 let [bits] = fields(parameters, ["b"]).ok_or_else(unknown)?;
-                Self::Fixed(fixed::Params {
-                    bits: narrow("bits", bits)?,
-                })
+                Self::Fixed(fixed::Params { bits: narrow("bits", bits)? })
             }
             "huffman" => {
                 let [c, l] = fields(parameters, ["c", "l"]).ok_or_else(unknown)?;
                 let code_bits_max = narrow("code_bits_max", c)?;
-                Self::Huffman(huffman::Params {
-                    code_bits_max,
-                    lanes: narrow("lanes", l)?,
-                })
+                Self::Huffman(huffman::Params { code_bits_max, lanes: narrow("lanes", l)? })
             }
             "rans" => {
                 let [s, w, p, l] = fields(parameters, ["s", "w", "p", "l"]).ok_or_else(unknown)?;
@@ -213,9 +195,5 @@ fn fields<const N: usize>(text: &str, letters: [&str; N]) -> Option<[u32; N]> {
 }
 
 fn narrow(parameter: &'static str, value: u32) -> Result<u8, ParamsError> {
-    u8::try_from(value).map_err(|_| ParamsError::OutOfRange {
-        parameter,
-        value,
-        allowed: "0..=255",
-    })
+    u8::try_from(value).map_err(|_| ParamsError::OutOfRange { parameter, value, allowed: "0..=255" })
 }

@@ -7,9 +7,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum ParamsError {
     /// The text is neither a full id nor a short name.
-    #[error(
-        "unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, fixed, or a full id such as rans/s16-w8-p7-l64"
-    )]
+    #[error("unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, fixed, or a full id such as rans/s16-w8-p7-l64")]
     UnknownId {
         /// The text as given.
         id: String,
@@ -83,9 +81,7 @@ pub enum TableError {
         expected: u32,
     },
     /// A code length above `code_bits_max`, or zero with more than one entry.
-    #[error(
-        "table entry {entry}: code of {code_bits} bits, allowed is 1..={code_bits_max} (0 for a lone entry)"
-    )]
+    #[error("table entry {entry}: code of {code_bits} bits, allowed is 1..={code_bits_max} (0 for a lone entry)")]
     CodeBits {
         /// Index of the offending entry.
         entry: usize,

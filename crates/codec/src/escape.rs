@@ -50,11 +50,7 @@ impl<'a> FarList<'a> {
         for (entry, Far { position, symbol }) in list.iter().enumerate() {
             let index = position as usize;
             if index < next || index >= symbols || symbol_byte(symbol) != 0 {
-                return Err(DecodeError::FarEntry {
-                    entry,
-                    position,
-                    symbol,
-                });
+                return Err(DecodeError::FarEntry { entry, position, symbol });
             }
             next = index + 1;
         }
@@ -84,10 +80,7 @@ impl<'a> FarList<'a> {
 
     /// `entry`: (6,) bytes
     fn entry(entry: &[u8]) -> Far {
-        Far {
-            position: u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]),
-            symbol: i16::from_le_bytes([entry[4], entry[5]]),
-        }
+        Far { position: u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]), symbol: i16::from_le_bytes([entry[4], entry[5]]) }
     }
 }
 
@@ -108,10 +101,7 @@ impl Classified {
         }
         if symbols.len() > CHUNK_SYMBOLS_MAX {
             let symbols_max = CHUNK_SYMBOLS_MAX;
-            return Err(EncodeError::TooLong {
-                symbols: symbols.len(),
-                symbols_max,
-            });
+            return Err(EncodeError::TooLong { symbols: symbols.len(), symbols_max });
         }
         let mut codes: Vec<u8> = symbols.iter().map(|&symbol| symbol_byte(symbol)).collect();
         let (mut escapes, mut far) = (Vec::new(), Vec::new());
@@ -125,18 +115,11 @@ impl Classified {
             }
             escapes.push(*code);
             if *code == 0 {
-                far.push(Far {
-                    position: position as u32,
-                    symbol,
-                });
+                far.push(Far { position: position as u32, symbol });
             }
             *code = ESCAPE;
         }
-        Ok(Self {
-            codes,
-            escapes,
-            far,
-        })
+        Ok(Self { codes, escapes, far })
     }
 
     /// The header `u32 escape_bytes | u32 far_count`. Both fit: there are at most
@@ -174,17 +157,11 @@ pub(crate) struct Parts<'a> {
 
 impl<'a> Parts<'a> {
     /// The body is what remains, at least `body_bytes_min`.
-    pub(crate) fn parse(
-        chunk: &'a [u8],
-        symbols: usize,
-        body_bytes_min: usize,
-    ) -> Result<Self, DecodeError> {
+    pub(crate) fn parse(chunk: &'a [u8], symbols: usize, body_bytes_min: usize) -> Result<Self, DecodeError> {
         check_symbols(symbols)?;
         let mut rest = chunk;
         let (escape_bytes, far_count) = match (take_u32(&mut rest), take_u32(&mut rest)) {
-            (Some(escape_bytes), Some(far_count)) => {
-                (u64::from(escape_bytes), u64::from(far_count))
-            }
+            (Some(escape_bytes), Some(far_count)) => (u64::from(escape_bytes), u64::from(far_count)),
             _ => return Err(truncated(8 + body_bytes_min as u64, chunk)),
         };
         // At most 8 + 2^32 * 7 + the least body: no overflow.
@@ -195,20 +172,12 @@ impl<'a> Parts<'a> {
         }
         let (body, tail) = rest.split_at(rest.len() - tail_bytes as usize);
         let (escapes, far) = tail.split_at(escape_bytes as usize);
-        Ok(Self {
-            body,
-            escapes,
-            far: FarList::parse(far, symbols)?,
-        })
+        Ok(Self { body, escapes, far: FarList::parse(far, symbols)? })
     }
 }
 
 /// A chunk of `block-ans` cut at both ends: `u32 far_count | index | blocks | far`.
-pub(crate) fn parse_blocks(
-    chunk: &[u8],
-    symbols: usize,
-    index_bytes: usize,
-) -> Result<(&[u8], &[u8], FarList<'_>), DecodeError> {
+pub(crate) fn parse_blocks(chunk: &[u8], symbols: usize, index_bytes: usize) -> Result<(&[u8], &[u8], FarList<'_>), DecodeError> {
     check_symbols(symbols)?;
     let mut rest = chunk;
     let far_count = take_u32(&mut rest).ok_or_else(|| truncated(4 + index_bytes as u64, chunk))?;
@@ -226,18 +195,12 @@ fn check_symbols(symbols: usize) -> Result<(), DecodeError> {
     match symbols {
         0 => Err(DecodeError::Empty),
         1..=CHUNK_SYMBOLS_MAX => Ok(()),
-        _ => Err(DecodeError::TooLong {
-            symbols,
-            symbols_max: CHUNK_SYMBOLS_MAX,
-        }),
+        _ => Err(DecodeError::TooLong { symbols, symbols_max: CHUNK_SYMBOLS_MAX }),
     }
 }
 
 fn truncated(needed_bytes: u64, chunk: &[u8]) -> DecodeError {
-    DecodeError::Truncated {
-        needed_bytes,
-        available_bytes: chunk.len() as u64,
-    }
+    DecodeError::Truncated { needed_bytes, available_bytes: chunk.len() as u64 }
 }
 
 fn take_u32(bytes: &mut &[u8]) -> Option<u32> {
@@ -248,21 +211,11 @@ fn take_u32(bytes: &mut &[u8]) -> Option<u32> {
 
 /// Replaces every ESCAPE among the decoded `codes` by its escape byte; proves that escapes and far
 /// list are used up.
-pub(crate) fn resolve(
-    codes: &mut [u8],
-    escapes: &[u8],
-    far: FarList<'_>,
-) -> Result<(), DecodeError> {
+pub(crate) fn resolve(codes: &mut [u8], escapes: &[u8], far: FarList<'_>) -> Result<(), DecodeError> {
     let (mut escapes, mut far) = (escapes.iter(), far.iter());
     let mut put = |position: usize, code: &mut u8| -> Result<(), DecodeError> {
-        *code = *escapes
-            .next()
-            .ok_or(DecodeError::EscapesExhausted { position })?;
-        if *code == 0
-            && far
-                .next()
-                .is_none_or(|far| far.position as usize != position)
-        {
+        *code = *escapes.next().ok_or(DecodeError::EscapesExhausted { position })?;
+        if *code == 0 && far.next().is_none_or(|far| far.position as usize != position) {
             return Err(DecodeError::FarMismatch { position });
         }
         Ok(())
@@ -283,14 +236,10 @@ pub(crate) fn resolve(
         }
     }
     if escapes.len() > 0 {
-        return Err(DecodeError::EscapesLeft {
-            left_bytes: escapes.len(),
-        });
+        return Err(DecodeError::EscapesLeft { left_bytes: escapes.len() });
     }
     match far.next() {
-        Some(far) => Err(DecodeError::FarMismatch {
-            position: far.position as usize,
-        }),
+        Some(far) => Err(DecodeError::FarMismatch { position: far.position as usize }),
         None => Ok(()),
     }
 }
@@ -319,15 +268,7 @@ mod tests {
 
     #[test]
     fn zero_bytes_are_found_exactly() {
-        for value in [
-            0u64,
-            1,
-            0x80,
-            0x0100,
-            0x8000_0000_0000_0001,
-            u64::MAX,
-            0x0001_0080_ff00_7f00,
-        ] {
+        for value in [0u64, 1, 0x80, 0x0100, 0x8000_0000_0000_0001, u64::MAX, 0x0001_0080_ff00_7f00] {
             let mask = zero_bytes(value);
             for (i, byte) in value.to_le_bytes().into_iter().enumerate() {
                 let expected = if byte == 0 { 0x80 } else { 0 };
@@ -352,10 +293,7 @@ mod tests {
         let mut bytes = Vec::new();
         classified.write_far(&mut bytes);
         let list = FarList::parse(&bytes, 6).unwrap();
-        assert_eq!(
-            (list.len(), list.get(1), list.get(2)),
-            (2, Some(far[1]), None)
-        );
+        assert_eq!((list.len(), list.get(1), list.get(2)), (2, Some(far[1]), None));
         resolve(&mut codes, &classified.escapes, list).unwrap();
         assert_eq!(codes, [128, 129, 127, 0, 128, 0]);
         let mut symbols = [0; 6];
@@ -370,26 +308,11 @@ mod tests {
         let codes = [9, 9, 0, 9, 9, 9, 9, 9, 9, 0];
         assert_eq!(resolve(&mut codes.clone(), &[0, 7], far), Ok(()));
         let refused = |escapes: &[u8], far| resolve(&mut codes.clone(), escapes, far).unwrap_err();
-        assert_eq!(
-            refused(&[0], far),
-            DecodeError::EscapesExhausted { position: 9 }
-        );
-        assert_eq!(
-            refused(&[0, 7, 7], far),
-            DecodeError::EscapesLeft { left_bytes: 1 }
-        );
-        assert_eq!(
-            refused(&[7, 7], far),
-            DecodeError::FarMismatch { position: 2 }
-        );
-        assert_eq!(
-            refused(&[7, 0], far),
-            DecodeError::FarMismatch { position: 9 }
-        );
-        assert_eq!(
-            refused(&[0, 7], FarList::default()),
-            DecodeError::FarMismatch { position: 2 }
-        );
+        assert_eq!(refused(&[0], far), DecodeError::EscapesExhausted { position: 9 });
+        assert_eq!(refused(&[0, 7, 7], far), DecodeError::EscapesLeft { left_bytes: 1 });
+        assert_eq!(refused(&[7, 7], far), DecodeError::FarMismatch { position: 2 });
+        assert_eq!(refused(&[7, 0], far), DecodeError::FarMismatch { position: 9 });
+        assert_eq!(refused(&[0, 7], FarList::default()), DecodeError::FarMismatch { position: 2 });
     }
 
     #[test]
@@ -400,12 +323,7 @@ mod tests {
             bytes
         };
         assert!(FarList::parse(&[entry(0, 128), entry(1, -128)].concat(), 2).is_ok());
-        for (first, second) in [
-            ((0, 128), (0, 128)),
-            ((1, 128), (0, 128)),
-            ((0, 128), (2, 128)),
-            ((0, 127), (1, 128)),
-        ] {
+        for (first, second) in [((0, 128), (0, 128)), ((1, 128), (0, 128)), ((0, 128), (2, 128)), ((0, 127), (1, 128))] {
             let bytes = [entry(first.0, first.1), entry(second.0, second.1)].concat();
             assert!(FarList::parse(&bytes, 2).is_err(), "{first:?} {second:?}");
         }

@@ -66,11 +66,7 @@ impl Params {
     pub fn validate(&self) -> Result<(), ParamsError> {
         match self.bits {
             2..=8 => Ok(()),
-            bits => Err(ParamsError::OutOfRange {
-                parameter: "bits",
-                value: bits.into(),
-                allowed: "2..=8",
-            }),
+            bits => Err(ParamsError::OutOfRange { parameter: "bits", value: bits.into(), allowed: "2..=8" }),
         }
     }
 
@@ -98,20 +94,12 @@ impl Table {
     fn new(params: Params, base: i16, escape_flag: u8) -> Result<Self, TableError> {
         params.validate()?;
         let bits = params.bits;
-        let refused = TableError::Window {
-            base,
-            escape_flag,
-            bits,
-        };
+        let refused = TableError::Window { base, escape_flag, bits };
         let last = i32::from(base) + (1 << bits) - 1 - i32::from(escape_flag);
         if escape_flag > 1 || base < -127 || last > 127 {
             return Err(refused);
         }
-        Ok(Self {
-            params,
-            base,
-            has_escape: escape_flag == 1,
-        })
+        Ok(Self { params, base, has_escape: escape_flag == 1 })
     }
 
     pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
@@ -120,15 +108,8 @@ impl Table {
             return Err(TableError::EmptyHistogram);
         };
         let window = 1i32 << params.bits;
-        let fits = params.bits < 8
-            && i32::from(max) - i32::from(min) < window
-            && min >= -127
-            && max <= 127;
-        if fits {
-            Self::new(params, min.min(128 - window as i16), 0)
-        } else {
-            Self::new(params, 1 - (window / 2) as i16, 1)
-        }
+        let fits = params.bits < 8 && i32::from(max) - i32::from(min) < window && min >= -127 && max <= 127;
+        if fits { Self::new(params, min.min(128 - window as i16), 0) } else { Self::new(params, 1 - (window / 2) as i16, 1) }
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
@@ -140,38 +121,19 @@ impl Table {
         params.validate()?;
         let available_bytes = bytes.len();
         let (&[stored, escape_flag, low, high], rest) =
-            bytes
-                .split_first_chunk::<4>()
-                .ok_or(TableError::Truncated {
-                    needed_bytes: 4,
-                    available_bytes,
-                })?;
+            bytes.split_first_chunk::<4>().ok_or(TableError::Truncated { needed_bytes: 4, available_bytes })?;
         if !rest.is_empty() {
-            return Err(TableError::TrailingBytes {
-                extra_bytes: rest.len(),
-            });
+            return Err(TableError::TrailingBytes { extra_bytes: rest.len() });
         }
         if stored != params.bits {
-            return Err(TableError::BitsMismatch {
-                stored,
-                expected: params.bits,
-            });
+            return Err(TableError::BitsMismatch { stored, expected: params.bits });
         }
         Self::new(params, i16::from_le_bytes([low, high]), escape_flag)
     }
 
     pub(crate) fn payload_bits(&self, histogram: &Histogram) -> f64 {
         let coded = self.coded();
-        payload_bits(
-            histogram,
-            &coded.map(|coded| {
-                if coded {
-                    self.params.bits.into()
-                } else {
-                    f64::INFINITY
-                }
-            }),
-        )
+        payload_bits(histogram, &coded.map(|coded| if coded { self.params.bits.into() } else { f64::INFINITY }))
     }
 
     /// Parameters of the codec.
@@ -224,15 +186,9 @@ impl<'a> Chunk<'a> {
         let field_bytes = params.field_bytes(symbols);
         let Parts { body, escapes, far } = Parts::parse(chunk, symbols, field_bytes)?;
         if body.len() > field_bytes {
-            return Err(DecodeError::TrailingBytes {
-                extra_bytes: (body.len() - field_bytes) as u64,
-            });
+            return Err(DecodeError::TrailingBytes { extra_bytes: (body.len() - field_bytes) as u64 });
         }
-        Ok(Self {
-            fields: body,
-            escapes,
-            far,
-        })
+        Ok(Self { fields: body, escapes, far })
     }
 }
 
@@ -241,11 +197,7 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
     classified.write_header(out);
     let (bias, has_escape) = (table.bias(), table.has_escape);
     for code in &mut classified.codes {
-        *code = if has_escape && *code == ESCAPE {
-            0
-        } else {
-            *code - bias
-        };
+        *code = if has_escape && *code == ESCAPE { 0 } else { *code - bias };
     }
     pack(table.params.bits, &classified.codes, out);
     classified.write_tail(out);
@@ -271,10 +223,7 @@ fn pack(bits: u8, fields: &[u8], out: &mut Vec<u8>) {
             for tile in fields.chunks(TILE) {
                 for plane in 0..bits {
                     let bit = |field: &u8| u64::from(field >> plane & 1);
-                    let word = tile
-                        .iter()
-                        .rev()
-                        .fold(0, |word, field| word << 1 | bit(field));
+                    let word = tile.iter().rev().fold(0, |word, field| word << 1 | bit(field));
                     out.extend(word.to_le_bytes());
                 }
             }
@@ -283,11 +232,7 @@ fn pack(bits: u8, fields: &[u8], out: &mut Vec<u8>) {
 }
 
 /// Decodes to symbol bytes, far = 0.
-pub(crate) fn decode<'a>(
-    table: &Table,
-    bytes: &'a [u8],
-    out: &mut [u8],
-) -> Result<FarList<'a>, DecodeError> {
+pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     let chunk = Chunk::parse(table.params, out.len(), bytes)?;
     unpack(table.params.bits, chunk.fields, out)?;
     let bias = table.bias();
@@ -321,9 +266,7 @@ fn unpack(bits: u8, packed: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
                     for (field, &byte) in fields.iter_mut().zip(packed) {
                         *field = byte >> shift & mask;
                     }
-                    unused = packed[fields.len()..]
-                        .iter()
-                        .fold(unused, |unused, &byte| unused | byte >> shift & mask);
+                    unused = packed[fields.len()..].iter().fold(unused, |unused, &byte| unused | byte >> shift & mask);
                 }
             }
         }
@@ -342,11 +285,7 @@ fn unpack(bits: u8, packed: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
             }
         }
     }
-    if unused == 0 {
-        Ok(())
-    } else {
-        Err(DecodeError::PaddingNotZero)
-    }
+    if unused == 0 { Ok(()) } else { Err(DecodeError::PaddingNotZero) }
 }
 
 #[cfg(test)]
@@ -391,17 +330,8 @@ mod tests {
         decode(&table, &out, &mut bytes).unwrap();
         assert_eq!((bytes[0], bytes[64], bytes[65]), (120, 135, 121));
         out[8 + 3] |= 0x10;
-        assert_eq!(
-            decode(&table, &out, &mut bytes).unwrap_err(),
-            DecodeError::PaddingNotZero
-        );
-        assert_eq!(
-            decode(&table, &out, &mut [0; 129]).unwrap_err(),
-            DecodeError::Truncated {
-                needed_bytes: 136,
-                available_bytes: 72
-            }
-        );
+        assert_eq!(decode(&table, &out, &mut bytes).unwrap_err(), DecodeError::PaddingNotZero);
+        assert_eq!(decode(&table, &out, &mut [0; 129]).unwrap_err(), DecodeError::Truncated { needed_bytes: 136, available_bytes: 72 });
     }
 
     #[test]
@@ -425,48 +355,12 @@ mod tests {
         let params = Params { bits: 4 };
         assert_eq!(Table::read(params, &[4, 0, 0xf8, 0xff]).unwrap().base(), -8);
         let refused = |bytes: &[u8]| Table::read(params, bytes).unwrap_err();
-        assert_eq!(
-            refused(&[4, 0, 0]),
-            TableError::Truncated {
-                needed_bytes: 4,
-                available_bytes: 3
-            }
-        );
-        assert_eq!(
-            refused(&[4, 0, 0, 0, 0]),
-            TableError::TrailingBytes { extra_bytes: 1 }
-        );
-        assert_eq!(
-            refused(&[3, 0, 0, 0]),
-            TableError::BitsMismatch {
-                stored: 3,
-                expected: 4
-            }
-        );
-        assert_eq!(
-            refused(&[4, 2, 0, 0]),
-            TableError::Window {
-                base: 0,
-                escape_flag: 2,
-                bits: 4
-            }
-        );
-        assert_eq!(
-            refused(&[4, 0, 113, 0]),
-            TableError::Window {
-                base: 113,
-                escape_flag: 0,
-                bits: 4
-            }
-        );
-        assert_eq!(
-            refused(&[4, 0, 0x80, 0xff]),
-            TableError::Window {
-                base: -128,
-                escape_flag: 0,
-                bits: 4
-            }
-        );
+        assert_eq!(refused(&[4, 0, 0]), TableError::Truncated { needed_bytes: 4, available_bytes: 3 });
+        assert_eq!(refused(&[4, 0, 0, 0, 0]), TableError::TrailingBytes { extra_bytes: 1 });
+        assert_eq!(refused(&[3, 0, 0, 0]), TableError::BitsMismatch { stored: 3, expected: 4 });
+        assert_eq!(refused(&[4, 2, 0, 0]), TableError::Window { base: 0, escape_flag: 2, bits: 4 });
+        assert_eq!(refused(&[4, 0, 113, 0]), TableError::Window { base: 113, escape_flag: 0, bits: 4 });
+        assert_eq!(refused(&[4, 0, 0x80, 0xff]), TableError::Window { base: -128, escape_flag: 0, bits: 4 });
         assert!(Table::read(params, &[4, 1, 113, 0]).is_ok());
         assert!(Table::read(Params { bits: 8 }, &[8, 0, 0x81, 0xff]).is_err());
     }

@@ -35,40 +35,13 @@ pub(crate) struct Widths {
 
 impl Widths {
     pub(crate) fn validate(self) -> Result<(), ParamsError> {
-        let refuse = |parameter, value: u8, allowed| {
-            Err(ParamsError::OutOfRange {
-                parameter,
-                value: value.into(),
-                allowed,
-            })
-        };
+        let refuse = |parameter, value: u8, allowed| Err(ParamsError::OutOfRange { parameter, value: value.into(), allowed });
         match self {
-            Self {
-                state: 16,
-                word: 8,
-                prob: 1..=8,
-            }
-            | Self {
-                state: 32,
-                word: 16,
-                prob: 1..=12,
-            } => Ok(()),
-            Self {
-                state: 16,
-                word: 8,
-                prob,
-            } => refuse("prob_bits", prob, "1..=8 with 16-bit states"),
-            Self {
-                state: 32,
-                word: 16,
-                prob,
-            } => refuse("prob_bits", prob, "1..=12 with 32-bit states"),
-            Self {
-                state: 16, word, ..
-            } => refuse("word_bits", word, "8 with 16-bit states"),
-            Self {
-                state: 32, word, ..
-            } => refuse("word_bits", word, "16 with 32-bit states"),
+            Self { state: 16, word: 8, prob: 1..=8 } | Self { state: 32, word: 16, prob: 1..=12 } => Ok(()),
+            Self { state: 16, word: 8, prob } => refuse("prob_bits", prob, "1..=8 with 16-bit states"),
+            Self { state: 32, word: 16, prob } => refuse("prob_bits", prob, "1..=12 with 32-bit states"),
+            Self { state: 16, word, .. } => refuse("word_bits", word, "8 with 16-bit states"),
+            Self { state: 32, word, .. } => refuse("word_bits", word, "16 with 32-bit states"),
             Self { state, .. } => refuse("state_bits", state, "16 or 32"),
         }
     }
@@ -80,11 +53,7 @@ impl Widths {
     /// Largest frequency that decoders can hold: a byte with 16-bit states, 12 bits plus one with
     /// 32-bit states.
     fn freq_max(self) -> u32 {
-        if self.state == 16 {
-            self.slots().min(255)
-        } else {
-            self.slots()
-        }
+        if self.state == 16 { self.slots().min(255) } else { self.slots() }
     }
 }
 
@@ -123,8 +92,7 @@ impl Frequencies {
         for &(byte, entry_freq) in &entries {
             let cum = freq.len() as u32;
             let (state_bits, prob_bits) = (widths.state.into(), widths.prob.into());
-            push_entries[usize::from(byte)] =
-                PushEntry::new(entry_freq.into(), cum, state_bits, prob_bits);
+            push_entries[usize::from(byte)] = PushEntry::new(entry_freq.into(), cum, state_bits, prob_bits);
             coded[usize::from(byte)] = true;
             for slot_offset in 0..entry_freq {
                 freq.push(entry_freq);
@@ -133,16 +101,7 @@ impl Frequencies {
                 pop_entries.push(ans::pop_entry(entry_freq.into(), slot_offset.into(), byte));
             }
         }
-        Self {
-            widths,
-            entries,
-            freq,
-            offset,
-            symbol_byte,
-            pop_entries,
-            push_entries,
-            coded,
-        }
+        Self { widths, entries, freq, offset, symbol_byte, pop_entries, push_entries, coded }
     }
 
     /// The frequencies that cost the fewest bits for `histogram`, everything counted.
@@ -158,10 +117,7 @@ impl Frequencies {
                 break;
             }
             let bits = trial.cost_bits();
-            if best
-                .as_ref()
-                .is_none_or(|(least_bits, _)| bits < *least_bits)
-            {
+            if best.as_ref().is_none_or(|(least_bits, _)| bits < *least_bits) {
                 best = Some((bits, trial.entries()));
             }
         }
@@ -180,10 +136,7 @@ impl Frequencies {
 
     pub(crate) fn read(widths: Widths, bytes: &[u8]) -> Result<Self, TableError> {
         let entries = read_entries::<3>(bytes)?;
-        let entries: Vec<(u8, u16)> = entries
-            .iter()
-            .map(|&[byte, low, high]| (byte, u16::from_le_bytes([low, high])))
-            .collect();
+        let entries: Vec<(u8, u16)> = entries.iter().map(|&[byte, low, high]| (byte, u16::from_le_bytes([low, high]))).collect();
         check_entries(widths, &entries)?;
         Ok(Self::new(widths, entries))
     }
@@ -205,11 +158,7 @@ impl Frequencies {
     }
 
     pub(crate) fn slots(&self) -> Slots<'_> {
-        Slots {
-            freq: &self.freq,
-            offset: &self.offset,
-            symbol_byte: &self.symbol_byte,
-        }
+        Slots { freq: &self.freq, offset: &self.offset, symbol_byte: &self.symbol_byte }
     }
 
     pub(crate) fn pop_entries(&self) -> &[u32] {
@@ -245,30 +194,17 @@ pub(crate) fn payload_bits(histogram: &Histogram, bits_of: &[f64; 256]) -> f64 {
 /// `u16 count | count x N bytes`, and nothing else; at most one entry for every symbol byte.
 pub(crate) fn read_entries<const N: usize>(bytes: &[u8]) -> Result<&[[u8; N]], TableError> {
     let available_bytes = bytes.len();
-    let (count, rest) = bytes
-        .split_first_chunk::<2>()
-        .ok_or(TableError::Truncated {
-            needed_bytes: 2,
-            available_bytes,
-        })?;
+    let (count, rest) = bytes.split_first_chunk::<2>().ok_or(TableError::Truncated { needed_bytes: 2, available_bytes })?;
     let entries = usize::from(u16::from_le_bytes(*count));
     if entries == 0 || entries > 256 {
-        return Err(TableError::EntryCount {
-            entries,
-            entries_max: 256,
-        });
+        return Err(TableError::EntryCount { entries, entries_max: 256 });
     }
     let needed_bytes = 2 + entries * N;
     if needed_bytes > available_bytes {
-        return Err(TableError::Truncated {
-            needed_bytes,
-            available_bytes,
-        });
+        return Err(TableError::Truncated { needed_bytes, available_bytes });
     }
     if needed_bytes < available_bytes {
-        return Err(TableError::TrailingBytes {
-            extra_bytes: available_bytes - needed_bytes,
-        });
+        return Err(TableError::TrailingBytes { extra_bytes: available_bytes - needed_bytes });
     }
     let (list, _) = rest.as_chunks::<N>();
     match list.windows(2).position(|pair| pair[0][0] >= pair[1][0]) {
@@ -283,22 +219,11 @@ fn check_entries(widths: Widths, entries: &[(u8, u16)]) -> Result<(), TableError
     for (entry, &(_, freq)) in entries.iter().enumerate() {
         let freq = u32::from(freq);
         if freq == 0 || freq > freq_max {
-            return Err(TableError::Frequency {
-                entry,
-                freq,
-                freq_max,
-            });
+            return Err(TableError::Frequency { entry, freq, freq_max });
         }
         sum += freq;
     }
-    if sum == widths.slots() {
-        Ok(())
-    } else {
-        Err(TableError::FrequencySum {
-            sum,
-            expected: widths.slots(),
-        })
-    }
+    if sum == widths.slots() { Ok(()) } else { Err(TableError::FrequencySum { sum, expected: widths.slots() }) }
 }
 
 /// The best frequencies for the `n` most frequent core symbols and ESCAPE, for one `n` after the
@@ -317,13 +242,7 @@ impl<'a> Trial<'a> {
     fn new(widths: Widths, population: &'a Population) -> Self {
         let log2 = (0..=u64::from(widths.slots())).map(log2).collect();
         let counts = vec![population.core_total + population.far_total];
-        Self {
-            widths,
-            population,
-            log2,
-            counts,
-            freqs: vec![0],
-        }
+        Self { widths, population, log2, counts, freqs: vec![0] }
     }
 
     /// Gives entries to the `core` most frequent core symbols; false if there are not enough slots.
@@ -347,8 +266,7 @@ impl<'a> Trial<'a> {
     fn settle(&mut self) {
         let slots = self.widths.slots();
         // What the largest frequency cannot take goes to a companion, see `entries`.
-        let capacity =
-            self.freqs.iter().filter(|&&freq| freq > 0).count() as u32 * self.widths.freq_max();
+        let capacity = self.freqs.iter().filter(|&&freq| freq > 0).count() as u32 * self.widths.freq_max();
         let target = slots.min(capacity);
         let mut sum: u32 = self.freqs.iter().sum();
         loop {
@@ -427,11 +345,7 @@ impl<'a> Trial<'a> {
         if missing > 0 {
             // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is
             // ESCAPE itself.
-            let companion = if self.freqs[0] > 0 {
-                SYMBOL_BIAS as u8
-            } else {
-                ESCAPE
-            };
+            let companion = if self.freqs[0] > 0 { SYMBOL_BIAS as u8 } else { ESCAPE };
             entries.push((companion, missing as u16));
         }
         entries.sort_unstable();
@@ -443,11 +357,7 @@ impl<'a> Trial<'a> {
 mod tests {
     use super::*;
 
-    const DEFAULT: Widths = Widths {
-        state: 16,
-        word: 8,
-        prob: 7,
-    };
+    const DEFAULT: Widths = Widths { state: 16, word: 8, prob: 7 };
 
     fn histogram(counts: &[(i16, usize)]) -> Histogram {
         let mut histogram = Histogram::new();
@@ -464,63 +374,34 @@ mod tests {
         assert_eq!(frequencies.entries(), [(127, 32), (128, 64), (129, 32)]);
         assert_eq!(frequencies.payload_bits(&histogram), 6000.0);
         let slots = frequencies.slots();
-        assert_eq!(
-            (slots.symbol_byte[31], slots.freq[31], slots.offset[31]),
-            (127, 32, 31)
-        );
-        assert_eq!(
-            (slots.symbol_byte[32], slots.freq[32], slots.offset[32]),
-            (128, 64, 0)
-        );
+        assert_eq!((slots.symbol_byte[31], slots.freq[31], slots.offset[31]), (127, 32, 31));
+        assert_eq!((slots.symbol_byte[32], slots.freq[32], slots.offset[32]), (128, 64, 0));
         assert_eq!(slots.freq.len(), 128);
     }
 
     #[test]
     fn lone_symbols() {
         for (prob, expected) in [(7, vec![(131, 128)]), (8, vec![(0, 1), (131, 255)])] {
-            let table =
-                Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&[(3, 9)])).unwrap();
+            let table = Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&[(3, 9)])).unwrap();
             assert_eq!(table.entries(), expected);
         }
         for (prob, expected) in [(7, vec![(0, 128)]), (8, vec![(0, 255), (128, 1)])] {
-            let table =
-                Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&[(300, 9)])).unwrap();
+            let table = Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&[(300, 9)])).unwrap();
             assert_eq!(table.entries(), expected);
         }
-        let precise = Widths {
-            state: 32,
-            word: 16,
-            prob: 12,
-        };
-        assert_eq!(
-            Frequencies::build(precise, &histogram(&[(3, 9)]))
-                .unwrap()
-                .entries(),
-            [(131, 4096)]
-        );
-        assert_eq!(
-            Frequencies::build(DEFAULT, &Histogram::new()).unwrap_err(),
-            TableError::EmptyHistogram
-        );
+        let precise = Widths { state: 32, word: 16, prob: 12 };
+        assert_eq!(Frequencies::build(precise, &histogram(&[(3, 9)])).unwrap().entries(), [(131, 4096)]);
+        assert_eq!(Frequencies::build(DEFAULT, &Histogram::new()).unwrap_err(), TableError::EmptyHistogram);
     }
 
     #[test]
     fn rare_symbols_escape_and_more_symbols_than_slots_do() {
-        let table = Frequencies::build(
-            DEFAULT,
-            &histogram(&[(0, 100_000), (1, 100_000), (9, 3), (300, 1)]),
-        );
-        let bytes: Vec<u8> = table
-            .unwrap()
-            .entries()
-            .iter()
-            .map(|entry| entry.0)
-            .collect();
+        let table = Frequencies::build(DEFAULT, &histogram(&[(0, 100_000), (1, 100_000), (9, 3), (300, 1)]));
+        let bytes: Vec<u8> = table.unwrap().entries().iter().map(|entry| entry.0).collect();
         assert_eq!(bytes, [0, 128, 129]);
         let uniform: Vec<(i16, usize)> = (-127..=127).map(|symbol| (symbol, 10)).collect();
         for prob in 1..=8 {
-            let table =
-                Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&uniform)).unwrap();
+            let table = Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&uniform)).unwrap();
             assert!(table.entries().len() <= 1 << prob);
             assert!(table.payload_bits(&histogram(&uniform)).is_finite());
             check_entries(table.widths, &table.entries).unwrap();
@@ -532,25 +413,12 @@ mod tests {
     #[test]
     fn no_split_of_the_slots_is_better() {
         let widths = Widths { prob: 5, ..DEFAULT };
-        let samples = [
-            [1u64, 1, 1],
-            [100, 10, 1],
-            [1000, 999, 1],
-            [7, 3, 2],
-            [1_000_000, 1, 1],
-        ];
-        for (counts, first) in samples
-            .into_iter()
-            .flat_map(|counts| [(counts, 0), (counts, 2)])
-        {
+        let samples = [[1u64, 1, 1], [100, 10, 1], [1000, 999, 1], [7, 3, 2], [1_000_000, 1, 1]];
+        for (counts, first) in samples.into_iter().flat_map(|counts| [(counts, 0), (counts, 2)]) {
             let core: Vec<(u8, u64)> = (128..).zip(counts).collect();
             for far_total in [0, 5, 2000] {
                 let core_total = counts.iter().sum();
-                let population = Population {
-                    core: core.clone(),
-                    core_total,
-                    far_total,
-                };
+                let population = Population { core: core.clone(), core_total, far_total };
                 let mut trial = Trial::new(widths, &population);
                 for entries in first..=2 {
                     assert!(trial.extend_to(entries));
@@ -558,20 +426,12 @@ mod tests {
                 let counts = [counts[0], counts[1], counts[2] + far_total];
                 let cost = |freqs: [u32; 3]| -> f64 {
                     let bits = freqs.map(|freq| 5.0 - f64::from(freq).log2());
-                    counts
-                        .iter()
-                        .zip(bits)
-                        .map(|(&count, bits)| count as f64 * bits)
-                        .sum()
+                    counts.iter().zip(bits).map(|(&count, bits)| count as f64 * bits).sum()
                 };
                 let found = cost([trial.freqs[1], trial.freqs[2], trial.freqs[0]]);
                 for a in 1..=30 {
                     for b in 1..=31 - a {
-                        assert!(
-                            found <= cost([a, b, 32 - a - b]) + 1e-9,
-                            "{counts:?}: {:?}",
-                            trial.freqs
-                        );
+                        assert!(found <= cost([a, b, 32 - a - b]) + 1e-9, "{counts:?}: {:?}", trial.freqs);
                     }
                 }
             }
@@ -584,79 +444,19 @@ mod tests {
         let mut bytes = Vec::new();
         table.write(&mut bytes);
         assert_eq!(bytes, [2, 0, 128, 96, 0, 129, 32, 0]);
-        assert_eq!(
-            Frequencies::read(DEFAULT, &bytes).unwrap().entries(),
-            table.entries()
-        );
+        assert_eq!(Frequencies::read(DEFAULT, &bytes).unwrap().entries(), table.entries());
         let refused = |bytes: &[u8]| Frequencies::read(DEFAULT, bytes).unwrap_err();
-        assert_eq!(
-            refused(&[0]),
-            TableError::Truncated {
-                needed_bytes: 2,
-                available_bytes: 1
-            }
-        );
-        assert_eq!(
-            refused(&[0, 0]),
-            TableError::EntryCount {
-                entries: 0,
-                entries_max: 256
-            }
-        );
-        assert_eq!(
-            refused(&[1, 1]),
-            TableError::EntryCount {
-                entries: 257,
-                entries_max: 256
-            }
-        );
-        assert_eq!(
-            refused(&bytes[..7]),
-            TableError::Truncated {
-                needed_bytes: 8,
-                available_bytes: 7
-            }
-        );
-        assert_eq!(
-            refused(&[&bytes[..], &[0]].concat()),
-            TableError::TrailingBytes { extra_bytes: 1 }
-        );
-        assert_eq!(
-            refused(&[2, 0, 128, 64, 0, 128, 64, 0]),
-            TableError::NotAscending { entry: 1 }
-        );
-        assert_eq!(
-            refused(&[2, 0, 128, 128, 0, 129, 0, 0]),
-            TableError::Frequency {
-                entry: 1,
-                freq: 0,
-                freq_max: 128
-            }
-        );
-        assert_eq!(
-            refused(&[1, 0, 128, 255, 255]),
-            TableError::Frequency {
-                entry: 0,
-                freq: 65535,
-                freq_max: 128
-            }
-        );
-        assert_eq!(
-            refused(&[1, 0, 128, 127, 0]),
-            TableError::FrequencySum {
-                sum: 127,
-                expected: 128
-            }
-        );
+        assert_eq!(refused(&[0]), TableError::Truncated { needed_bytes: 2, available_bytes: 1 });
+        assert_eq!(refused(&[0, 0]), TableError::EntryCount { entries: 0, entries_max: 256 });
+        assert_eq!(refused(&[1, 1]), TableError::EntryCount { entries: 257, entries_max: 256 });
+        assert_eq!(refused(&bytes[..7]), TableError::Truncated { needed_bytes: 8, available_bytes: 7 });
+        assert_eq!(refused(&[&bytes[..], &[0]].concat()), TableError::TrailingBytes { extra_bytes: 1 });
+        assert_eq!(refused(&[2, 0, 128, 64, 0, 128, 64, 0]), TableError::NotAscending { entry: 1 });
+        assert_eq!(refused(&[2, 0, 128, 128, 0, 129, 0, 0]), TableError::Frequency { entry: 1, freq: 0, freq_max: 128 });
+        assert_eq!(refused(&[1, 0, 128, 255, 255]), TableError::Frequency { entry: 0, freq: 65535, freq_max: 128 });
+        assert_eq!(refused(&[1, 0, 128, 127, 0]), TableError::FrequencySum { sum: 127, expected: 128 });
         let byte_wide = Widths { prob: 8, ..DEFAULT };
         let lone = Frequencies::read(byte_wide, &[1, 0, 128, 0, 1]).unwrap_err();
-        assert_eq!(
-            lone,
-            TableError::Frequency {
-                entry: 0,
-                freq: 256,
-                freq_max: 255
-            }
-        );
+        assert_eq!(lone, TableError::Frequency { entry: 0, freq: 256, freq_max: 255 });
     }
 }

@@ -22,9 +22,7 @@ pub struct Histogram {
 impl Histogram {
     /// Counts of nothing.
     pub fn new() -> Self {
-        Self {
-            counts: vec![0; 1 << 16],
-        }
+        Self { counts: vec![0; 1 << 16] }
     }
 
     /// Counts `symbols` in.
@@ -44,10 +42,7 @@ impl Histogram {
                 self.add_one(&mut core[0], symbol);
             }
             for byte in 1..=255u8 {
-                let count: u64 = core
-                    .iter()
-                    .map(|column| u64::from(column[usize::from(byte)]))
-                    .sum();
+                let count: u64 = core.iter().map(|column| u64::from(column[usize::from(byte)])).sum();
                 self.counts[index(i16::from(byte) - SYMBOL_BIAS)] += count;
             }
         }
@@ -74,10 +69,7 @@ impl Histogram {
         if total == 0 {
             return 0.0;
         }
-        let sum: f64 = self
-            .iter()
-            .map(|(_, count)| count as f64 * (log2(total) - log2(count)))
-            .sum();
+        let sum: f64 = self.iter().map(|(_, count)| count as f64 * (log2(total) - log2(count))).sum();
         sum / total as f64
     }
 
@@ -94,9 +86,7 @@ impl Histogram {
     /// Symbols that occur, ascending, with their counts.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = (i16, u64)> + '_ {
         let symbols = i16::MIN..=i16::MAX;
-        symbols
-            .zip(self.counts.iter().copied())
-            .filter(|&(_, count)| count > 0)
+        symbols.zip(self.counts.iter().copied()).filter(|&(_, count)| count > 0)
     }
 
     /// The least symbol that occurs.
@@ -157,11 +147,7 @@ impl Population {
         }
         core.sort_by_key(|&(byte, count)| (std::cmp::Reverse(count), byte));
         let core_total = core.iter().map(|&(_, count)| count).sum();
-        Self {
-            core,
-            core_total,
-            far_total,
-        }
+        Self { core, core_total, far_total }
     }
 }
 
@@ -172,11 +158,7 @@ mod tests {
     #[test]
     fn bytes_of_all_symbols() {
         for symbol in i16::MIN..=i16::MAX {
-            let expected = if (-127..=127).contains(&symbol) {
-                (symbol + 128) as u8
-            } else {
-                0
-            };
+            let expected = if (-127..=127).contains(&symbol) { (symbol + 128) as u8 } else { 0 };
             assert_eq!(symbol_byte(symbol), expected, "{symbol}");
         }
     }
@@ -186,18 +168,8 @@ mod tests {
         let all: Vec<i16> = (i16::MIN..=i16::MAX).chain([5; 7]).collect();
         let mut histogram = Histogram::new();
         histogram.add(&all);
-        assert_eq!(
-            (
-                histogram.count(5),
-                histogram.count(4),
-                histogram.count(i16::MIN)
-            ),
-            (8, 1, 1)
-        );
-        assert_eq!(
-            (histogram.min(), histogram.max()),
-            (Some(i16::MIN), Some(i16::MAX))
-        );
+        assert_eq!((histogram.count(5), histogram.count(4), histogram.count(i16::MIN)), (8, 1, 1));
+        assert_eq!((histogram.min(), histogram.max()), (Some(i16::MIN), Some(i16::MAX)));
         let mut twice = histogram.clone();
         twice.merge(&histogram);
         assert_eq!((twice.total(), twice.count(i16::MAX)), (2 * 65543, 2));
@@ -220,10 +192,7 @@ mod tests {
         let mut histogram = Histogram::new();
         histogram.add(&[0, 0, -1, 1, 1, 128, -128, 127, -127]);
         let population = Population::new(&histogram);
-        assert_eq!(
-            population.core,
-            [(128, 2), (129, 2), (1, 1), (127, 1), (255, 1)]
-        );
+        assert_eq!(population.core, [(128, 2), (129, 2), (1, 1), (127, 1), (255, 1)]);
         assert_eq!((population.core_total, population.far_total), (7, 2));
     }
 }

@@ -62,31 +62,17 @@ pub struct Params {
 
 impl Params {
     /// Codes of up to 12 bits, which cost next to nothing against unlimited ones, in 4 lanes.
-    pub const DEFAULT: Self = Self {
-        code_bits_max: 12,
-        lanes: 4,
-    };
+    pub const DEFAULT: Self = Self { code_bits_max: 12, lanes: 4 };
 
     /// Refuses what the layout cannot hold.
     pub fn validate(&self) -> Result<(), ParamsError> {
-        let Self {
-            code_bits_max,
-            lanes,
-        } = *self;
+        let Self { code_bits_max, lanes } = *self;
         if !(1..=12).contains(&code_bits_max) {
             let value = code_bits_max.into();
-            return Err(ParamsError::OutOfRange {
-                parameter: "code_bits_max",
-                value,
-                allowed: "1..=12",
-            });
+            return Err(ParamsError::OutOfRange { parameter: "code_bits_max", value, allowed: "1..=12" });
         }
         if !(1..=64).contains(&lanes) {
-            return Err(ParamsError::OutOfRange {
-                parameter: "lanes",
-                value: lanes.into(),
-                allowed: "1..=64",
-            });
+            return Err(ParamsError::OutOfRange { parameter: "lanes", value: lanes.into(), allowed: "1..=64" });
         }
         Ok(())
     }
@@ -124,11 +110,7 @@ impl Table {
         // order.
         let mut next_leaf = 0u32;
         for (byte, bits) in by_length {
-            let reversed = if bits == 0 {
-                0
-            } else {
-                next_leaf.reverse_bits() >> (32 - params.code_bits_max)
-            };
+            let reversed = if bits == 0 { 0 } else { next_leaf.reverse_bits() >> (32 - params.code_bits_max) };
             codes[usize::from(byte)] = reversed << 8 | u32::from(bits);
             coded[usize::from(byte)] = true;
             for index in (reversed as usize..params.leaves()).step_by(1 << bits) {
@@ -136,22 +118,12 @@ impl Table {
             }
             next_leaf += 1 << (params.code_bits_max - bits);
         }
-        Self {
-            params,
-            entries,
-            lookup,
-            codes,
-            coded,
-        }
+        Self { params, entries, lookup, codes, coded }
     }
 
     pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
         params.validate()?;
-        let Population {
-            core,
-            core_total,
-            far_total,
-        } = Population::new(histogram);
+        let Population { core, core_total, far_total } = Population::new(histogram);
         let mut escaped = core_total + far_total;
         if escaped == 0 {
             return Err(TableError::EmptyHistogram);
@@ -173,25 +145,10 @@ impl Table {
             }
             alphabet.sort_unstable();
             let lengths = package_merge(&alphabet, params.code_bits_max);
-            let code_bits = alphabet
-                .iter()
-                .zip(&lengths)
-                .map(|(&(count, _), &bits)| count as f64 * f64::from(bits));
-            let bits = code_bits.sum::<f64>()
-                + escaped as f64 * ESCAPED_BITS
-                + alphabet.len() as f64 * ENTRY_BITS;
-            if best
-                .as_ref()
-                .is_none_or(|(least_bits, _)| bits < *least_bits)
-            {
-                best = Some((
-                    bits,
-                    alphabet
-                        .iter()
-                        .zip(lengths)
-                        .map(|(&(_, byte), bits)| (byte, bits))
-                        .collect(),
-                ));
+            let code_bits = alphabet.iter().zip(&lengths).map(|(&(count, _), &bits)| count as f64 * f64::from(bits));
+            let bits = code_bits.sum::<f64>() + escaped as f64 * ESCAPED_BITS + alphabet.len() as f64 * ENTRY_BITS;
+            if best.as_ref().is_none_or(|(least_bits, _)| bits < *least_bits) {
+                best = Some((bits, alphabet.iter().zip(lengths).map(|(&(_, byte), bits)| (byte, bits)).collect()));
             }
         }
         // The first alphabet, ESCAPE alone, never fails.
@@ -207,19 +164,12 @@ impl Table {
 
     pub(crate) fn read(params: Params, bytes: &[u8]) -> Result<Self, TableError> {
         params.validate()?;
-        let entries: Vec<(u8, u8)> = read_entries::<2>(bytes)?
-            .iter()
-            .map(|&[byte, bits]| (byte, bits))
-            .collect();
+        let entries: Vec<(u8, u8)> = read_entries::<2>(bytes)?.iter().map(|&[byte, bits]| (byte, bits)).collect();
         let code_bits_max = params.code_bits_max;
         let (mut sum, lone) = (0, entries.len() == 1);
         for (entry, &(_, code_bits)) in entries.iter().enumerate() {
             if code_bits > code_bits_max || (code_bits == 0) != lone {
-                return Err(TableError::CodeBits {
-                    entry,
-                    code_bits,
-                    code_bits_max,
-                });
+                return Err(TableError::CodeBits { entry, code_bits, code_bits_max });
             }
             sum += 1u32 << (code_bits_max - code_bits);
         }
@@ -269,10 +219,7 @@ fn package_merge(alphabet: &[(u64, u8)], bits_max: u8) -> Vec<u8> {
     let mut packages: Vec<u64> = Vec::new();
     for _ in 0..bits_max {
         let mut list = Vec::with_capacity(alphabet.len() + packages.len());
-        let (mut leaves, mut pairs) = (
-            alphabet.iter().map(|entry| entry.0).peekable(),
-            packages.iter().peekable(),
-        );
+        let (mut leaves, mut pairs) = (alphabet.iter().map(|entry| entry.0).peekable(), packages.iter().peekable());
         loop {
             match (leaves.peek(), pairs.peek()) {
                 (Some(&leaf), pair) if pair.is_none_or(|&&price| leaf <= price) => {
@@ -286,10 +233,7 @@ fn package_merge(alphabet: &[(u64, u8)], bits_max: u8) -> Vec<u8> {
                 _ => break,
             }
         }
-        packages = list
-            .chunks_exact(2)
-            .map(|pair| pair[0].0 + pair[1].0)
-            .collect();
+        packages = list.chunks_exact(2).map(|pair| pair[0].0 + pair[1].0).collect();
         levels.push(list.into_iter().map(|(_, own)| own).collect());
     }
     // Coins of value 1/2 that sum to `symbols - 1`; each package taken stands for two coins of the
@@ -326,25 +270,15 @@ impl<'a> Chunk<'a> {
         let index_bytes = usize::from(params.lanes) * 4;
         let Parts { body, escapes, far } = Parts::parse(chunk, symbols, index_bytes)?;
         let (lane_bytes, streams) = body.split_at(index_bytes);
-        let view = Self {
-            lane_bytes,
-            streams,
-            escapes,
-            far,
-        };
+        let view = Self { lane_bytes, streams, escapes, far };
         let needed: u64 = view.lengths().map(u64::from).sum();
         let available = streams.len() as u64;
         if needed > available {
             let available_bytes = chunk.len() as u64;
-            return Err(DecodeError::Truncated {
-                needed_bytes: available_bytes + (needed - available),
-                available_bytes,
-            });
+            return Err(DecodeError::Truncated { needed_bytes: available_bytes + (needed - available), available_bytes });
         }
         if needed < available {
-            return Err(DecodeError::TrailingBytes {
-                extra_bytes: available - needed,
-            });
+            return Err(DecodeError::TrailingBytes { extra_bytes: available - needed });
         }
         Ok(view)
     }
@@ -386,11 +320,7 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
 }
 
 /// Decodes to symbol bytes, far = 0.
-pub(crate) fn decode<'a>(
-    table: &Table,
-    bytes: &'a [u8],
-    out: &mut [u8],
-) -> Result<FarList<'a>, DecodeError> {
+pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     let chunk = Chunk::parse(table.params, out.len(), bytes)?;
     decode_codes(table, &chunk, out)?;
     resolve(out, chunk.escapes, chunk.far)?;
@@ -436,11 +366,7 @@ fn decode_codes(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), 
         let used_bits = positions[lane] - starts_bits[lane];
         let available_bits = 8 * u64::from(length);
         if used_bits.next_multiple_of(8) != available_bits {
-            return Err(DecodeError::LaneBits {
-                lane,
-                used_bits,
-                available_bits,
-            });
+            return Err(DecodeError::LaneBits { lane, used_bits, available_bits });
         }
         let unused = available_bits - used_bits;
         if unused > 0 && peek(chunk.streams, positions[lane]) & ((1 << unused) - 1) != 0 {
@@ -464,9 +390,7 @@ fn peek(bytes: &[u8], position: u64) -> u64 {
 #[cold]
 fn peek_end(bytes: &[u8], start: usize) -> u64 {
     let rest = bytes.get(start..).unwrap_or(&[]);
-    rest.iter()
-        .rev()
-        .fold(0, |word, &byte| word << 8 | u64::from(byte))
+    rest.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte))
 }
 
 #[cfg(test)]
@@ -491,19 +415,9 @@ mod tests {
     /// All complete codes of up to five symbols against package-merge.
     #[test]
     fn no_complete_code_is_shorter() {
-        fn complete(
-            symbols: usize,
-            bits_max: u8,
-            chosen: &mut Vec<u8>,
-            each: &mut impl FnMut(&[u8]),
-        ) {
+        fn complete(symbols: usize, bits_max: u8, chosen: &mut Vec<u8>, each: &mut impl FnMut(&[u8])) {
             if chosen.len() == symbols {
-                if chosen
-                    .iter()
-                    .map(|&bits| 1 << (bits_max - bits))
-                    .sum::<u32>()
-                    == 1 << bits_max
-                {
+                if chosen.iter().map(|&bits| 1 << (bits_max - bits)).sum::<u32>() == 1 << bits_max {
                     each(chosen);
                 }
                 return;
@@ -514,26 +428,12 @@ mod tests {
                 chosen.pop();
             }
         }
-        for counts in [
-            vec![1u64, 1, 1],
-            vec![1, 2, 3, 4],
-            vec![1, 1, 1, 1, 100],
-            vec![1, 2, 4, 8, 16],
-            vec![3, 3, 4, 5, 9],
-        ] {
+        for counts in [vec![1u64, 1, 1], vec![1, 2, 3, 4], vec![1, 1, 1, 1, 100], vec![1, 2, 4, 8, 16], vec![3, 3, 4, 5, 9]] {
             for bits_max in 3..=4 {
-                let cost = |bits: &[u8]| -> u64 {
-                    counts
-                        .iter()
-                        .zip(bits)
-                        .map(|(&n, &b)| n * u64::from(b))
-                        .sum()
-                };
+                let cost = |bits: &[u8]| -> u64 { counts.iter().zip(bits).map(|(&n, &b)| n * u64::from(b)).sum() };
                 let found = cost(&lengths(&counts, bits_max));
                 let mut least = u64::MAX;
-                complete(counts.len(), bits_max, &mut Vec::new(), &mut |bits| {
-                    least = least.min(cost(bits))
-                });
+                complete(counts.len(), bits_max, &mut Vec::new(), &mut |bits| least = least.min(cost(bits)));
                 assert_eq!(found, least, "{counts:?} within {bits_max} bits");
             }
         }
@@ -542,44 +442,23 @@ mod tests {
     #[test]
     fn a_chunk_by_hand() {
         // Codes: 128 is 0; of equal lengths the lower byte comes first: ESCAPE is 10, 129 is 11.
-        let params = Params {
-            code_bits_max: 3,
-            lanes: 2,
-        };
+        let params = Params { code_bits_max: 3, lanes: 2 };
         let table = Table::read(params, &[3, 0, 0, 2, 128, 1, 129, 2]).unwrap();
         assert_eq!(table.lookup()[..4], [0x8001, 0x0002, 0x8001, 0x8102]);
         let mut out = Vec::new();
         encode(&table, &[0, 1, 1, -3, 0], &mut out).unwrap();
         // lane 0: 0, 11, 0 -> bits 0 1 1 0; lane 1: 11, then 10 (escape) -> bits 1 1 1 0
-        assert_eq!(
-            out,
-            [
-                1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0b0110, 0b0111, 125
-            ]
-        );
+        assert_eq!(out, [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0b0110, 0b0111, 125]);
         let mut bytes = [0; 5];
         decode(&table, &out, &mut bytes).unwrap();
         assert_eq!(bytes, [128, 129, 129, 125, 128]);
         for bit in 4..8 {
             let mut broken = out.clone();
             broken[16] |= 1 << bit;
-            assert_eq!(
-                decode(&table, &broken, &mut bytes).unwrap_err(),
-                DecodeError::PaddingNotZero
-            );
+            assert_eq!(decode(&table, &broken, &mut bytes).unwrap_err(), DecodeError::PaddingNotZero);
         }
         let longer = decode(&table, &out, &mut [0; 16]).unwrap_err();
-        assert!(
-            matches!(
-                longer,
-                DecodeError::LaneBits {
-                    lane: 0,
-                    available_bits: 8,
-                    ..
-                }
-            ),
-            "{longer:?}"
-        );
+        assert!(matches!(longer, DecodeError::LaneBits { lane: 0, available_bits: 8, .. }), "{longer:?}");
     }
 
     #[test]
@@ -598,30 +477,11 @@ mod tests {
 
     #[test]
     fn read_refuses_incomplete_codes() {
-        let params = Params {
-            code_bits_max: 3,
-            lanes: 1,
-        };
+        let params = Params { code_bits_max: 3, lanes: 1 };
         let refused = |bytes: &[u8]| Table::read(params, bytes).unwrap_err();
-        assert_eq!(
-            refused(&[2, 0, 1, 1, 2, 2]),
-            TableError::KraftSum {
-                sum: 6,
-                expected: 8
-            }
-        );
-        assert_eq!(
-            refused(&[3, 0, 1, 1, 2, 1, 3, 3]),
-            TableError::KraftSum {
-                sum: 9,
-                expected: 8
-            }
-        );
-        let code_bits = |entry, code_bits| TableError::CodeBits {
-            entry,
-            code_bits,
-            code_bits_max: 3,
-        };
+        assert_eq!(refused(&[2, 0, 1, 1, 2, 2]), TableError::KraftSum { sum: 6, expected: 8 });
+        assert_eq!(refused(&[3, 0, 1, 1, 2, 1, 3, 3]), TableError::KraftSum { sum: 9, expected: 8 });
+        let code_bits = |entry, code_bits| TableError::CodeBits { entry, code_bits, code_bits_max: 3 };
         assert_eq!(refused(&[1, 0, 1, 1]), code_bits(0, 1));
         assert_eq!(refused(&[2, 0, 1, 0, 2, 1]), code_bits(0, 0));
         assert_eq!(refused(&[2, 0, 1, 1, 2, 4]), code_bits(1, 4));

@@ -33,11 +33,7 @@ mod tests {
         }
         for value in (1..5000).chain((1..60).map(|k| (1 << k) + 12345)) {
             let expected = (value as f64).log2();
-            assert!(
-                (log2(value) - expected).abs() < 1e-13,
-                "{value}: {}",
-                log2(value)
-            );
+            assert!((log2(value) - expected).abs() < 1e-13, "{value}: {}", log2(value));
         }
         assert_eq!(log2(0), 0.0);
     }

@@ -74,31 +74,17 @@ pub struct Params {
 
 impl Params {
     /// 16-bit states, tables of 128 slots: decodes in registers, 1 to 2 % above the entropy.
-    pub const DEFAULT: Self = Self {
-        state_bits: 16,
-        word_bits: 8,
-        prob_bits: 7,
-        lanes: 64,
-    };
+    pub const DEFAULT: Self = Self { state_bits: 16, word_bits: 8, prob_bits: 7, lanes: 64 };
     /// 32-bit states, tables of 4096 slots: 0.014 bit above the entropy at 65,536 symbols a chunk,
     /// nearly all of it the states; so 32 lanes, which are half a tile: 64 would cost 0.025.
-    pub const PRECISE: Self = Self {
-        state_bits: 32,
-        word_bits: 16,
-        prob_bits: 12,
-        lanes: 32,
-    };
+    pub const PRECISE: Self = Self { state_bits: 32, word_bits: 16, prob_bits: 12, lanes: 32 };
 
     /// Refuses what the layout cannot hold.
     pub fn validate(&self) -> Result<(), ParamsError> {
         self.widths().validate()?;
         match self.lanes {
             1..=64 => Ok(()),
-            lanes => Err(ParamsError::OutOfRange {
-                parameter: "lanes",
-                value: lanes.into(),
-                allowed: "1..=64",
-            }),
+            lanes => Err(ParamsError::OutOfRange { parameter: "lanes", value: lanes.into(), allowed: "1..=64" }),
         }
     }
 
@@ -114,11 +100,7 @@ impl Params {
     }
 
     fn widths(&self) -> Widths {
-        Widths {
-            state: self.state_bits,
-            word: self.word_bits,
-            prob: self.prob_bits,
-        }
+        Widths { state: self.state_bits, word: self.word_bits, prob: self.prob_bits }
     }
 }
 
@@ -145,18 +127,12 @@ pub struct Table {
 impl Table {
     pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
         params.validate()?;
-        Ok(Self {
-            params,
-            frequencies: Frequencies::build(params.widths(), histogram)?,
-        })
+        Ok(Self { params, frequencies: Frequencies::build(params.widths(), histogram)? })
     }
 
     pub(crate) fn read(params: Params, bytes: &[u8]) -> Result<Self, TableError> {
         params.validate()?;
-        Ok(Self {
-            params,
-            frequencies: Frequencies::read(params.widths(), bytes)?,
-        })
+        Ok(Self { params, frequencies: Frequencies::read(params.widths(), bytes)? })
     }
 
     pub(crate) fn frequencies(&self) -> &Frequencies {
@@ -204,17 +180,9 @@ impl<'a> Chunk<'a> {
         let Parts { body, escapes, far } = Parts::parse(chunk, symbols, params.states_bytes())?;
         let (states, words) = body.split_at(params.states_bytes());
         if words.len() % usize::from(params.word_bits / 8) != 0 {
-            return Err(DecodeError::WordAlignment {
-                words_bytes: words.len(),
-                word_bits: params.word_bits,
-            });
+            return Err(DecodeError::WordAlignment { words_bytes: words.len(), word_bits: params.word_bits });
         }
-        Ok(Self {
-            states,
-            words,
-            escapes,
-            far,
-        })
+        Ok(Self { states, words, escapes, far })
     }
 
     /// The state that `lane` begins with.
@@ -243,10 +211,7 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
 /// Appends states and words.
 fn encode_codes<const WORD_BITS: u32>(table: &Table, codes: &[u8], out: &mut Vec<u8>) {
     let lanes = usize::from(table.params.lanes);
-    let (entries, prob_bits) = (
-        table.frequencies.push_entries(),
-        u32::from(table.params.prob_bits),
-    );
+    let (entries, prob_bits) = (table.frequencies.push_entries(), u32::from(table.params.prob_bits));
     let mut states = [ans::state_min::<WORD_BITS>(); LANES_MAX];
     // Last word first. Every symbol writes the word that it might move, and keeps it by advancing:
     // no branch to mispredict.
@@ -265,21 +230,12 @@ fn encode_codes<const WORD_BITS: u32>(table: &Table, codes: &[u8], out: &mut Vec
         out.extend(words[..count].iter().rev().map(|&word| word as u8));
     } else {
         out.extend(states[..lanes].iter().flat_map(|state| state.to_le_bytes()));
-        out.extend(
-            words[..count]
-                .iter()
-                .rev()
-                .flat_map(|word| word.to_le_bytes()),
-        );
+        out.extend(words[..count].iter().rev().flat_map(|word| word.to_le_bytes()));
     }
 }
 
 /// Decodes to symbol bytes, far = 0.
-pub(crate) fn decode<'a>(
-    table: &Table,
-    bytes: &'a [u8],
-    out: &mut [u8],
-) -> Result<FarList<'a>, DecodeError> {
+pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     let chunk = Chunk::parse(table.params, out.len(), bytes)?;
     match table.params.word_bits {
         8 => decode_codes::<8>(table, &chunk, out)?,
@@ -292,11 +248,7 @@ pub(crate) fn decode<'a>(
 /// Bytes of the words that 64 lanes of either width can take in a step.
 const WINDOW_BYTES: usize = 128;
 
-fn decode_codes<const WORD_BITS: u32>(
-    table: &Table,
-    chunk: &Chunk<'_>,
-    out: &mut [u8],
-) -> Result<(), DecodeError> {
+fn decode_codes<const WORD_BITS: u32>(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
     let params = table.params;
     let lanes = usize::from(params.lanes);
     let (entries, prob_bits) = (table.frequencies.pop_entries(), u32::from(params.prob_bits));
@@ -326,13 +278,8 @@ fn decode_codes<const WORD_BITS: u32>(
                 if *state < params.state_min() {
                     let word = words
                         .get(taken * word_bytes..(taken + 1) * word_bytes)
-                        .ok_or_else(|| DecodeError::WordsExhausted {
-                            available_words: chunk.words.len() / word_bytes,
-                        })?;
-                    let word = word
-                        .iter()
-                        .rev()
-                        .fold(0, |word, &byte| word << 8 | u32::from(byte));
+                        .ok_or_else(|| DecodeError::WordsExhausted { available_words: chunk.words.len() / word_bytes })?;
+                    let word = word.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
                     taken += refill::<WORD_BITS>(state, word);
                 }
             }
@@ -340,17 +287,11 @@ fn decode_codes<const WORD_BITS: u32>(
         words = &words[taken * word_bytes..];
     }
     if !words.is_empty() {
-        return Err(DecodeError::WordsLeft {
-            left_words: words.len() / word_bytes,
-        });
+        return Err(DecodeError::WordsLeft { left_words: words.len() / word_bytes });
     }
     let expected = params.state_min();
     match states[..lanes].iter().position(|&state| state != expected) {
-        Some(lane) => Err(DecodeError::FinalState {
-            lane,
-            state: states[lane],
-            expected,
-        }),
+        Some(lane) => Err(DecodeError::FinalState { lane, state: states[lane], expected }),
         None => Ok(()),
     }
 }
@@ -362,11 +303,7 @@ mod tests {
     /// Two symbols of equal frequency: each is one bit, most recent lowest.
     #[test]
     fn a_chunk_by_hand() {
-        let params = Params {
-            prob_bits: 1,
-            lanes: 1,
-            ..Params::DEFAULT
-        };
+        let params = Params { prob_bits: 1, lanes: 1, ..Params::DEFAULT };
         let table = Table::read(params, &[2, 0, 128, 1, 0, 129, 1, 0]).unwrap();
         let mut out = Vec::new();
         // Backward from 256 = 1_0000_0000b: symbols 1, 0, 1 append bits 1, 0, 1.
@@ -388,11 +325,7 @@ mod tests {
 
     #[test]
     fn lane_planes() {
-        let params = Params {
-            prob_bits: 1,
-            lanes: 3,
-            ..Params::DEFAULT
-        };
+        let params = Params { prob_bits: 1, lanes: 3, ..Params::DEFAULT };
         let table = Table::read(params, &[2, 0, 128, 1, 0, 129, 1, 0]).unwrap();
         let mut out = Vec::new();
         encode(&table, &[1, 0, 0, 1], &mut out).unwrap();
@@ -405,41 +338,16 @@ mod tests {
 
     #[test]
     fn what_is_left_over_or_missing_is_named() {
-        let params = Params {
-            prob_bits: 1,
-            lanes: 1,
-            ..Params::DEFAULT
-        };
+        let params = Params { prob_bits: 1, lanes: 1, ..Params::DEFAULT };
         let table = Table::read(params, &[2, 0, 128, 1, 0, 129, 1, 0]).unwrap();
         let mut good = Vec::new();
         encode(&table, &[1; 9], &mut good).unwrap();
         assert_eq!(good.len(), 11);
-        let refused = |bytes: &[u8], symbols: usize| {
-            decode(&table, bytes, &mut vec![0; symbols]).unwrap_err()
-        };
-        assert_eq!(
-            refused(&good[..10], 9),
-            DecodeError::WordsExhausted { available_words: 0 }
-        );
-        assert_eq!(
-            refused(&[&good[..], &[0]].concat(), 9),
-            DecodeError::WordsLeft { left_words: 1 }
-        );
-        assert!(matches!(
-            refused(&good, 8),
-            DecodeError::FinalState {
-                lane: 0,
-                expected: 256,
-                ..
-            }
-        ));
-        assert_eq!(
-            refused(&good[..9], 9),
-            DecodeError::Truncated {
-                needed_bytes: 10,
-                available_bytes: 9
-            }
-        );
+        let refused = |bytes: &[u8], symbols: usize| decode(&table, bytes, &mut vec![0; symbols]).unwrap_err();
+        assert_eq!(refused(&good[..10], 9), DecodeError::WordsExhausted { available_words: 0 });
+        assert_eq!(refused(&[&good[..], &[0]].concat(), 9), DecodeError::WordsLeft { left_words: 1 });
+        assert!(matches!(refused(&good, 8), DecodeError::FinalState { lane: 0, expected: 256, .. }));
+        assert_eq!(refused(&good[..9], 9), DecodeError::Truncated { needed_bytes: 10, available_bytes: 9 });
         assert_eq!(refused(&good, 0), DecodeError::Empty);
     }
 }

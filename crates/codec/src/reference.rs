@@ -19,11 +19,7 @@ pub fn decode_chunk(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i
     }
 }
 
-fn decode_fixed(
-    table: &fixed::Table,
-    chunk: &[u8],
-    symbols: usize,
-) -> Result<Vec<i16>, DecodeError> {
+fn decode_fixed(table: &fixed::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
     let params = table.params();
     let chunk = fixed::Chunk::parse(params, symbols, chunk)?;
     let bits = usize::from(params.bits);
@@ -58,19 +54,11 @@ fn decode_fixed(
     Ok(out)
 }
 
-fn decode_huffman(
-    table: &huffman::Table,
-    chunk: &[u8],
-    symbols: usize,
-) -> Result<Vec<i16>, DecodeError> {
+fn decode_huffman(table: &huffman::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
     let params = table.params();
     let chunk = huffman::Chunk::parse(params, symbols, chunk)?;
     // Canonical codes: by length, then symbol byte, counted upward.
-    let mut by_length: Vec<(u8, u8)> = table
-        .entries()
-        .iter()
-        .map(|&(byte, bits)| (bits, byte))
-        .collect();
+    let mut by_length: Vec<(u8, u8)> = table.entries().iter().map(|&(byte, bits)| (bits, byte)).collect();
     by_length.sort_unstable();
     let mut codes = Vec::new();
     let (mut code, mut length) = (0u32, 0);
@@ -86,11 +74,7 @@ fn decode_huffman(
     for length in chunk.lengths() {
         let (stream, rest) = streams.split_at(length as usize);
         streams = rest;
-        lanes.push(
-            stream
-                .iter()
-                .flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1)),
-        );
+        lanes.push(stream.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1)));
     }
     let mut used_bits = vec![0u64; lanes.len()];
     let mut escapes = Escapes::new(chunk.escapes, chunk.far);
@@ -99,18 +83,11 @@ fn decode_huffman(
         let lane = i % lanes.len();
         let (mut code, mut bits) = (0, 0);
         let byte = loop {
-            if let Some(&(_, _, byte)) = codes
-                .iter()
-                .find(|entry| (entry.0, entry.1) == (bits, code))
-            {
+            if let Some(&(_, _, byte)) = codes.iter().find(|entry| (entry.0, entry.1) == (bits, code)) {
                 break byte;
             }
             let available_bits = used_bits[lane];
-            let bit = lanes[lane].next().ok_or(DecodeError::LaneBits {
-                lane,
-                used_bits: available_bits + 1,
-                available_bits,
-            })?;
+            let bit = lanes[lane].next().ok_or(DecodeError::LaneBits { lane, used_bits: available_bits + 1, available_bits })?;
             code = code << 1 | u32::from(bit);
             bits += 1;
             used_bits[lane] += 1;
@@ -121,11 +98,7 @@ fn decode_huffman(
         let left: Vec<u8> = bits.collect();
         if left.len() >= 8 {
             let used_bits = used_bits[lane];
-            return Err(DecodeError::LaneBits {
-                lane,
-                used_bits,
-                available_bits: used_bits + left.len() as u64,
-            });
+            return Err(DecodeError::LaneBits { lane, used_bits, available_bits: used_bits + left.len() as u64 });
         }
         if left.contains(&1) {
             return Err(DecodeError::PaddingNotZero);
@@ -153,28 +126,20 @@ fn decode_rans(table: &rans::Table, chunk: &[u8], symbols: usize) -> Result<Vec<
         let state = &mut states[i % lanes];
         let byte = take_symbol(state, table.entries(), params.prob_bits);
         if *state < params.state_min() {
-            let word = words
-                .next()
-                .ok_or(DecodeError::WordsExhausted { available_words })?;
+            let word = words.next().ok_or(DecodeError::WordsExhausted { available_words })?;
             *state = (*state << params.word_bits) + little_endian(word);
         }
         out.push(escapes.symbol(i, byte)?);
     }
     if words.len() > 0 {
-        return Err(DecodeError::WordsLeft {
-            left_words: words.len(),
-        });
+        return Err(DecodeError::WordsLeft { left_words: words.len() });
     }
     check_final_states(&states, 0, params.state_min())?;
     escapes.finish()?;
     Ok(out)
 }
 
-fn decode_block_ans(
-    table: &block_ans::Table,
-    chunk: &[u8],
-    symbols: usize,
-) -> Result<Vec<i16>, DecodeError> {
+fn decode_block_ans(table: &block_ans::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
     let params = table.params();
     let chunk = block_ans::Chunk::parse(params, symbols, chunk)?;
     let mut far = chunk.far.iter();
@@ -190,9 +155,7 @@ fn decode_block_ans(
             if state < params.state_min() {
                 let end = words_end + usize::from(params.word_bits / 8);
                 if end > escapes_start {
-                    return Err(DecodeError::WordsExhausted {
-                        available_words: words_end,
-                    });
+                    return Err(DecodeError::WordsExhausted { available_words: words_end });
                 }
                 state = (state << params.word_bits) + little_endian(&rest[words_end..end]);
                 words_end = end;
@@ -214,17 +177,12 @@ fn decode_block_ans(
             });
         }
         if words_end != escapes_start {
-            return Err(DecodeError::BlockGap {
-                block,
-                gap_bytes: escapes_start - words_end,
-            });
+            return Err(DecodeError::BlockGap { block, gap_bytes: escapes_start - words_end });
         }
         check_final_states(&[state], block, params.state_min())?;
     }
     match far.next() {
-        Some(far) => Err(DecodeError::FarMismatch {
-            position: far.position as usize,
-        }),
+        Some(far) => Err(DecodeError::FarMismatch { position: far.position as usize }),
         None => Ok(out),
     }
 }
@@ -247,20 +205,13 @@ fn take_symbol(state: &mut u32, entries: &[(u8, u16)], prob_bits: u8) -> u8 {
 
 fn check_final_states(states: &[u32], first: usize, expected: u32) -> Result<(), DecodeError> {
     match states.iter().position(|&state| state != expected) {
-        Some(lane) => Err(DecodeError::FinalState {
-            lane: first + lane,
-            state: states[lane],
-            expected,
-        }),
+        Some(lane) => Err(DecodeError::FinalState { lane: first + lane, state: states[lane], expected }),
         None => Ok(()),
     }
 }
 
 fn little_endian(bytes: &[u8]) -> u32 {
-    bytes
-        .iter()
-        .rev()
-        .fold(0, |value, &byte| value * 256 + u32::from(byte))
+    bytes.iter().rev().fold(0, |value, &byte| value * 256 + u32::from(byte))
 }
 
 /// Escape bytes in symbol order, and the far symbols among them.
@@ -272,20 +223,12 @@ struct Escapes<'a> {
 
 impl<'a> Escapes<'a> {
     fn new(bytes: &'a [u8], far: FarList<'a>) -> Self {
-        Self {
-            bytes: bytes.iter(),
-            far,
-            far_used: 0,
-        }
+        Self { bytes: bytes.iter(), far, far_used: 0 }
     }
 
     /// The symbol of a decoded `byte` at `position`.
     fn symbol(&mut self, position: usize, byte: u8) -> Result<i16, DecodeError> {
-        if byte == ESCAPE {
-            self.next(position)
-        } else {
-            Ok(i16::from(byte) - SYMBOL_BIAS)
-        }
+        if byte == ESCAPE { self.next(position) } else { Ok(i16::from(byte) - SYMBOL_BIAS) }
     }
 
     /// The escaped symbol at `position`.
@@ -305,14 +248,10 @@ impl<'a> Escapes<'a> {
 
     fn finish(self) -> Result<(), DecodeError> {
         if self.bytes.len() > 0 {
-            return Err(DecodeError::EscapesLeft {
-                left_bytes: self.bytes.len(),
-            });
+            return Err(DecodeError::EscapesLeft { left_bytes: self.bytes.len() });
         }
         match self.far.get(self.far_used) {
-            Some(far) => Err(DecodeError::FarMismatch {
-                position: far.position as usize,
-            }),
+            Some(far) => Err(DecodeError::FarMismatch { position: far.position as usize }),
             None => Ok(()),
         }
     }

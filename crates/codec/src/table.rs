@@ -125,11 +125,7 @@ pub fn decode_chunk(table: &Table, chunk: &[u8], out: &mut [i16]) -> Result<(), 
 /// list names: what SIMD kernels compute with, and are compared with.
 ///
 /// After an error, `out` holds nothing of use.
-pub fn decode_chunk_bytes<'a>(
-    table: &Table,
-    chunk: &'a [u8],
-    out: &mut [u8],
-) -> Result<FarList<'a>, DecodeError> {
+pub fn decode_chunk_bytes<'a>(table: &Table, chunk: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     match table {
         Table::Fixed(table) => fixed::decode(table, chunk, out),
         Table::Huffman(table) => huffman::decode(table, chunk, out),

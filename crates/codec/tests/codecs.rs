@@ -3,8 +3,7 @@
 
 use proptest::prelude::*;
 use tersor_codec::{
-    Codec, DecodeError, EncodeError, Far, Histogram, Table, TableError, decode_chunk,
-    decode_chunk_bytes, encode_chunk, reference,
+    Codec, DecodeError, EncodeError, Far, Histogram, Table, TableError, decode_chunk, decode_chunk_bytes, encode_chunk, reference,
 };
 
 /// Every kind, both state widths, the extremes of every parameter.
@@ -52,8 +51,7 @@ fn table(codec: Codec, symbols: &[i16]) -> Table {
 
 fn encoded(table: &Table, symbols: &[i16]) -> Vec<u8> {
     let mut chunk = Vec::new();
-    encode_chunk(table, symbols, &mut chunk)
-        .unwrap_or_else(|error| panic!("{}: {error}", table.codec()));
+    encode_chunk(table, symbols, &mut chunk).unwrap_or_else(|error| panic!("{}: {error}", table.codec()));
     chunk
 }
 
@@ -62,36 +60,16 @@ fn decode(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, Decod
     let mut out = vec![0; symbols];
     let result = decode_chunk(table, chunk, &mut out);
     let reference = reference::decode_chunk(table, chunk, symbols);
-    assert_eq!(
-        result.is_ok(),
-        reference.is_ok(),
-        "{}: {result:?} against {reference:?}",
-        table.codec()
-    );
+    assert_eq!(result.is_ok(), reference.is_ok(), "{}: {result:?} against {reference:?}", table.codec());
     let mut bytes = vec![0; symbols];
     match decode_chunk_bytes(table, chunk, &mut bytes) {
         Ok(far) => {
             assert_eq!(Ok(&out), reference.as_ref(), "{}", table.codec());
             let far: Vec<Far> = far.iter().collect();
-            let expected = out
-                .iter()
-                .zip(0..)
-                .filter(|(symbol, _)| !(-127..=127).contains(*symbol));
-            assert_eq!(
-                far,
-                expected
-                    .map(|(&symbol, position)| Far { position, symbol })
-                    .collect::<Vec<_>>()
-            );
+            let expected = out.iter().zip(0..).filter(|(symbol, _)| !(-127..=127).contains(*symbol));
+            assert_eq!(far, expected.map(|(&symbol, position)| Far { position, symbol }).collect::<Vec<_>>());
             for (&symbol, &byte) in out.iter().zip(&bytes) {
-                assert_eq!(
-                    byte,
-                    if (-127..=127).contains(&symbol) {
-                        (symbol + 128) as u8
-                    } else {
-                        0
-                    }
-                );
+                assert_eq!(byte, if (-127..=127).contains(&symbol) { (symbol + 128) as u8 } else { 0 });
             }
         }
         Err(error) => assert_eq!(result, Err(error)),
@@ -102,37 +80,22 @@ fn decode(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, Decod
 fn check_round_trip(codec: Codec, table_symbols: &[i16], symbols: &[i16]) {
     let table = table(codec, table_symbols);
     let chunk = encoded(&table, symbols);
-    assert_eq!(
-        decode(&table, &chunk, symbols.len()).as_deref(),
-        Ok(symbols),
-        "{codec}"
-    );
+    assert_eq!(decode(&table, &chunk, symbols.len()).as_deref(), Ok(symbols), "{codec}");
     let mut bytes = Vec::new();
     table.write(&mut bytes);
     let read = Table::read(codec, &bytes).unwrap_or_else(|error| panic!("{codec}: {error}"));
     assert_eq!(read.codec(), codec);
-    assert_eq!(
-        encoded(&read, symbols),
-        chunk,
-        "{codec}: the table changes when written and read"
-    );
+    assert_eq!(encoded(&read, symbols), chunk, "{codec}: the table changes when written and read");
 }
 
 /// A bell of width `spread` with escapes and far symbols, from a linear congruential generator.
 fn weights(n: usize, spread: i16, seed: u64) -> Vec<i16> {
     let mut state = seed;
     let mut below = |n: u64| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((state >> 33) % n) as i16
     };
-    let mut symbol = || {
-        (0..4)
-            .map(|_| below(2 * spread as u64 + 1) - spread)
-            .sum::<i16>()
-            / 2
-    };
+    let mut symbol = || (0..4).map(|_| below(2 * spread as u64 + 1) - spread).sum::<i16>() / 2;
     let mut out: Vec<i16> = (0..n).map(|_| symbol()).collect();
     for i in (7..n).step_by(61) {
         out[i] = [127, -127, 128, -128, i16::MIN, i16::MAX, 90][i % 7];
@@ -158,15 +121,9 @@ fn all_short_sequences_of_tiny_alphabets() {
         let table = table(codec, &[0, 0, 0, 0, -1, 300]);
         for n in 1..=6u32 {
             for number in 0..3usize.pow(n) {
-                let symbols: Vec<i16> = (0..n)
-                    .map(|i| alphabet[number / 3usize.pow(i) % 3])
-                    .collect();
+                let symbols: Vec<i16> = (0..n).map(|i| alphabet[number / 3usize.pow(i) % 3]).collect();
                 let chunk = encoded(&table, &symbols);
-                assert_eq!(
-                    decode(&table, &chunk, symbols.len()).as_deref(),
-                    Ok(&symbols[..]),
-                    "{codec}"
-                );
+                assert_eq!(decode(&table, &chunk, symbols.len()).as_deref(), Ok(&symbols[..]), "{codec}");
             }
         }
     }
@@ -199,21 +156,12 @@ fn symbols_unknown_to_the_table() {
             Ok(()) => assert_eq!(decode(&table, &chunk[1..], 4).as_deref(), Ok(&unknown[..])),
             Err(error) => {
                 assert!(!table.has_escape());
-                assert_eq!(
-                    error,
-                    EncodeError::SymbolNotInTable {
-                        position: 3,
-                        symbol: -5
-                    }
-                );
+                assert_eq!(error, EncodeError::SymbolNotInTable { position: 3, symbol: -5 });
                 assert_eq!(chunk, [42], "{codec}: a refused chunk leaves bytes");
                 assert!(table.payload_bits(&histogram(&unknown)).is_infinite());
             }
         }
-        assert_eq!(
-            decode(&table, &encoded(&table, &known), 3).as_deref(),
-            Ok(&known[..])
-        );
+        assert_eq!(decode(&table, &encoded(&table, &known), 3).as_deref(), Ok(&known[..]));
     }
     let table = table("rans".parse().unwrap(), &usual);
     assert!(encode_chunk(&table, &[3], &mut Vec::new()).is_err());
@@ -222,15 +170,9 @@ fn symbols_unknown_to_the_table() {
 #[test]
 fn empty_chunks_and_histograms_are_refused() {
     for codec in codecs() {
-        assert_eq!(
-            Table::build(codec, &Histogram::new()).unwrap_err(),
-            TableError::EmptyHistogram
-        );
+        assert_eq!(Table::build(codec, &Histogram::new()).unwrap_err(), TableError::EmptyHistogram);
         let table = table(codec, &[0, 1]);
-        assert_eq!(
-            encode_chunk(&table, &[], &mut Vec::new()),
-            Err(EncodeError::Empty)
-        );
+        assert_eq!(encode_chunk(&table, &[], &mut Vec::new()), Err(EncodeError::Empty));
         assert_eq!(decode(&table, &[0; 100], 0), Err(DecodeError::Empty));
     }
 }
@@ -290,18 +232,9 @@ fn payload_bits_predict_the_size() {
             Codec::BlockAns(params) => params.blocks(symbols.len()) as f64,
             _ => 64.0,
         };
-        assert!(
-            bits > expected - 64.0,
-            "{codec}: {bits} bits, at least {expected} expected"
-        );
-        assert!(
-            bits < expected * 1.012 + 64.0 + blocks * 48.0,
-            "{codec}: {bits} bits, about {expected} expected"
-        );
-        assert!(
-            expected > histogram.entropy_bits() * symbols.len() as f64,
-            "{codec} beats the entropy"
-        );
+        assert!(bits > expected - 64.0, "{codec}: {bits} bits, at least {expected} expected");
+        assert!(bits < expected * 1.012 + 64.0 + blocks * 48.0, "{codec}: {bits} bits, about {expected} expected");
+        assert!(expected > histogram.entropy_bits() * symbols.len() as f64, "{codec} beats the entropy");
     }
 }
 
@@ -317,25 +250,16 @@ fn rans_keeps_its_promises() {
             state ^= state << 17;
             ((state >> 11) as f64 + 0.5) / (1u64 << 53) as f64
         };
-        let mut gauss =
-            || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
-        let symbols: Vec<i16> = (0..1 << 16)
-            .map(|_| (gauss() / step).round() as i16)
-            .collect();
+        let mut gauss = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+        let symbols: Vec<i16> = (0..1 << 16).map(|_| (gauss() / step).round() as i16).collect();
         let entropy_bits = histogram(&symbols).entropy_bits();
         let overhead_bits = |id: &str| {
             let table = table(id.parse().unwrap(), &symbols);
             encoded(&table, &symbols).len() as f64 * 8.0 / symbols.len() as f64 - entropy_bits
         };
         let (precise, default) = (overhead_bits("rans-precise"), overhead_bits("rans"));
-        assert!(
-            precise < 0.02,
-            "rans-precise at step {step}: {precise} bits above {entropy_bits}"
-        );
-        assert!(
-            default < 0.02 * entropy_bits,
-            "rans at step {step}: {default} bits above {entropy_bits}"
-        );
+        assert!(precise < 0.02, "rans-precise at step {step}: {precise} bits above {entropy_bits}");
+        assert!(default < 0.02 * entropy_bits, "rans at step {step}: {default} bits above {entropy_bits}");
     }
 }
 
@@ -346,18 +270,11 @@ fn every_truncation_and_extension_is_refused() {
         let table = table(codec, &symbols);
         let chunk = encoded(&table, &symbols);
         for length in 0..chunk.len() {
-            assert!(
-                decode(&table, &chunk[..length], 300).is_err(),
-                "{codec}: {length} of {} bytes decode",
-                chunk.len()
-            );
+            assert!(decode(&table, &chunk[..length], 300).is_err(), "{codec}: {length} of {} bytes decode", chunk.len());
         }
         for extra in [0, 1, 255] {
             let longer = [&chunk[..], &[extra]].concat();
-            assert!(
-                decode(&table, &longer, 300).is_err(),
-                "{codec}: one byte more decodes"
-            );
+            assert!(decode(&table, &longer, 300).is_err(), "{codec}: one byte more decodes");
         }
     }
 }

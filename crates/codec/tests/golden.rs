@@ -8,19 +8,12 @@ fn cases(json: &str) -> Vec<Value> {
 }
 
 fn codec(case: &Value) -> Codec {
-    case["codec"]
-        .as_str()
-        .expect("codec")
-        .parse()
-        .expect("known codec")
+    case["codec"].as_str().expect("codec").parse().expect("known codec")
 }
 
 fn bytes(case: &Value, key: &str) -> Vec<u8> {
     let hex = case[key].as_str().expect("hex");
-    (0..hex.len())
-        .step_by(2)
-        .map(|i| u8::from_str_radix(&hex[i..i + 2], 16).expect("hex"))
-        .collect()
+    (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).expect("hex")).collect()
 }
 
 #[test]
@@ -30,29 +23,21 @@ fn chunks_are_the_same_bytes_and_decode_to_the_same_symbols() {
     for (i, case) in cases.iter().enumerate() {
         let codec = codec(case);
         let table_bytes = bytes(case, "table");
-        let table = Table::read(codec, &table_bytes)
-            .unwrap_or_else(|error| panic!("case {i}, {codec}: {error}"));
+        let table = Table::read(codec, &table_bytes).unwrap_or_else(|error| panic!("case {i}, {codec}: {error}"));
         let mut written = Vec::new();
         table.write(&mut written);
         assert_eq!(written, table_bytes, "case {i}, {codec}");
 
         let symbols = case["symbols"].as_array().expect("symbols").iter();
-        let symbols: Vec<i16> = symbols
-            .map(|symbol| symbol.as_i64().expect("symbol") as i16)
-            .collect();
+        let symbols: Vec<i16> = symbols.map(|symbol| symbol.as_i64().expect("symbol") as i16).collect();
         let expected = bytes(case, "chunk");
         let mut chunk = Vec::new();
-        encode_chunk(&table, &symbols, &mut chunk)
-            .unwrap_or_else(|error| panic!("case {i}, {codec}: {error}"));
+        encode_chunk(&table, &symbols, &mut chunk).unwrap_or_else(|error| panic!("case {i}, {codec}: {error}"));
         assert_eq!(chunk, expected, "case {i}, {codec}");
         let mut decoded = vec![0; symbols.len()];
-        decode_chunk(&table, &expected, &mut decoded)
-            .unwrap_or_else(|error| panic!("case {i}, {codec}: {error}"));
+        decode_chunk(&table, &expected, &mut decoded).unwrap_or_else(|error| panic!("case {i}, {codec}: {error}"));
         assert_eq!(decoded, symbols, "case {i}, {codec}");
-        assert_eq!(
-            reference::decode_chunk(&table, &expected, symbols.len()).as_deref(),
-            Ok(&symbols[..])
-        );
+        assert_eq!(reference::decode_chunk(&table, &expected, symbols.len()).as_deref(), Ok(&symbols[..]));
     }
 }
 
@@ -80,9 +65,6 @@ fn tables_are_the_best_possible() {
         // figure.
         let bits = table.payload_bits(&histogram) - 48.0 * far + entry_bits as f64;
         let least = case["least_bits"].as_f64().expect("least_bits");
-        assert!(
-            (bits - least).abs() < 1e-6 * least.max(1.0),
-            "{codec}: {bits} bits, best {least}: {histogram:?}"
-        );
+        assert!((bits - least).abs() < 1e-6 * least.max(1.0), "{codec}: {bits} bits, best {least}: {histogram:?}");
     }
 }

@@ -10,10 +10,7 @@
 use std::time::Instant;
 
 use tersor_codec::{Codec, Histogram};
-use tersor_cpu::{
-    Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_bytes, decode_into,
-    matmul, read_bandwidth,
-};
+use tersor_cpu::{Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_bytes, decode_into, matmul, read_bandwidth};
 use tersor_format::encode_tensor;
 use tersor_quant::{QuantizedTensor, Scales};
 
@@ -25,13 +22,7 @@ fn gauss(count: usize, step: f64) -> Vec<i16> {
         s ^= s << 17;
         (s >> 11) as f64 / (1u64 << 53) as f64
     };
-    (0..count)
-        .map(|_| {
-            ((-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos()
-                / step)
-                .round() as i16
-        })
-        .collect()
+    (0..count).map(|_| ((-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos() / step).round() as i16).collect()
 }
 
 /// Weights per second, the best of a quarter of a second.
@@ -46,25 +37,8 @@ fn rate(weights: usize, mut f: impl FnMut()) -> f64 {
     weights as f64 / best / 1e9
 }
 
-fn run(
-    pool: &Pool,
-    level: Level,
-    matrix: Matrix<'_>,
-    scales: &KernelScales,
-    x: &Activations,
-    out: &mut [f32],
-) {
-    matmul(
-        pool,
-        level,
-        &mut [Job {
-            matrix,
-            scales,
-            x,
-            out,
-        }],
-    )
-    .expect("a chunk just encoded");
+fn run(pool: &Pool, level: Level, matrix: Matrix<'_>, scales: &KernelScales, x: &Activations, out: &mut [f32]) {
+    matmul(pool, level, &mut [Job { matrix, scales, x, out }]).expect("a chunk just encoded");
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -77,24 +51,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let large = vec![1u8; 256 << 20];
     println!("level {level}; read bandwidth, GB/s, with 1 and 2 threads:");
     for (name, buffer) in [("cache", &small), ("memory", &large)] {
-        let [one, two] = pools
-            .each_ref()
-            .map(|p| read_bandwidth(p, level, buffer, 5) / 1e9);
+        let [one, two] = pools.each_ref().map(|p| read_bandwidth(p, level, buffer, 5) / 1e9);
         println!("  {name:6} {one:6.1} {two:6.1}");
     }
     println!(
         "codec                  H  bits  place     fused1 fused2  plain1 plain2  bytes1 store1  batch8 batch64  (G weights/s; batches: G weights/s x tokens)"
     );
     const COLS: usize = 4096;
-    for codec in [
-        "rans/s16-w8-p6-l64",
-        "rans/s16-w8-p7-l64",
-        "rans/s16-w8-p8-l64",
-        "rans-precise",
-        "huffman",
-        "block-ans",
-        "fixed",
-    ] {
+    for codec in ["rans/s16-w8-p6-l64", "rans/s16-w8-p7-l64", "rans/s16-w8-p8-l64", "rans-precise", "huffman", "block-ans", "fixed"] {
         let codec: Codec = codec.parse()?;
         for step in [1.6, 0.9, 0.5, 0.3] {
             if !codec.to_string().contains(&only) {
@@ -103,22 +67,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if step != 0.9 && !codec.to_string().starts_with("rans/s16") {
                 continue;
             }
-            for (place, rows) in [
-                ("cache", 128),
-                ("memory", millions * 1_000_000 / COLS / 16 * 16),
-            ] {
+            for (place, rows) in [("cache", 128), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {
                 let symbols = gauss(rows * COLS, step);
                 let mut histogram = Histogram::new();
                 histogram.add(&symbols);
-                let tensor = QuantizedTensor {
-                    rows,
-                    cols: COLS,
-                    symbols,
-                    scales: Scales::Row {
-                        scales: vec![0x1c00; rows],
-                        scale_exponent: 0,
-                    },
-                };
+                let tensor =
+                    QuantizedTensor { rows, cols: COLS, symbols, scales: Scales::Row { scales: vec![0x1c00; rows], scale_exponent: 0 } };
                 let encoded = encode_tensor(&tensor, codec, 65_536)?;
                 drop(tensor);
                 let coded = encoded.tensor();
@@ -133,14 +87,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let scales = &scales;
                 // First the answers.
                 let mut want = vec![0.0; rows];
-                run(
-                    &pools[1],
-                    Level::Scalar,
-                    Matrix::Decoded(&decoded),
-                    scales,
-                    &one,
-                    &mut want,
-                );
+                run(&pools[1], Level::Scalar, Matrix::Decoded(&decoded), scales, &one, &mut want);
                 let mut out = vec![0.0; rows];
                 let mut out8 = vec![0.0; 8 * rows];
                 for matrix in [Matrix::Coded(coded), Matrix::Decoded(&decoded)] {
@@ -150,38 +97,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     assert_eq!(out8[..rows], want[..], "{codec}");
                 }
                 // Then the clock.
-                let fused = pools.each_ref().map(|p| {
-                    rate(weights, || {
-                        run(p, level, Matrix::Coded(coded), scales, &one, &mut out)
-                    })
-                });
-                let plain = pools.each_ref().map(|p| {
-                    rate(weights, || {
-                        run(p, level, Matrix::Decoded(&decoded), scales, &one, &mut out)
-                    })
-                });
+                let fused = pools.each_ref().map(|p| rate(weights, || run(p, level, Matrix::Coded(coded), scales, &one, &mut out)));
+                let plain = pools.each_ref().map(|p| rate(weights, || run(p, level, Matrix::Decoded(&decoded), scales, &one, &mut out)));
                 let mut bytes = vec![0u8; coded.row_tiles() * coded.col_steps() * 64];
-                let bulk = rate(weights, || {
-                    decode_bytes(level, coded, &mut bytes, None).expect("as above")
-                });
-                let store = rate(weights, || {
-                    decode_into(level, coded, &mut decoded, None).expect("as above")
-                });
-                let batch = rate(weights * 8, || {
-                    run(
-                        &pools[0],
-                        level,
-                        Matrix::Coded(coded),
-                        scales,
-                        &eight,
-                        &mut out8,
-                    )
-                });
+                let bulk = rate(weights, || decode_bytes(level, coded, &mut bytes, None).expect("as above"));
+                let store = rate(weights, || decode_into(level, coded, &mut decoded, None).expect("as above"));
+                let batch = rate(weights * 8, || run(&pools[0], level, Matrix::Coded(coded), scales, &eight, &mut out8));
                 let mut out64 = vec![0.0; 64 * rows];
                 let matrix = Matrix::Decoded(&decoded);
-                let large = rate(weights * 64, || {
-                    run(&pools[0], level, matrix, scales, &many, &mut out64)
-                });
+                let large = rate(weights * 64, || run(&pools[0], level, matrix, scales, &many, &mut out64));
                 println!(
                     "{:20} {:.2}  {:.2}  {place:6}    {:6.2} {:6.2}  {:6.2} {:6.2}  {bulk:6.2} {store:6.2}  {batch:6.1}  {large:6.1}",
                     codec.to_string(),

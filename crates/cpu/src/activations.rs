@@ -33,13 +33,7 @@ impl Activations {
     ///
     /// # Panics
     /// If `x.len() != tokens * cols`, or `segment` is not a multiple of 4 in `4..=`[`SEGMENT_COLS_MAX`].
-    pub fn quantize(
-        level: Level,
-        x: &[f32],
-        tokens: usize,
-        cols: usize,
-        segment: usize,
-    ) -> Activations {
+    pub fn quantize(level: Level, x: &[f32], tokens: usize, cols: usize, segment: usize) -> Activations {
         let mut out = Activations::default();
         out.requantize(level, x, tokens, cols, segment);
         out
@@ -49,14 +43,7 @@ impl Activations {
     ///
     /// # Panics
     /// As [`Activations::quantize`].
-    pub fn requantize(
-        &mut self,
-        level: Level,
-        x: &[f32],
-        tokens: usize,
-        cols: usize,
-        segment: usize,
-    ) {
+    pub fn requantize(&mut self, level: Level, x: &[f32], tokens: usize, cols: usize, segment: usize) {
         assert_eq!(x.len(), tokens * cols, "x must be (tokens, cols)");
         assert!(
             segment.is_multiple_of(4) && (4..=SEGMENT_COLS_MAX).contains(&segment),
@@ -70,15 +57,7 @@ impl Activations {
         self.scales.resize(tokens * segments, 0.0);
         self.sums.resize(tokens * segments, 0);
         if cols > 0 {
-            quantize_rows(
-                level,
-                x,
-                cols,
-                segment,
-                &mut self.q,
-                &mut self.scales,
-                &mut self.sums,
-            );
+            quantize_rows(level, x, cols, segment, &mut self.q, &mut self.scales, &mut self.sums);
         }
     }
 
@@ -99,11 +78,7 @@ impl Activations {
 
     /// Segments of a token.
     pub fn segments(&self) -> usize {
-        if self.segment == 0 {
-            0
-        } else {
-            self.cols.div_ceil(self.segment)
-        }
+        if self.segment == 0 { 0 } else { self.cols.div_ceil(self.segment) }
     }
 
     /// The int8 values of a token, padded with 0 to a multiple of 4 columns.
@@ -172,20 +147,7 @@ mod tests {
 
     #[test]
     fn faults_become_nan_scales_and_tiny_segments_zero() {
-        let x = [
-            1.0,
-            f32::NAN,
-            0.0,
-            0.0,
-            f32::INFINITY,
-            1.0,
-            2.0,
-            3.0,
-            1e-38,
-            0.0,
-            0.0,
-            0.0,
-        ];
+        let x = [1.0, f32::NAN, 0.0, 0.0, f32::INFINITY, 1.0, 2.0, 3.0, 1e-38, 0.0, 0.0, 0.0];
         let a = Activations::quantize(Level::best(), &x, 1, 12, 4);
         assert!(a.scales(0)[0].is_nan() && a.scales(0)[1].is_nan());
         assert_eq!(a.scales(0)[2], 0.0);
@@ -194,17 +156,11 @@ mod tests {
 
     #[test]
     fn levels_agree_on_every_tail() {
-        let x: Vec<f32> = (0..3 * 301)
-            .map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 77.0)
-            .collect();
+        let x: Vec<f32> = (0..3 * 301).map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 77.0).collect();
         for cols in (1..=301).step_by(7) {
             let want = Activations::quantize(Level::Scalar, &x[..3 * cols], 3, cols, 32);
             for level in Level::available() {
-                assert_eq!(
-                    Activations::quantize(level, &x[..3 * cols], 3, cols, 32),
-                    want,
-                    "{level} {cols}"
-                );
+                assert_eq!(Activations::quantize(level, &x[..3 * cols], 3, cols, 32), want, "{level} {cols}");
             }
         }
     }

@@ -32,10 +32,7 @@ impl AlignedBytes {
         let layout = AlignedBytes::layout(len);
         // SAFETY: the layout has a size above 0.
         let start = unsafe { alloc::alloc_zeroed(layout) };
-        AlignedBytes {
-            start: NonNull::new(start).unwrap_or_else(|| alloc::handle_alloc_error(layout)),
-            len,
-        }
+        AlignedBytes { start: NonNull::new(start).unwrap_or_else(|| alloc::handle_alloc_error(layout)), len }
     }
 
     /// Makes it at least `len` bytes long; what it held is lost if it grows.
@@ -50,10 +47,7 @@ impl AlignedBytes {
 
 impl Default for AlignedBytes {
     fn default() -> AlignedBytes {
-        AlignedBytes {
-            start: NonNull::without_provenance(std::num::NonZero::new(ALIGN).expect("not 0")),
-            len: 0,
-        }
+        AlignedBytes { start: NonNull::without_provenance(std::num::NonZero::new(ALIGN).expect("not 0")), len: 0 }
     }
 }
 

@@ -57,19 +57,9 @@ const ESCAPED_BIAS: u8 = 120;
 impl Form {
     pub(crate) fn of(form: DecodedForm) -> Form {
         match form {
-            DecodedForm {
-                bits: 4,
-                has_escape: true,
-                ..
-            } => Form::Nibbles {
-                bias: ESCAPED_BIAS,
-                escapes: true,
-            },
+            DecodedForm { bits: 4, has_escape: true, .. } => Form::Nibbles { bias: ESCAPED_BIAS, escapes: true },
             // The smallest symbol is above -128 in this form, and the largest below 127.
-            DecodedForm { bits: 4, base, .. } => Form::Nibbles {
-                bias: (base + 128) as u8,
-                escapes: false,
-            },
+            DecodedForm { bits: 4, base, .. } => Form::Nibbles { bias: (base + 128) as u8, escapes: false },
             _ => Form::Bytes,
         }
     }
@@ -104,10 +94,8 @@ impl Decoded {
     /// are rare). For a buffer that serves several tensors, call it with each.
     pub fn reserve(&mut self, tensor: &CodedTensor) {
         let form = Form::of(tensor.decoded_form());
-        self.fields
-            .ensure(tensor.row_tiles() * form.lines(tensor.col_steps()) * TILE_SYMBOLS);
-        self.escapes
-            .ensure(escape_capacity(tensor, form) + PADDING_BYTES);
+        self.fields.ensure(tensor.row_tiles() * form.lines(tensor.col_steps()) * TILE_SYMBOLS);
+        self.escapes.ensure(escape_capacity(tensor, form) + PADDING_BYTES);
         if let Some(more) = tensor.row_tiles().checked_sub(self.offsets.len()) {
             self.offsets.reserve(more);
         }
@@ -126,8 +114,7 @@ impl Decoded {
     /// Bytes of the matrix it holds: fields, escapes, offsets, far symbols.
     pub fn bytes(&self) -> u64 {
         let fields = self.row_tiles * self.form.lines(self.col_steps) * TILE_SYMBOLS;
-        (fields + self.escape_count + size_of_val(&self.offsets[..]) + size_of_val(&self.far[..]))
-            as u64
+        (fields + self.escape_count + size_of_val(&self.offsets[..]) + size_of_val(&self.far[..])) as u64
     }
 
     /// Bytes of its buffers, whatever they hold.
@@ -179,12 +166,7 @@ fn escape_capacity(tensor: &CodedTensor, form: Form) -> usize {
 ///
 /// # Errors
 /// Corrupt chunks, and symbols that contradict the header. `out` then holds no matrix.
-pub fn decode_into(
-    level: Level,
-    tensor: &CodedTensor,
-    out: &mut Decoded,
-    pool: Option<&Pool>,
-) -> Result<(), KernelError> {
+pub fn decode_into(level: Level, tensor: &CodedTensor, out: &mut Decoded, pool: Option<&Pool>) -> Result<(), KernelError> {
     out.reserve(tensor);
     let form = Form::of(tensor.decoded_form());
     (out.rows, out.cols, out.row_tiles, out.col_steps) = (0, 0, 0, 0);
@@ -216,12 +198,7 @@ pub fn decode_into(
     }
     out.escape_count = found;
     out.far.sort_unstable();
-    (out.rows, out.cols, out.row_tiles, out.col_steps) = (
-        tensor.rows(),
-        tensor.cols(),
-        tensor.row_tiles(),
-        tensor.col_steps(),
-    );
+    (out.rows, out.cols, out.row_tiles, out.col_steps) = (tensor.rows(), tensor.cols(), tensor.row_tiles(), tensor.col_steps());
     Ok(())
 }
 
@@ -232,20 +209,10 @@ pub fn decode_into(
 ///
 /// # Errors
 /// A wrong length, or corrupt chunks.
-pub fn decode_bytes(
-    level: Level,
-    tensor: &CodedTensor,
-    out: &mut [u8],
-    pool: Option<&Pool>,
-) -> Result<(), KernelError> {
+pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Option<&Pool>) -> Result<(), KernelError> {
     let expected = tensor.row_tiles() * tensor.col_steps() * TILE_SYMBOLS;
     if out.len() != expected {
-        return Err(KernelError::Shape {
-            job: 0,
-            what: "the length of out",
-            expected,
-            found: out.len(),
-        });
+        return Err(KernelError::Shape { job: 0, what: "the length of out", expected, found: out.len() });
     }
     let out = SharedOut::new(out);
     let errors = FirstError::default();
@@ -255,14 +222,8 @@ pub fn decode_bytes(
         with_scratch(|scratch| {
             // SAFETY: each task has its own chunks, and so its own part of the output.
             let out = unsafe { out.slice(first * row_tile_bytes, symbols_of(tensor, &chunks)) };
-            if let Err((chunk, source)) =
-                decode_chunks(level, tensor, chunks, out, &mut scratch.far)
-            {
-                errors.report(KernelError::Corrupt {
-                    job: 0,
-                    chunk,
-                    source,
-                });
+            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, out, &mut scratch.far) {
+                errors.report(KernelError::Corrupt { job: 0, chunk, source });
             }
         });
     });
@@ -272,9 +233,7 @@ pub fn decode_bytes(
 /// Runs `body` over all chunks, in runs that one task decodes together.
 fn for_chunks(tensor: &CodedTensor, pool: Option<&Pool>, body: &(dyn Fn(Range<usize>) + Sync)) {
     let tasks = tensor.chunk_count().div_ceil(CHUNKS_TOGETHER);
-    let task = |task: usize| {
-        body(task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER))
-    };
+    let task = |task: usize| body(task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER));
     match pool {
         Some(pool) => pool.run(tasks, &task),
         None => (0..tasks).for_each(task),
@@ -296,72 +255,45 @@ struct Store<'a> {
 
 impl Store<'_> {
     fn run(&self, chunks: Range<usize>) -> Result<(), KernelError> {
-        let corrupt = |(chunk, source)| KernelError::Corrupt {
-            job: 0,
-            chunk,
-            source,
-        };
+        let corrupt = |(chunk, source)| KernelError::Corrupt { job: 0, chunk, source };
         let steps = self.tensor.col_steps();
         let row_tile_bytes = self.form.lines(steps) * TILE_SYMBOLS;
         let symbols = symbols_of(self.tensor, &chunks);
-        let row_tiles = self.tensor.chunk_row_tiles(chunks.start).start
-            ..self.tensor.chunk_row_tiles(chunks.end - 1).end;
+        let row_tiles = self.tensor.chunk_row_tiles(chunks.start).start..self.tensor.chunk_row_tiles(chunks.end - 1).end;
         with_scratch(|scratch| {
             // SAFETY: each task has its own row tiles, and so its own part of the fields and of the
             // offsets.
             let (fields, offsets) = unsafe {
                 (
-                    self.fields.slice(
-                        row_tiles.start * row_tile_bytes,
-                        row_tiles.len() * row_tile_bytes,
-                    ),
+                    self.fields.slice(row_tiles.start * row_tile_bytes, row_tiles.len() * row_tile_bytes),
                     self.offsets.slice(row_tiles.start, row_tiles.len()),
                 )
             };
             let Form::Nibbles { bias, escapes } = self.form else {
-                decode_chunks(self.level, self.tensor, chunks, fields, &mut scratch.far)
-                    .map_err(corrupt)?;
+                decode_chunks(self.level, self.tensor, chunks, fields, &mut scratch.far).map_err(corrupt)?;
                 return self.keep_far(&scratch.far);
             };
             scratch.bytes.ensure(symbols);
             let bytes = &mut scratch.bytes[..symbols];
-            decode_chunks(
-                self.level,
-                self.tensor,
-                chunks.clone(),
-                bytes,
-                &mut scratch.far,
-            )
-            .map_err(corrupt)?;
+            decode_chunks(self.level, self.tensor, chunks.clone(), bytes, &mut scratch.far).map_err(corrupt)?;
             let tiles: &[TileBytes] = bytes.as_chunks().0;
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
             let mut taken = 0;
-            let lines = fields
-                .as_chunks_mut()
-                .0
-                .chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
+            let lines = fields.as_chunks_mut().0.chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
             let tiles = tiles.chunks_exact(steps);
-            for (i, ((lines, offset), tiles)) in
-                lines.zip(offsets.iter_mut()).zip(tiles).enumerate()
-            {
+            for (i, ((lines, offset), tiles)) in lines.zip(offsets.iter_mut()).zip(tiles).enumerate() {
                 // At most 2^32 symbols, of which fewer are wide.
                 *offset = taken as u32;
                 let room = &mut scratch.escapes[taken..];
                 taken += narrow_row_tile(self.level, tiles, bias, u8::from(escapes), lines, room);
                 if !escapes && taken > 0 {
                     let chunk = chunks.start + i / self.tensor.chunk_row_tiles(chunks.start).len();
-                    return Err(KernelError::OutOfRange {
-                        chunk,
-                        found: taken,
-                    });
+                    return Err(KernelError::OutOfRange { chunk, found: taken });
                 }
             }
             let start = self.escapes_taken.fetch_add(taken, Ordering::Relaxed);
             if start + taken > self.escape_capacity {
-                return Err(KernelError::WideSymbolsExceed {
-                    expected: self.escape_capacity,
-                    at_least: start + taken,
-                });
+                return Err(KernelError::WideSymbolsExceed { expected: self.escape_capacity, at_least: start + taken });
             }
             // SAFETY: the range was just taken from the counter, so no other task has it.
             unsafe { self.escapes.slice(start, taken) }.copy_from_slice(&scratch.escapes[..taken]);
@@ -374,10 +306,7 @@ impl Store<'_> {
 
     fn keep_far(&self, far: &[FarAt]) -> Result<(), KernelError> {
         if !far.is_empty() {
-            self.far
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .extend_from_slice(far);
+            self.far.lock().unwrap_or_else(|e| e.into_inner()).extend_from_slice(far);
         }
         Ok(())
     }
@@ -411,13 +340,7 @@ per_isa! {
 /// # Safety
 /// 64 bytes are writable at `next`.
 #[inline(always)]
-unsafe fn narrow<I: Isa>(
-    isa: I,
-    tile: &TileBytes,
-    bias: I::Tile,
-    lowest: I::Tile,
-    next: &mut *mut u8,
-) -> I::Tile {
+unsafe fn narrow<I: Isa>(isa: I, tile: &TileBytes, bias: I::Tile, lowest: I::Tile, next: &mut *mut u8) -> I::Tile {
     let tile = isa.load(tile);
     let (field, wide) = isa.narrow(tile, bias, lowest);
     // SAFETY: by the contract.
@@ -460,12 +383,7 @@ per_isa! {
 /// `next` must come from [`RowTile::escapes`] and be passed on through all tiles of that row tile
 /// in order: then as many bytes as are taken, and 64 more, are readable.
 #[inline(always)]
-pub(crate) unsafe fn unescape<I: Isa>(
-    isa: I,
-    tile: I::Tile,
-    bias: I::Tile,
-    next: &mut *const u8,
-) -> I::Tile {
+pub(crate) unsafe fn unescape<I: Isa>(isa: I, tile: I::Tile, bias: I::Tile, next: &mut *const u8) -> I::Tile {
     // SAFETY: `decode_into` wrote one escape for each field of 0, and 64 bytes lie behind the last.
     unsafe {
         let (whole, taken) = isa.unescape(tile, bias, *next);

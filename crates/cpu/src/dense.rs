@@ -52,20 +52,9 @@ impl<'a> Dense<'a> {
     /// # Panics
     /// If `bytes` has another length.
     pub fn new(dtype: DenseType, rows: usize, cols: usize, bytes: &'a [u8]) -> Dense<'a> {
-        let expected = rows
-            .checked_mul(cols)
-            .and_then(|n| n.checked_mul(dtype.bytes()));
-        assert_eq!(
-            Some(bytes.len()),
-            expected,
-            "bytes must be ({rows}, {cols}) elements of {dtype:?}"
-        );
-        Dense {
-            dtype,
-            rows,
-            cols,
-            bytes,
-        }
+        let expected = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.bytes()));
+        assert_eq!(Some(bytes.len()), expected, "bytes must be ({rows}, {cols}) elements of {dtype:?}");
+        Dense { dtype, rows, cols, bytes }
     }
 
     /// Rows.
@@ -84,11 +73,7 @@ impl<'a> Dense<'a> {
     /// If there is no such row, or `out.len() != cols`.
     pub fn read_row(&self, level: Level, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        assert_eq!(
-            out.len(),
-            self.cols,
-            "out must have as many elements as the matrix has columns"
-        );
+        assert_eq!(out.len(), self.cols, "out must have as many elements as the matrix has columns");
         widen_rows(level, self.dtype, self.row_bytes(row, 1), out);
     }
 
@@ -106,14 +91,7 @@ const ROWS_TOGETHER: usize = 4;
 ///
 /// # Panics
 /// If the lengths disagree with the shapes.
-pub fn dense_matmul(
-    pool: &Pool,
-    level: Level,
-    w: Dense<'_>,
-    x: &[f32],
-    tokens: usize,
-    out: &mut [f32],
-) {
+pub fn dense_matmul(pool: &Pool, level: Level, w: Dense<'_>, x: &[f32], tokens: usize, out: &mut [f32]) {
     assert_eq!(x.len(), tokens * w.cols, "x must be (tokens, cols)");
     assert_eq!(out.len(), tokens * w.rows, "out must be (tokens, rows)");
     if out.is_empty() {
@@ -215,11 +193,7 @@ pub(crate) fn dot_block<I: Isa, const R: usize>(isa: I, w: &[f32], x: &[f32], ou
         }
         let mut tail = [0.0; LANES];
         isa.store_floats(lanes[r], &mut tail);
-        for ((lane, w), x) in tail
-            .iter_mut()
-            .zip(rows[r].as_chunks::<LANES>().1)
-            .zip(x_tail)
-        {
+        for ((lane, w), x) in tail.iter_mut().zip(rows[r].as_chunks::<LANES>().1).zip(x_tail) {
             *lane += w * x;
         }
         out[r] = fold(tail);
@@ -252,14 +226,7 @@ mod tests {
 
     #[test]
     fn every_level_type_and_tail_is_the_definition() {
-        for (rows, cols, tokens) in [
-            (1, 1, 1),
-            (3, 15, 2),
-            (4, 16, 1),
-            (5, 17, 3),
-            (37, 100, 2),
-            (130, 259, 1),
-        ] {
+        for (rows, cols, tokens) in [(1, 1, 1), (3, 15, 2), (4, 16, 1), (5, 17, 3), (37, 100, 2), (130, 259, 1)] {
             let x: Vec<f32> = (0..tokens * cols).map(value).collect();
             for dtype in [DenseType::F32, DenseType::Bf16, DenseType::F16] {
                 let mut real = Vec::new();
@@ -282,22 +249,13 @@ mod tests {
                     }
                 }
                 let w = Dense::new(dtype, rows, cols, &bytes[1..]);
-                let want: Vec<f32> = (0..tokens * rows)
-                    .map(|i| {
-                        naive(
-                            &real[i % rows * cols..][..cols],
-                            &x[i / rows * cols..][..cols],
-                        )
-                    })
-                    .collect();
+                let want: Vec<f32> =
+                    (0..tokens * rows).map(|i| naive(&real[i % rows * cols..][..cols], &x[i / rows * cols..][..cols])).collect();
                 for level in levels() {
                     for threads in [1, 3] {
                         let mut out = vec![f32::NAN; tokens * rows];
                         dense_matmul(&Pool::new(threads), level, w, &x, tokens, &mut out);
-                        assert_eq!(
-                            out, want,
-                            "{level} {dtype:?} {rows}x{cols}, {tokens} tokens, {threads} threads"
-                        );
+                        assert_eq!(out, want, "{level} {dtype:?} {rows}x{cols}, {tokens} tokens, {threads} threads");
                     }
                     let mut row = vec![f32::NAN; cols];
                     w.read_row(level, rows - 1, &mut row);

@@ -18,9 +18,7 @@ pub enum KernelError {
     },
     /// A chunk decodes to symbols that the tensor's header excludes, so that they do not fit the
     /// decoded form.
-    #[error(
-        "chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives"
-    )]
+    #[error("chunk {chunk} is corrupt: {found} symbols are outside of the range that the header gives")]
     OutOfRange {
         /// Index in the tensor.
         chunk: usize,
@@ -65,9 +63,7 @@ impl KernelError {
             KernelError::Corrupt { job, chunk, .. } => (job, chunk),
             KernelError::OutOfRange { chunk, .. } => (0, chunk),
             KernelError::Shape { job, .. } => (job, 0),
-            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => {
-                (usize::MAX, 0)
-            }
+            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => (usize::MAX, 0),
         }
     }
 }
@@ -85,9 +81,6 @@ impl FirstError {
     }
 
     pub(crate) fn into_result(self) -> Result<(), KernelError> {
-        self.0
-            .into_inner()
-            .unwrap_or_else(|e| e.into_inner())
-            .map_or(Ok(()), Err)
+        self.0.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
     }
 }

@@ -106,13 +106,7 @@ impl FromStr for Level {
         let Some(name) = NAMES.iter().find(|n| **n == s) else {
             return Err(LevelError::Unknown { name: s.to_owned() });
         };
-        Level::available()
-            .into_iter()
-            .find(|l| l.name() == s)
-            .ok_or(LevelError::Missing {
-                name,
-                best: Level::best(),
-            })
+        Level::available().into_iter().find(|l| l.name() == s).ok_or(LevelError::Missing { name, best: Level::best() })
     }
 }
 
@@ -158,12 +152,7 @@ mod tests {
             assert_eq!(level.name().parse::<Level>(), Ok(level));
         }
         assert_eq!(Level::available()[0], Level::Scalar);
-        assert_eq!(
-            "sse9".parse::<Level>(),
-            Err(LevelError::Unknown {
-                name: "sse9".into()
-            })
-        );
+        assert_eq!("sse9".parse::<Level>(), Err(LevelError::Unknown { name: "sse9".into() }));
         assert!(Level::best() >= Level::Scalar);
     }
 }

@@ -60,11 +60,7 @@ unsafe impl<T: Send> Send for SharedOut<'_, T> {}
 
 impl<'a, T> SharedOut<'a, T> {
     pub(crate) fn new(out: &'a mut [T]) -> SharedOut<'a, T> {
-        SharedOut {
-            start: out.as_mut_ptr(),
-            len: out.len(),
-            lifetime: PhantomData,
-        }
+        SharedOut { start: out.as_mut_ptr(), len: out.len(), lifetime: PhantomData }
     }
 
     /// `len` elements from `at` on.
@@ -76,11 +72,7 @@ impl<'a, T> SharedOut<'a, T> {
     /// If the slice reaches beyond the end.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn slice(&self, at: usize, len: usize) -> &'a mut [T] {
-        assert!(
-            at <= self.len && len <= self.len - at,
-            "{at} + {len} is beyond {}",
-            self.len
-        );
+        assert!(at <= self.len && len <= self.len - at, "{at} + {len} is beyond {}", self.len);
         // SAFETY: within the borrowed slice, as just checked, and disjoint from all others by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }

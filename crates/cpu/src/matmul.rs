@@ -28,13 +28,8 @@ use crate::error::FirstError;
 use crate::isa::avx512_rans;
 use crate::isa::{Isa, TileBytes, per_isa};
 use crate::scales::{TileScales, widen};
-use crate::source::{
-    CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch,
-};
-use crate::{
-    Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS,
-    TILE_SYMBOLS,
-};
+use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// A matrix, in the form it is held in.
 #[derive(Clone, Copy, Debug)]
@@ -105,15 +100,8 @@ pub fn matmul(pool: &Pool, level: Level, jobs: &mut [Job<'_>]) -> Result<(), Ker
         x: &'a Activations,
         out: SharedOut<'a, f32>,
     }
-    let shared: Vec<Shared<'_>> = jobs
-        .iter_mut()
-        .map(|j| Shared {
-            matrix: j.matrix,
-            scales: j.scales,
-            x: j.x,
-            out: SharedOut::new(j.out),
-        })
-        .collect();
+    let shared: Vec<Shared<'_>> =
+        jobs.iter_mut().map(|j| Shared { matrix: j.matrix, scales: j.scales, x: j.x, out: SharedOut::new(j.out) }).collect();
     let errors = FirstError::default();
     pool.run(tasks, &|mut task| {
         let mut index = 0;
@@ -122,21 +110,11 @@ pub fn matmul(pool: &Pool, level: Level, jobs: &mut [Job<'_>]) -> Result<(), Ker
             index += 1;
         }
         let (job, units) = (&shared[index], plans[index].run(task));
-        let dot = Dot {
-            level,
-            scales: job.scales,
-            x: job.x,
-            rows: job.matrix.rows(),
-            out: job.out,
-        };
+        let dot = Dot { level, scales: job.scales, x: job.x, rows: job.matrix.rows(), out: job.out };
         match job.matrix {
             Matrix::Coded(tensor) => {
                 if let Err((chunk, source)) = dot.coded(tensor, units) {
-                    errors.report(KernelError::Corrupt {
-                        job: index,
-                        chunk,
-                        source,
-                    });
+                    errors.report(KernelError::Corrupt { job: index, chunk, source });
                 }
             }
             Matrix::Decoded(matrix) => dot.decoded(matrix, units),
@@ -148,24 +126,10 @@ pub fn matmul(pool: &Pool, level: Level, jobs: &mut [Job<'_>]) -> Result<(), Ker
 fn check(index: usize, job: &Job<'_>) -> Result<(), KernelError> {
     let (rows, cols, tokens) = (job.matrix.rows(), job.matrix.cols(), job.x.tokens());
     let equal = |what, expected, found| {
-        if expected == found {
-            Ok(())
-        } else {
-            Err(KernelError::Shape {
-                job: index,
-                what,
-                expected,
-                found,
-            })
-        }
+        if expected == found { Ok(()) } else { Err(KernelError::Shape { job: index, what, expected, found }) }
     };
     if tokens == 0 {
-        return Err(KernelError::Shape {
-            job: index,
-            what: "the number of tokens",
-            expected: 1,
-            found: 0,
-        });
+        return Err(KernelError::Shape { job: index, what: "the number of tokens", expected: 1, found: 0 });
     }
     equal("the number of columns of x", cols, job.x.cols())?;
     equal("the segment of x", job.scales.segment(), job.x.segment())?;
@@ -186,33 +150,19 @@ fn plan(jobs: &[Job<'_>], threads: usize) -> Vec<Plan> {
     let mut plans: Vec<Plan> = jobs
         .iter()
         .map(|j| match j.matrix {
-            Matrix::Coded(m) => Plan {
-                units: m.chunk_count(),
-                tasks: m.chunk_count().div_ceil(CHUNKS_TOGETHER),
-            },
+            Matrix::Coded(m) => Plan { units: m.chunk_count(), tasks: m.chunk_count().div_ceil(CHUNKS_TOGETHER) },
             Matrix::Decoded(m) => {
                 // About 8 tasks a thread in all, none with less than 16 KiB of fields.
                 let line_bytes = m.col_steps() * TILE_SYMBOLS / 2;
                 let most = (m.row_tiles() * line_bytes / 16_384).max(1);
-                let share = if threads == 1 {
-                    1
-                } else {
-                    (8 * threads * m.row_tiles()).div_ceil(row_tiles_all.max(1))
-                };
-                Plan {
-                    units: m.row_tiles(),
-                    tasks: share.clamp(1, most).min(m.row_tiles()),
-                }
+                let share = if threads == 1 { 1 } else { (8 * threads * m.row_tiles()).div_ceil(row_tiles_all.max(1)) };
+                Plan { units: m.row_tiles(), tasks: share.clamp(1, most).min(m.row_tiles()) }
             }
         })
         .collect();
     let mut total: usize = plans.iter().map(|p| p.tasks).sum();
     while !total.is_multiple_of(threads) && total < 4 * threads {
-        let Some(longest) = plans
-            .iter_mut()
-            .filter(|p| p.tasks < p.units)
-            .max_by_key(|p| p.units / p.tasks)
-        else {
+        let Some(longest) = plans.iter_mut().filter(|p| p.tasks < p.units).max_by_key(|p| p.units / p.tasks) else {
             break;
         };
         longest.tasks += 1;
@@ -231,21 +181,14 @@ struct Dot<'a> {
 }
 
 impl Dot<'_> {
-    fn coded(
-        &self,
-        tensor: &CodedTensor,
-        chunks: Range<usize>,
-    ) -> Result<(), (usize, tersor_codec::DecodeError)> {
+    fn coded(&self, tensor: &CodedTensor, chunks: Range<usize>) -> Result<(), (usize, tersor_codec::DecodeError)> {
         with_scratch(|scratch| {
             let symbols = symbols_of(tensor, &chunks);
             let first = tensor.chunk_row_tiles(chunks.start).start;
             #[cfg(target_arch = "x86_64")]
             if let (Level::Avx512(token), 1) = (self.level, self.x.tokens()) {
                 let sums = &mut scratch.sums;
-                sums.resize(
-                    symbols / (tensor.col_steps() * TILE_SYMBOLS),
-                    [0.0; TILE_ROWS],
-                );
+                sums.resize(symbols / (tensor.col_steps() * TILE_SYMBOLS), [0.0; TILE_ROWS]);
                 if avx512_rans::dot(token, tensor, chunks.clone(), self.scales, self.x, sums) {
                     for (i, sums) in sums.iter().enumerate() {
                         self.write(first + i, std::slice::from_ref(sums));
@@ -254,16 +197,8 @@ impl Dot<'_> {
                 }
             }
             scratch.bytes.ensure(symbols);
-            decode_chunks(
-                self.level,
-                tensor,
-                chunks,
-                &mut scratch.bytes[..symbols],
-                &mut scratch.far,
-            )?;
-            let Scratch {
-                bytes, far, sums, ..
-            } = scratch;
+            decode_chunks(self.level, tensor, chunks, &mut scratch.bytes[..symbols], &mut scratch.far)?;
+            let Scratch { bytes, far, sums, .. } = scratch;
             let tiles: &[TileBytes] = bytes[..symbols].as_chunks().0;
             for (i, tiles) in tiles.chunks_exact(tensor.col_steps()).enumerate() {
                 self.bytes(first + i, tiles, far_of(far, first + i), sums);
@@ -298,44 +233,16 @@ impl Dot<'_> {
     }
 
     /// One row tile as symbol bytes, (steps), with all tokens.
-    fn bytes(
-        &self,
-        row_tile: usize,
-        tiles: &[TileBytes],
-        far: &[FarAt],
-        sums: &mut Vec<[f32; TILE_ROWS]>,
-    ) {
+    fn bytes(&self, row_tile: usize, tiles: &[TileBytes], far: &[FarAt], sums: &mut Vec<[f32; TILE_ROWS]>) {
         sums.clear();
         sums.resize(self.x.tokens(), [0.0; TILE_ROWS]);
-        dot_bytes(
-            self.level,
-            tiles,
-            far,
-            self.scales.tile(row_tile),
-            self.x,
-            sums,
-        );
+        dot_bytes(self.level, tiles, far, self.scales.tile(row_tile), self.x, sums);
         self.write(row_tile, sums);
     }
 
     /// One row tile as nibbles, with one token.
-    fn nibbles(
-        &self,
-        tile: &RowTile<'_>,
-        bias: u8,
-        escapes: bool,
-        row_tile: usize,
-        sums: &mut [f32; TILE_ROWS],
-    ) {
-        dot_nibbles(
-            self.level,
-            tile,
-            bias,
-            escapes,
-            self.scales.tile(row_tile),
-            self.x,
-            sums,
-        );
+    fn nibbles(&self, tile: &RowTile<'_>, bias: u8, escapes: bool, row_tile: usize, sums: &mut [f32; TILE_ROWS]) {
+        dot_nibbles(self.level, tile, bias, escapes, self.scales.tile(row_tile), self.x, sums);
     }
 
     /// `sums`: (tokens, 16); rows beyond the matrix are dropped.
@@ -353,20 +260,11 @@ impl Dot<'_> {
 /// Adds what far symbols are above -128, the symbol that their byte 0 stands for, to a segment's
 /// sums. `steps`: the segment's; `q`: the token's.
 #[inline(always)]
-pub(crate) fn patch_far(
-    isum: &mut [i32; TILE_ROWS],
-    far: &[FarAt],
-    steps: &Range<usize>,
-    q: &[[i8; TILE_COLS]],
-) {
+pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) {
     for f in far {
-        let (step, lane) = (
-            f.position as usize / TILE_SYMBOLS,
-            f.position as usize % TILE_SYMBOLS,
-        );
+        let (step, lane) = (f.position as usize / TILE_SYMBOLS, f.position as usize % TILE_SYMBOLS);
         if steps.contains(&step) {
-            isum[lane / TILE_COLS] +=
-                (i32::from(f.symbol) + 128) * i32::from(q[step][lane % TILE_COLS]);
+            isum[lane / TILE_COLS] += (i32::from(f.symbol) + 128) * i32::from(q[step][lane % TILE_COLS]);
         }
     }
 }
@@ -384,11 +282,7 @@ impl SegmentScales {
     pub(crate) fn of(scales: TileScales<'_>, segment: usize) -> SegmentScales {
         match scales {
             TileScales::Row(_) => SegmentScales::Row,
-            TileScales::Group {
-                scales,
-                biases,
-                brain,
-            } => {
+            TileScales::Group { scales, biases, brain } => {
                 let scale = scales[segment].map(|s| widen(s, brain));
                 match biases {
                     None => SegmentScales::Group(scale),
@@ -406,13 +300,7 @@ impl SegmentScales {
 
     /// Adds one segment's integer sums to the rows' results.
     #[inline(always)]
-    pub(crate) fn add(
-        &self,
-        acc: &mut [f32; TILE_ROWS],
-        isum: &[i32; TILE_ROWS],
-        xscale: f32,
-        xsum: i32,
-    ) {
+    pub(crate) fn add(&self, acc: &mut [f32; TILE_ROWS], isum: &[i32; TILE_ROWS], xscale: f32, xsum: i32) {
         match self {
             SegmentScales::Row => {
                 for j in 0..TILE_ROWS {
@@ -550,43 +438,15 @@ per_isa! {
 ///
 /// # Errors
 /// A row or a length outside the matrix; a corrupt chunk.
-pub fn read_row(
-    level: Level,
-    matrix: Matrix<'_>,
-    scales: &KernelScales,
-    row: usize,
-    out: &mut [f32],
-) -> Result<(), KernelError> {
+pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: usize, out: &mut [f32]) -> Result<(), KernelError> {
     let shape = |what, expected, found| {
-        if expected == found {
-            Ok(())
-        } else {
-            Err(KernelError::Shape {
-                job: 0,
-                what,
-                expected,
-                found,
-            })
-        }
+        if expected == found { Ok(()) } else { Err(KernelError::Shape { job: 0, what, expected, found }) }
     };
     shape("the length of out", matrix.cols(), out.len())?;
-    shape(
-        "the number of rows with scales",
-        matrix.rows(),
-        scales.rows(),
-    )?;
-    shape(
-        "the number of columns with scales",
-        matrix.cols(),
-        scales.cols(),
-    )?;
+    shape("the number of rows with scales", matrix.rows(), scales.rows())?;
+    shape("the number of columns with scales", matrix.cols(), scales.cols())?;
     if row >= matrix.rows() {
-        return Err(KernelError::Shape {
-            job: 0,
-            what: "the row, counted from 1,",
-            expected: matrix.rows(),
-            found: row + 1,
-        });
+        return Err(KernelError::Shape { job: 0, what: "the row, counted from 1,", expected: matrix.rows(), found: row + 1 });
     }
     let row_tile = row / TILE_ROWS;
     with_scratch(|scratch| {
@@ -598,16 +458,9 @@ pub fn read_row(
                 let symbols = tensor.chunk_symbols(chunk);
                 bytes.ensure(symbols);
                 decode_chunks(level, tensor, chunk..chunk + 1, &mut bytes[..symbols], far)
-                    .map_err(|(chunk, source)| KernelError::Corrupt {
-                        job: 0,
-                        chunk,
-                        source,
-                    })?;
+                    .map_err(|(chunk, source)| KernelError::Corrupt { job: 0, chunk, source })?;
                 let tiles = bytes[..symbols].as_chunks().0;
-                (
-                    &tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()],
-                    far_of(far, row_tile),
-                )
+                (&tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()], far_of(far, row_tile))
             }
             Matrix::Decoded(decoded) => {
                 let symbols = decoded.col_steps() * TILE_SYMBOLS;
@@ -622,16 +475,8 @@ pub fn read_row(
         for (col, out) in out.iter_mut().enumerate() {
             let position = lane + col % TILE_COLS;
             let byte = tiles[col / TILE_COLS][position];
-            let far = || {
-                far.iter()
-                    .find(|f| f.position as usize == col / TILE_COLS * TILE_SYMBOLS + position)
-                    .map(|f| f.symbol)
-            };
-            let symbol = if byte == 0 {
-                far().unwrap_or(-128)
-            } else {
-                i16::from(byte) - 128
-            };
+            let far = || far.iter().find(|f| f.position as usize == col / TILE_COLS * TILE_SYMBOLS + position).map(|f| f.symbol);
+            let symbol = if byte == 0 { far().unwrap_or(-128) } else { i16::from(byte) - 128 };
             *out = scales.weight(row, col, symbol);
         }
         Ok(())

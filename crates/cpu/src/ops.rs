@@ -176,9 +176,7 @@ fn max_of(x: &[f32]) -> f32 {
     for x in tail {
         lanes[0] = if *x > lanes[0] { *x } else { lanes[0] };
     }
-    lanes
-        .into_iter()
-        .fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m })
+    lanes.into_iter().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m })
 }
 
 per_level! {
@@ -272,11 +270,7 @@ impl KvElement for f16 {
     }
     #[inline(always)]
     fn store(x: f32) -> f16 {
-        f16::from_f32_const(if x.is_nan() {
-            x
-        } else {
-            x.clamp(-65504.0, 65504.0)
-        })
+        f16::from_f32_const(if x.is_nan() { x } else { x.clamp(-65504.0, 65504.0) })
     }
     fn widen<'a>(level: Level, x: &'a [f16], buffer: &'a mut [f32]) -> &'a [f32] {
         let buffer = &mut buffer[..x.len()];
@@ -293,21 +287,11 @@ pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff);
     // Normal numbers: shift into place and rebias the exponent by 112. Infinities and NaNs: rebias
     // once more.
-    let rebias = if magnitude >= 0x7c00 {
-        224u32 << 23
-    } else {
-        112 << 23
-    };
+    let rebias = if magnitude >= 0x7c00 { 224u32 << 23 } else { 112 << 23 };
     let normal = (magnitude << 13) + rebias;
     // Subnormal numbers: magnitude * 2^-24, by an exact conversion and an exact product.
     let subnormal = (magnitude as i32 as f32 * 5.960_464_5e-8).to_bits();
-    f32::from_bits(
-        sign | if magnitude < 0x0400 {
-            subnormal
-        } else {
-            normal
-        },
-    )
+    f32::from_bits(sign | if magnitude < 0x0400 { subnormal } else { normal })
 }
 
 /// Copies f32 values into a cache, each by [`KvElement::store`].
@@ -367,34 +351,15 @@ pub fn attend<E: KvElement>(
     kv: KvView<'_, E>,
     out: &mut [f32],
 ) {
-    let Attention {
-        heads,
-        kv_heads,
-        head_dim,
-        ..
-    } = shape;
-    assert!(
-        kv_heads > 0 && heads.is_multiple_of(kv_heads),
-        "{kv_heads} key heads cannot serve {heads} query heads"
-    );
-    assert!(
-        shape.window != Some(0),
-        "a window of 0 positions sees nothing"
-    );
-    assert!(
-        q.len() == tokens * heads * head_dim && out.len() == q.len(),
-        "q and out must be (tokens, heads, head_dim)"
-    );
+    let Attention { heads, kv_heads, head_dim, .. } = shape;
+    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{kv_heads} key heads cannot serve {heads} query heads");
+    assert!(shape.window != Some(0), "a window of 0 positions sees nothing");
+    assert!(q.len() == tokens * heads * head_dim && out.len() == q.len(), "q and out must be (tokens, heads, head_dim)");
     assert!(
         kv.keys.len() == kv_heads * kv.capacity * head_dim && kv.values.len() == kv.keys.len(),
         "keys and values must be (kv_heads, capacity, head_dim)"
     );
-    assert!(
-        position + tokens <= kv.capacity,
-        "the cache has {} positions, {} are needed",
-        kv.capacity,
-        position + tokens
-    );
+    assert!(position + tokens <= kv.capacity, "the cache has {} positions, {} are needed", kv.capacity, position + tokens);
     if q.is_empty() {
         return;
     }
@@ -404,8 +369,7 @@ pub fn attend<E: KvElement>(
         let (token, kv_head) = (task / kv_heads, task % kv_heads);
         let end = position + token + 1;
         let start = shape.window.map_or(0, |w| end.saturating_sub(w));
-        let cached =
-            (kv_head * kv.capacity + start) * head_dim..(kv_head * kv.capacity + end) * head_dim;
+        let cached = (kv_head * kv.capacity + start) * head_dim..(kv_head * kv.capacity + end) * head_dim;
         let at = (token * heads + kv_head * group) * head_dim;
         // SAFETY: each (token, kv_head) has its own `group * head_dim` elements of `out`.
         let out = unsafe { out.slice(at, group * head_dim) };
@@ -456,25 +420,13 @@ impl<E: KvElement> Group<'_, E> {
         let (head_dim, level) = (self.head_dim, self.level);
         let positions = self.keys.len() / head_dim;
         let block = (WIDE / head_dim).max(1);
-        scratch
-            .scores
-            .resize(self.q.len() / head_dim * positions, 0.0);
+        scratch.scores.resize(self.q.len() / head_dim * positions, 0.0);
         scratch.wide.resize(block * head_dim, 0.0);
         let (scores, wide) = (&mut scratch.scores[..], &mut scratch.wide[..]);
         for (i, keys) in self.keys.chunks(block * head_dim).enumerate() {
             let keys = E::widen(level, keys, wide);
-            for (q, scores) in self
-                .q
-                .chunks_exact(head_dim)
-                .zip(scores.chunks_exact_mut(positions))
-            {
-                score(
-                    level,
-                    q,
-                    keys,
-                    self.scale,
-                    &mut scores[i * block..][..keys.len() / head_dim],
-                );
+            for (q, scores) in self.q.chunks_exact(head_dim).zip(scores.chunks_exact_mut(positions)) {
+                score(level, q, keys, self.scale, &mut scores[i * block..][..keys.len() / head_dim]);
             }
         }
         for scores in scores.chunks_exact_mut(positions) {
@@ -483,16 +435,8 @@ impl<E: KvElement> Group<'_, E> {
         out.fill(0.0);
         for (i, values) in self.values.chunks(block * head_dim).enumerate() {
             let values = E::widen(level, values, wide);
-            for (out, scores) in out
-                .chunks_exact_mut(head_dim)
-                .zip(scores.chunks_exact(positions))
-            {
-                mix(
-                    level,
-                    &scores[i * block..][..values.len() / head_dim],
-                    values,
-                    out,
-                );
+            for (out, scores) in out.chunks_exact_mut(head_dim).zip(scores.chunks_exact(positions)) {
+                mix(level, &scores[i * block..][..values.len() / head_dim], values, out);
             }
         }
     }
@@ -598,10 +542,7 @@ mod tests {
     fn every_f16_widens_exactly() {
         for bits in 0..=u16::MAX {
             let (ours, theirs) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
-            assert!(
-                ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(),
-                "{bits:#x}: {ours} {theirs}"
-            );
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(), "{bits:#x}: {ours} {theirs}");
         }
     }
 
@@ -610,11 +551,7 @@ mod tests {
         assert_eq!(<f16 as KvElement>::store(1e6), f16::MAX);
         assert_eq!(<f16 as KvElement>::store(-1e6), f16::MIN);
         assert!(<f16 as KvElement>::store(f32::NAN).is_nan());
-        assert_eq!(
-            <f16 as KvElement>::store(1.0 + 1.0 / 2048.0).load(),
-            1.0,
-            "a tie goes to even"
-        );
+        assert_eq!(<f16 as KvElement>::store(1.0 + 1.0 / 2048.0).load(), 1.0, "a tie goes to even");
         let mut out = [0f32; 2];
         store_kv(&[1.5, -2.0], &mut out);
         assert_eq!(out, [1.5, -2.0]);
@@ -623,22 +560,12 @@ mod tests {
     #[test]
     fn by_hand() {
         let mut out = [0.0; 4];
-        rms_norm(
-            Level::Scalar,
-            &[3.0, 4.0, 0.0, 0.0],
-            &[1.0, 2.0],
-            0.0,
-            &mut out,
-        );
+        rms_norm(Level::Scalar, &[3.0, 4.0, 0.0, 0.0], &[1.0, 2.0], 0.0, &mut out);
         let r = 1.0 / 12.5f32.sqrt();
         assert_eq!(out[..2], [3.0 * r, 4.0 * r * 2.0]);
         let mut x = [1.0, 2.0, 3.0, 4.0];
         rope(Level::Scalar, &mut x, 1, 1, &[0.0, 1.0], &[1.0, 0.0]);
-        assert_eq!(
-            x,
-            [-3.0, 2.0, 1.0, 4.0],
-            "the first pair (1, 3) turns by 90 degrees, the second stays"
-        );
+        assert_eq!(x, [-3.0, 2.0, 1.0, 4.0], "the first pair (1, 3) turns by 90 degrees, the second stays");
         let mut x = [0.0, std::f32::consts::LN_2];
         softmax(Level::Scalar, &mut x);
         assert!((x[0] - 1.0 / 3.0).abs() < 1e-7 && (x[1] - 2.0 / 3.0).abs() < 1e-7);
@@ -662,12 +589,7 @@ mod tests {
         values: &[f32],
         capacity: usize,
     ) -> Vec<f64> {
-        let Attention {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = shape;
+        let Attention { heads, kv_heads, head_dim, .. } = shape;
         let mut out = Vec::new();
         for h in 0..heads {
             let kv = h / (heads / kv_heads);
@@ -675,56 +597,25 @@ mod tests {
             let end = position + token + 1;
             let start = end.saturating_sub(shape.window.unwrap_or(end));
             let row = |x: &[f32], p: usize| -> Vec<f64> {
-                x[(kv * capacity + p) * head_dim..][..head_dim]
-                    .iter()
-                    .map(|v| f64::from(*v))
-                    .collect()
+                x[(kv * capacity + p) * head_dim..][..head_dim].iter().map(|v| f64::from(*v)).collect()
             };
             let e: Vec<f64> = (start..end)
-                .map(|p| {
-                    (row(keys, p)
-                        .iter()
-                        .zip(q)
-                        .map(|(k, q)| k * f64::from(*q))
-                        .sum::<f64>()
-                        * f64::from(shape.scale))
-                    .exp()
-                })
+                .map(|p| (row(keys, p).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum::<f64>() * f64::from(shape.scale)).exp())
                 .collect();
             let sum: f64 = e.iter().sum();
-            out.extend((0..head_dim).map(|d| {
-                (start..end)
-                    .zip(&e)
-                    .map(|(p, e)| e / sum * row(values, p)[d])
-                    .sum::<f64>()
-            }));
+            out.extend((0..head_dim).map(|d| (start..end).zip(&e).map(|(p, e)| e / sum * row(values, p)[d]).sum::<f64>()));
         }
         out
     }
 
     #[test]
     fn attention_is_the_definition_at_every_level_and_slicing() {
-        for (heads, kv_heads, head_dim, window) in
-            [(4, 2, 16, None), (3, 1, 20, Some(5)), (2, 2, 7, Some(1))]
-        {
-            let shape = Attention {
-                heads,
-                kv_heads,
-                head_dim,
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                window,
-            };
+        for (heads, kv_heads, head_dim, window) in [(4, 2, 16, None), (3, 1, 20, Some(5)), (2, 2, 7, Some(1))] {
+            let shape = Attention { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window };
             let (tokens, position, capacity) = (6, 9, 17);
             let q = values(tokens * heads * head_dim, 1);
-            let (keys, vals) = (
-                values(kv_heads * capacity * head_dim, 2),
-                values(kv_heads * capacity * head_dim, 3),
-            );
-            let half = |x: &[f32]| {
-                x.iter()
-                    .map(|v| <f16 as KvElement>::store(*v))
-                    .collect::<Vec<f16>>()
-            };
+            let (keys, vals) = (values(kv_heads * capacity * head_dim, 2), values(kv_heads * capacity * head_dim, 3));
+            let half = |x: &[f32]| x.iter().map(|v| <f16 as KvElement>::store(*v)).collect::<Vec<f16>>();
             let back = |x: &[f16]| x.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
             let (keys16, vals16) = (half(&keys), half(&vals));
             let (keys, vals) = (back(&keys16), back(&vals16));
@@ -733,50 +624,15 @@ mod tests {
                 for threads in [1, 3] {
                     let pool = Pool::new(threads);
                     let mut out = vec![f32::NAN; q.len()];
-                    attend(
-                        &pool,
-                        level,
-                        shape,
-                        &q,
-                        tokens,
-                        position,
-                        KvView {
-                            keys: &keys,
-                            values: &vals,
-                            capacity,
-                        },
-                        &mut out,
-                    );
+                    attend(&pool, level, shape, &q, tokens, position, KvView { keys: &keys, values: &vals, capacity }, &mut out);
                     let want = first.get_or_insert_with(|| out.clone());
                     assert_eq!(&out, want, "{level} f32");
                     // In two slices, from f16: the same values.
                     let cut = 2 * heads * head_dim;
-                    let kv = KvView {
-                        keys: &keys16,
-                        values: &vals16,
-                        capacity,
-                    };
+                    let kv = KvView { keys: &keys16, values: &vals16, capacity };
                     let mut out = vec![f32::NAN; q.len()];
-                    attend(
-                        &pool,
-                        level,
-                        shape,
-                        &q[..cut],
-                        2,
-                        position,
-                        kv,
-                        &mut out[..cut],
-                    );
-                    attend(
-                        &pool,
-                        level,
-                        shape,
-                        &q[cut..],
-                        tokens - 2,
-                        position + 2,
-                        kv,
-                        &mut out[cut..],
-                    );
+                    attend(&pool, level, shape, &q[..cut], 2, position, kv, &mut out[..cut]);
+                    attend(&pool, level, shape, &q[cut..], tokens - 2, position + 2, kv, &mut out[cut..]);
                     assert_eq!(&out, want, "{level} f16 sliced");
                 }
             }

@@ -73,10 +73,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
-            job: UnsafeCell::new(Job {
-                body: &nothing,
-                tasks: 0,
-            }),
+            job: UnsafeCell::new(Job { body: &nothing, tasks: 0 }),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
             parked: (0..wanted).map(|_| AtomicBool::new(false)).collect(),
@@ -94,12 +91,7 @@ impl Pool {
             }
         }
         let handles = workers.iter().map(|w| w.thread().clone()).collect();
-        Pool {
-            shared,
-            region: Mutex::new(()),
-            workers,
-            handles,
-        }
+        Pool { shared, region: Mutex::new(()), workers, handles }
     }
 
     /// Threads that may run tasks, the caller included.
@@ -135,8 +127,7 @@ impl Pool {
         // SAFETY: only the lifetime changes. No worker holds the pointer after this function has
         // seen the count of threads inside fall to zero, below, and between here and there nothing
         // returns or unwinds (`claim` catches panics).
-        let lent: *const Body =
-            unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Body>(body) };
+        let lent: *const Body = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Body>(body) };
         // SAFETY: the region is closed and nobody is inside: this thread holds the region lock, and
         // the last holder left it so.
         unsafe { *shared.job.get() = Job { body: lent, tasks } };
@@ -161,11 +152,7 @@ impl Pool {
                 thread::yield_now();
             }
         }
-        let panic = shared
-            .panic
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .take();
+        let panic = shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -187,9 +174,7 @@ impl Drop for Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool")
-            .field("threads", &self.threads())
-            .finish()
+        f.debug_struct("Pool").field("threads", &self.threads()).finish()
     }
 }
 
@@ -208,11 +193,7 @@ fn claim(shared: &Shared, body: &(dyn Fn(usize) + Sync), tasks: usize) {
     if let Err(panic) = result {
         // No further task begins. Threads add at most one each to the counter: halfway up it cannot wrap.
         shared.next.store(usize::MAX / 2, Ordering::Relaxed);
-        shared
-            .panic
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .get_or_insert(panic);
+        shared.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(panic);
     }
 }
 
@@ -225,11 +206,7 @@ fn work(shared: &Shared, index: usize, spins: u32) {
         }
         let state = shared.state.load(Ordering::Acquire);
         if state & OPEN != 0 && state / REGION != seen {
-            if shared
-                .state
-                .compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
-                .is_ok()
-            {
+            if shared.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 seen = state / REGION;
                 idle = 0;
                 // SAFETY: this thread is inside the region, so the job is not written and the
@@ -274,10 +251,7 @@ mod tests {
                 pool.run(tasks, &|t| {
                     counts[t].fetch_add(1, Ordering::Relaxed);
                 });
-                assert!(
-                    counts.iter().all(|c| c.load(Ordering::Relaxed) == 1),
-                    "threads {threads} tasks {tasks}"
-                );
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "threads {threads} tasks {tasks}");
             }
         }
     }
@@ -295,10 +269,7 @@ mod tests {
                 thread::sleep(std::time::Duration::from_millis(3));
             }
         }
-        assert_eq!(
-            sum.load(Ordering::Relaxed),
-            (0..20_000usize).map(|r| 10 + 5 * r).sum::<usize>()
-        );
+        assert_eq!(sum.load(Ordering::Relaxed), (0..20_000usize).map(|r| 10 + 5 * r).sum::<usize>());
     }
 
     #[test]
@@ -312,10 +283,7 @@ mod tests {
                     }
                 });
             }));
-            let message = *caught
-                .expect_err("the panic is resumed")
-                .downcast::<String>()
-                .unwrap();
+            let message = *caught.expect_err("the panic is resumed").downcast::<String>().unwrap();
             assert_eq!(message, format!("task {} of round {round}", round % 16));
             let count = AtomicUsize::new(0);
             pool.run(9, &|_| {

@@ -17,9 +17,7 @@ pub enum ScalesError {
         found: Dtype,
     },
     /// Groups the kernels have no segment for.
-    #[error(
-        "groups of {group_size} columns are not supported: a group is a multiple of 4 columns up to {SEGMENT_COLS_MAX}"
-    )]
+    #[error("groups of {group_size} columns are not supported: a group is a multiple of 4 columns up to {SEGMENT_COLS_MAX}")]
     GroupSize {
         /// Columns of a group.
         group_size: usize,
@@ -73,21 +71,13 @@ pub(crate) enum TileScales<'a> {
     /// (16)
     Row(&'a [f32; TILE_ROWS]),
     /// (group, 16); f16 bits, or bf16 bits if `brain`.
-    Group {
-        scales: &'a [[u16; TILE_ROWS]],
-        biases: Option<&'a [[u16; TILE_ROWS]]>,
-        brain: bool,
-    },
+    Group { scales: &'a [[u16; TILE_ROWS]], biases: Option<&'a [[u16; TILE_ROWS]]>, brain: bool },
 }
 
 /// The value of a stored 16-bit scale.
 #[inline(always)]
 pub(crate) fn widen(bits: u16, brain: bool) -> f32 {
-    if brain {
-        f32::from_bits(u32::from(bits) << 16)
-    } else {
-        f16_to_f32(bits)
-    }
+    if brain { f32::from_bits(u32::from(bits) << 16) } else { f16_to_f32(bits) }
 }
 
 impl KernelScales {
@@ -106,19 +96,13 @@ impl KernelScales {
                 Kind::Row(padded)
             }
             ScaleScheme::Row => {
-                let mut padded: Vec<f32> = values(view.raw(), rows)?
-                    .into_iter()
-                    .map(|s| s * exponent)
-                    .collect();
+                let mut padded: Vec<f32> = values(view.raw(), rows)?.into_iter().map(|s| s * exponent).collect();
                 padded.resize(round_up(rows, TILE_ROWS), 0.0);
                 Kind::Row(padded)
             }
             ScaleScheme::GroupAffine | ScaleScheme::GroupSymmetric => {
                 let group_size = view.group_size() as usize;
-                if group_size == 0
-                    || !group_size.is_multiple_of(TILE_COLS)
-                    || group_size > SEGMENT_COLS_MAX
-                {
+                if group_size == 0 || !group_size.is_multiple_of(TILE_COLS) || group_size > SEGMENT_COLS_MAX {
                     return Err(ScalesError::GroupSize { group_size });
                 }
                 let groups = cols.div_ceil(group_size);
@@ -131,20 +115,11 @@ impl KernelScales {
                     }
                     Some(raw) => Some(transposed(raw, rows, groups)?),
                     None if view.scheme() == ScaleScheme::GroupAffine => {
-                        return Err(ScalesError::Count {
-                            expected: rows * groups,
-                            found: 0,
-                        });
+                        return Err(ScalesError::Count { expected: rows * groups, found: 0 });
                     }
                     None => None,
                 };
-                Kind::Group(Groups {
-                    group_size,
-                    groups,
-                    brain,
-                    scales: transposed(view.raw(), rows, groups)?,
-                    biases,
-                })
+                Kind::Group(Groups { group_size, groups, brain, scales: transposed(view.raw(), rows, groups)?, biases })
             }
         };
         Ok(KernelScales { rows, cols, kind })
@@ -154,11 +129,7 @@ impl KernelScales {
     pub fn from_rows(scales: &[f32], cols: usize) -> KernelScales {
         let mut padded = scales.to_vec();
         padded.resize(round_up(scales.len(), TILE_ROWS), 0.0);
-        KernelScales {
-            rows: scales.len(),
-            cols,
-            kind: Kind::Row(padded),
-        }
+        KernelScales { rows: scales.len(), cols, kind: Kind::Row(padded) }
     }
 
     /// Rows of the matrix.
@@ -185,9 +156,7 @@ impl KernelScales {
     pub fn bytes(&self) -> u64 {
         let bytes = match &self.kind {
             Kind::Row(scales) => size_of_val(&scales[..]),
-            Kind::Group(g) => {
-                size_of_val(&g.scales[..]) + g.biases.as_ref().map_or(0, |b| size_of_val(&b[..]))
-            }
+            Kind::Group(g) => size_of_val(&g.scales[..]) + g.biases.as_ref().map_or(0, |b| size_of_val(&b[..])),
         };
         bytes as u64
     }
@@ -197,10 +166,7 @@ impl KernelScales {
             Kind::Row(scales) => TileScales::Row(&scales.as_chunks().0[tile]),
             Kind::Group(g) => TileScales::Group {
                 scales: &g.scales.as_chunks().0[tile * g.groups..][..g.groups],
-                biases: g
-                    .biases
-                    .as_ref()
-                    .map(|b| &b.as_chunks().0[tile * g.groups..][..g.groups]),
+                biases: g.biases.as_ref().map(|b| &b.as_chunks().0[tile * g.groups..][..g.groups]),
                 brain: g.brain,
             },
         }
@@ -211,21 +177,12 @@ impl KernelScales {
     pub(crate) fn weight(&self, row: usize, col: usize, symbol: i16) -> f32 {
         match (self.tile(row / TILE_ROWS), row % TILE_ROWS) {
             (TileScales::Row(scales), lane) => scales[lane] * f32::from(symbol),
-            (
-                TileScales::Group {
-                    scales,
-                    biases,
-                    brain,
-                },
-                lane,
-            ) => {
+            (TileScales::Group { scales, biases, brain }, lane) => {
                 let group = col / self.segment();
                 let scale = widen(scales[group][lane], brain);
                 match biases {
                     None => scale * f32::from(symbol),
-                    Some(biases) => {
-                        scale * (i32::from(symbol) + 8) as f32 + widen(biases[group][lane], brain)
-                    }
+                    Some(biases) => scale * (i32::from(symbol) + 8) as f32 + widen(biases[group][lane], brain),
                 }
             }
         }
@@ -238,18 +195,9 @@ fn bits(raw: &RawTensor, expected: usize) -> Result<Vec<u16>, ScalesError> {
         return Err(ScalesError::Dtype { found: raw.dtype() });
     }
     let brain = raw.dtype() == Dtype::Bf16;
-    let bits: Vec<u16> = raw
-        .bytes()
-        .as_chunks::<2>()
-        .0
-        .iter()
-        .map(|b| u16::from_le_bytes(*b))
-        .collect();
+    let bits: Vec<u16> = raw.bytes().as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
     if bits.len() != expected {
-        return Err(ScalesError::Count {
-            expected,
-            found: bits.len(),
-        });
+        return Err(ScalesError::Count { expected, found: bits.len() });
     }
     match bits.iter().position(|b| !widen(*b, brain).is_finite()) {
         Some(index) => Err(ScalesError::NotFinite { index }),
@@ -259,10 +207,7 @@ fn bits(raw: &RawTensor, expected: usize) -> Result<Vec<u16>, ScalesError> {
 
 fn values(raw: &RawTensor, expected: usize) -> Result<Vec<f32>, ScalesError> {
     let brain = raw.dtype() == Dtype::Bf16;
-    Ok(bits(raw, expected)?
-        .into_iter()
-        .map(|b| widen(b, brain))
-        .collect())
+    Ok(bits(raw, expected)?.into_iter().map(|b| widen(b, brain)).collect())
 }
 
 /// (rows, groups) to (row tile, group, 16); padding rows are 0.

@@ -31,11 +31,7 @@ impl FarAt {
     pub(crate) fn new(first: usize, row_tile_symbols: usize, far: Far) -> FarAt {
         let position = far.position as usize;
         // Row tiles are at most 2^20 and a row tile has at most 2^28 symbols: the format's limits.
-        FarAt {
-            row_tile: (first + position / row_tile_symbols) as u32,
-            position: (position % row_tile_symbols) as u32,
-            symbol: far.symbol,
-        }
+        FarAt { row_tile: (first + position / row_tile_symbols) as u32, position: (position % row_tile_symbols) as u32, symbol: far.symbol }
     }
 }
 
@@ -117,14 +113,7 @@ pub(crate) fn with_padding<'a>(padded: &'a [u8], part: &[u8]) -> &'a [u8] {
 
 /// Adds a chunk's far symbols to `far`. False if they do not fit its symbol bytes: each far symbol
 /// has a byte 0 at its position, and `escapes` have no others.
-pub(crate) fn take_far(
-    tensor: &CodedTensor,
-    chunk: usize,
-    list: FarList<'_>,
-    escapes: &[u8],
-    bytes: &[u8],
-    far: &mut Vec<FarAt>,
-) -> bool {
+pub(crate) fn take_far(tensor: &CodedTensor, chunk: usize, list: FarList<'_>, escapes: &[u8], bytes: &[u8], far: &mut Vec<FarAt>) -> bool {
     let first = tensor.chunk_row_tiles(chunk).start;
     let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;
     far.extend(list.iter().map(|f| FarAt::new(first, row_tile_symbols, f)));
@@ -138,13 +127,7 @@ pub(crate) fn count_zeros(escapes: &[u8]) -> usize {
 
 /// Decodes a chunk of `fixed/b4`. False if it is none, or does not decode: `out` and `far` may then
 /// have changed.
-fn decode_nibbles(
-    level: Level,
-    tensor: &CodedTensor,
-    chunk: usize,
-    out: &mut [u8],
-    far: &mut Vec<FarAt>,
-) -> bool {
+fn decode_nibbles(level: Level, tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     let Table::Fixed(table) = tensor.table() else {
         return false;
     };
@@ -205,26 +188,14 @@ per_isa! {
 /// # Safety
 /// `escapes` has 64 bytes from `end` on.
 #[inline(always)]
-unsafe fn unescape<I: Isa>(
-    isa: I,
-    tile: I::Tile,
-    bias: I::Tile,
-    escapes: &[u8],
-    end: usize,
-    taken: &mut usize,
-) -> I::Tile {
+unsafe fn unescape<I: Isa>(isa: I, tile: I::Tile, bias: I::Tile, escapes: &[u8], end: usize, taken: &mut usize) -> I::Tile {
     // SAFETY: by the contract.
     let (tile, more) = unsafe { isa.unescape(tile, bias, escapes.as_ptr().add((*taken).min(end))) };
     *taken += more;
     tile
 }
 
-fn decode_by_codec(
-    tensor: &CodedTensor,
-    chunk: usize,
-    out: &mut [u8],
-    far: &mut Vec<FarAt>,
-) -> Result<(), DecodeError> {
+fn decode_by_codec(tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> Result<(), DecodeError> {
     let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), out)?;
     let first = tensor.chunk_row_tiles(chunk).start;
     let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;

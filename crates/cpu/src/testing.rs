@@ -10,10 +10,7 @@ pub(crate) fn levels() -> Vec<Level> {
     for name in required.split(',').map(str::trim).filter(|n| !n.is_empty()) {
         // The list also names devices of other crates, which are not ours to judge.
         assert!(
-            !matches!(
-                name.parse::<Level>(),
-                Err(crate::LevelError::Missing { .. })
-            ),
+            !matches!(name.parse::<Level>(), Err(crate::LevelError::Missing { .. })),
             "TERSOR_REQUIRE names {name}, which this machine lacks"
         );
     }

@@ -3,39 +3,19 @@
 
 mod common;
 
-use common::{
-    Random, SCALES, SYMBOLS, ScaleKind, Symbols, codecs, levels, naive, symbols_of, tensor,
-};
+use common::{Random, SCALES, SYMBOLS, ScaleKind, Symbols, codecs, levels, naive, symbols_of, tensor};
 use proptest::prelude::*;
 use tersor_codec::{Codec, rans};
-use tersor_cpu::{
-    Activations, Decoded, Job, KernelError, KernelScales, Level, Matrix, Pool, decode_bytes,
-    decode_into, matmul, read_row,
-};
+use tersor_cpu::{Activations, Decoded, Job, KernelError, KernelScales, Level, Matrix, Pool, decode_bytes, decode_into, matmul, read_row};
 use tersor_format::{CodedTensor, encode_tensor};
 use tersor_quant::QuantizedTensor;
 
 /// The default codec.
 const RANS: Codec = Codec::Rans(rans::Params::DEFAULT);
 
-fn product(
-    pool: &Pool,
-    level: Level,
-    matrix: Matrix<'_>,
-    scales: &KernelScales,
-    x: &Activations,
-) -> Result<Vec<f32>, KernelError> {
+fn product(pool: &Pool, level: Level, matrix: Matrix<'_>, scales: &KernelScales, x: &Activations) -> Result<Vec<f32>, KernelError> {
     let mut out = vec![f32::NAN; x.tokens() * matrix.rows()];
-    matmul(
-        pool,
-        level,
-        &mut [Job {
-            matrix,
-            scales,
-            x,
-            out: &mut out,
-        }],
-    )?;
+    matmul(pool, level, &mut [Job { matrix, scales, x, out: &mut out }])?;
     Ok(out)
 }
 
@@ -62,8 +42,7 @@ fn check(
 ) {
     let what = format!("{rows}x{cols} {symbols:?} {kind:?} {codec} {chunk_symbols}");
     let quantized = tensor(random, rows, cols, symbols, kind);
-    let encoded =
-        encode_tensor(&quantized, codec, chunk_symbols).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let encoded = encode_tensor(&quantized, codec, chunk_symbols).unwrap_or_else(|e| panic!("{what}: {e}"));
     let coded = encoded.tensor();
     let scales = KernelScales::from_coded(coded).unwrap();
     let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
@@ -74,34 +53,16 @@ fn check(
         for level in levels() {
             for pool in &pools {
                 let got = product(pool, level, Matrix::Coded(coded), &scales, &x).unwrap();
-                assert_eq!(
-                    bits(&got),
-                    want,
-                    "coded {what} {level} {tokens} tokens {} threads",
-                    pool.threads()
-                );
+                assert_eq!(bits(&got), want, "coded {what} {level} {tokens} tokens {} threads", pool.threads());
                 decode_into(level, coded, &mut decoded, Some(pool)).unwrap();
                 let got = product(pool, level, Matrix::Decoded(&decoded), &scales, &x).unwrap();
-                assert_eq!(
-                    bits(&got),
-                    want,
-                    "decoded {what} {level} {tokens} tokens {} threads",
-                    pool.threads()
-                );
+                assert_eq!(bits(&got), want, "decoded {what} {level} {tokens} tokens {} threads", pool.threads());
             }
         }
     }
     let header = coded.header().decoded_bytes();
-    let far = quantized
-        .symbols
-        .iter()
-        .filter(|s| s.unsigned_abs() > 127)
-        .count() as u64;
-    assert_eq!(
-        decoded.bytes() - far * 12,
-        header,
-        "bytes of the decoded form, {what}"
-    );
+    let far = quantized.symbols.iter().filter(|s| s.unsigned_abs() > 127).count() as u64;
+    assert_eq!(decoded.bytes() - far * 12, header, "bytes of the decoded form, {what}");
     let mut want = vec![0.0; cols];
     let mut got = vec![f32::NAN; cols];
     for row in [0, rows / 2, rows - 1] {
@@ -120,16 +81,7 @@ fn every_codec_and_kind_of_symbols() {
     let mut random = Random::new(1);
     for codec in codecs() {
         for symbols in SYMBOLS {
-            check(
-                &mut random,
-                70,
-                300,
-                symbols,
-                ScaleKind::Row,
-                codec,
-                4_800,
-                &[1, 3],
-            );
+            check(&mut random, 70, 300, symbols, ScaleKind::Row, codec, 4_800, &[1, 3]);
         }
     }
 }
@@ -139,42 +91,15 @@ fn every_kind_of_scales() {
     let mut random = Random::new(2);
     for kind in SCALES {
         // Groups must divide the columns for the formats that have them.
-        check(
-            &mut random,
-            50,
-            384,
-            Symbols::Escapes,
-            kind,
-            RANS,
-            12_288,
-            &[1, 2],
-        );
-        check(
-            &mut random,
-            50,
-            384,
-            Symbols::Far,
-            kind,
-            RANS,
-            12_288,
-            &[1, 2],
-        );
+        check(&mut random, 50, 384, Symbols::Escapes, kind, RANS, 12_288, &[1, 2]);
+        check(&mut random, 50, 384, Symbols::Far, kind, RANS, 12_288, &[1, 2]);
     }
 }
 
 #[test]
 fn every_block_of_tokens() {
     let mut random = Random::new(3);
-    check(
-        &mut random,
-        33,
-        140,
-        Symbols::Escapes,
-        ScaleKind::Row,
-        RANS,
-        2_240,
-        &[1, 2, 3, 4, 5, 7, 8, 9, 16, 23],
-    );
+    check(&mut random, 33, 140, Symbols::Escapes, ScaleKind::Row, RANS, 2_240, &[1, 2, 3, 4, 5, 7, 8, 9, 16, 23]);
 }
 
 #[test]
@@ -182,16 +107,7 @@ fn every_remainder_of_four_streams_and_a_short_last_chunk() {
     let mut random = Random::new(4);
     for row_tiles in 1..=13 {
         // Two row tiles a chunk: 1 to 7 chunks, the last of one row tile if their number is odd.
-        check(
-            &mut random,
-            row_tiles * 16 - 5,
-            64,
-            Symbols::Escapes,
-            ScaleKind::Row,
-            RANS,
-            2_048,
-            &[1, 2],
-        );
+        check(&mut random, row_tiles * 16 - 5, 64, Symbols::Escapes, ScaleKind::Row, RANS, 2_048, &[1, 2]);
     }
 }
 
@@ -199,19 +115,8 @@ fn every_remainder_of_four_streams_and_a_short_last_chunk() {
 fn every_small_shape() {
     let mut random = Random::new(5);
     for rows in [1, 2, 15, 16, 17, 31, 32, 33] {
-        for cols in [
-            1, 2, 3, 4, 5, 7, 8, 9, 12, 127, 128, 129, 131, 132, 133, 256, 260,
-        ] {
-            check(
-                &mut random,
-                rows,
-                cols,
-                Symbols::Far,
-                ScaleKind::Row,
-                RANS,
-                1_024,
-                &[1, 2],
-            );
+        for cols in [1, 2, 3, 4, 5, 7, 8, 9, 12, 127, 128, 129, 131, 132, 133, 256, 260] {
+            check(&mut random, rows, cols, Symbols::Far, ScaleKind::Row, RANS, 1_024, &[1, 2]);
         }
     }
 }
@@ -222,19 +127,9 @@ fn jobs_together_are_jobs_apart() {
     let shapes = [(256, 160), (64, 160), (48, 160)];
     let encoded: Vec<_> = shapes
         .iter()
-        .map(|&(r, c)| {
-            encode_tensor(
-                &tensor(&mut random, r, c, Symbols::Escapes, ScaleKind::Row),
-                RANS,
-                2_560,
-            )
-            .unwrap()
-        })
+        .map(|&(r, c)| encode_tensor(&tensor(&mut random, r, c, Symbols::Escapes, ScaleKind::Row), RANS, 2_560).unwrap())
         .collect();
-    let scales: Vec<_> = encoded
-        .iter()
-        .map(|e| KernelScales::from_coded(e.tensor()).unwrap())
-        .collect();
+    let scales: Vec<_> = encoded.iter().map(|e| KernelScales::from_coded(e.tensor()).unwrap()).collect();
     let mut decoded = Decoded::new();
     decode_into(Level::best(), encoded[1].tensor(), &mut decoded, None).unwrap();
     for tokens in [1, 5] {
@@ -244,29 +139,15 @@ fn jobs_together_are_jobs_apart() {
             let apart: Vec<_> = encoded
                 .iter()
                 .zip(&scales)
-                .map(|(e, s)| {
-                    product(&pool, Level::best(), Matrix::Coded(e.tensor()), s, &x).unwrap()
-                })
+                .map(|(e, s)| product(&pool, Level::best(), Matrix::Coded(e.tensor()), s, &x).unwrap())
                 .collect();
-            let mut together: Vec<Vec<f32>> = shapes
-                .iter()
-                .map(|s| vec![f32::NAN; tokens * s.0])
-                .collect();
+            let mut together: Vec<Vec<f32>> = shapes.iter().map(|s| vec![f32::NAN; tokens * s.0]).collect();
             let mut jobs: Vec<Job<'_>> = together
                 .iter_mut()
                 .enumerate()
                 .map(|(i, out)| {
-                    let matrix = if i == 1 {
-                        Matrix::Decoded(&decoded)
-                    } else {
-                        Matrix::Coded(encoded[i].tensor())
-                    };
-                    Job {
-                        matrix,
-                        scales: &scales[i],
-                        x: &x,
-                        out,
-                    }
+                    let matrix = if i == 1 { Matrix::Decoded(&decoded) } else { Matrix::Coded(encoded[i].tensor()) };
+                    Job { matrix, scales: &scales[i], x: &x, out }
                 })
                 .collect();
             matmul(&pool, Level::best(), &mut jobs).unwrap();
@@ -278,63 +159,30 @@ fn jobs_together_are_jobs_apart() {
 #[test]
 fn wrong_shapes_are_refused_by_name() {
     let mut random = Random::new(7);
-    let encoded = encode_tensor(
-        &tensor(&mut random, 20, 32, Symbols::Escapes, ScaleKind::Row),
-        RANS,
-        2_048,
-    )
-    .unwrap();
+    let encoded = encode_tensor(&tensor(&mut random, 20, 32, Symbols::Escapes, ScaleKind::Row), RANS, 2_048).unwrap();
     let scales = KernelScales::from_coded(encoded.tensor()).unwrap();
     let pool = Pool::new(1);
     let matrix = Matrix::Coded(encoded.tensor());
     let run = |x: &Activations, out: usize, scales: &KernelScales| {
         let mut out = vec![0.0; out];
-        matmul(
-            &pool,
-            Level::best(),
-            &mut [Job {
-                matrix,
-                scales,
-                x,
-                out: &mut out,
-            }],
-        )
-        .map_err(|e| e.to_string())
+        matmul(&pool, Level::best(), &mut [Job { matrix, scales, x, out: &mut out }]).map_err(|e| e.to_string())
     };
     let x = activations(&mut random, 2, 32, 128);
     assert_eq!(run(&x, 40, &scales), Ok(()));
-    assert_eq!(
-        run(&x, 39, &scales),
-        Err("job 0: the length of out is 39, must be 40".into())
-    );
+    assert_eq!(run(&x, 39, &scales), Err("job 0: the length of out is 39, must be 40".into()));
     let none = activations(&mut random, 0, 32, 128);
-    assert_eq!(
-        run(&none, 0, &scales),
-        Err("job 0: the number of tokens is 0, must be 1".into())
-    );
+    assert_eq!(run(&none, 0, &scales), Err("job 0: the number of tokens is 0, must be 1".into()));
     let short = activations(&mut random, 2, 31, 128);
-    assert_eq!(
-        run(&short, 40, &scales),
-        Err("job 0: the number of columns of x is 31, must be 32".into())
-    );
+    assert_eq!(run(&short, 40, &scales), Err("job 0: the number of columns of x is 31, must be 32".into()));
     let other = activations(&mut random, 2, 32, 64);
-    assert_eq!(
-        run(&other, 40, &scales),
-        Err("job 0: the segment of x is 64, must be 128".into())
-    );
+    assert_eq!(run(&other, 40, &scales), Err("job 0: the segment of x is 64, must be 128".into()));
     assert_eq!(
         run(&x, 40, &KernelScales::from_rows(&[1.0; 19], 32)),
         Err("job 0: the number of rows with scales is 19, must be 20".into())
     );
     let mut row = vec![0.0; 32];
-    assert!(matches!(
-        read_row(Level::best(), matrix, &scales, 20, &mut row),
-        Err(KernelError::Shape { .. })
-    ));
-    assert!(matches!(
-        decode_bytes(Level::best(), encoded.tensor(), &mut [0; 64], None),
-        Err(KernelError::Shape { .. })
-    ));
+    assert!(matches!(read_row(Level::best(), matrix, &scales, 20, &mut row), Err(KernelError::Shape { .. })));
+    assert!(matches!(decode_bytes(Level::best(), encoded.tensor(), &mut [0; 64], None), Err(KernelError::Shape { .. })));
 }
 
 /// The tensor with some bytes of its chunks changed. Opening checks no chunk, so it still opens.
@@ -357,17 +205,11 @@ fn corrupted(coded: &CodedTensor, random: &mut Random, changes: usize) -> CodedT
         };
     }
     let view = coded.scales();
-    CodedTensor::open(blob.into(), view.raw().clone(), view.raw_biases().cloned())
-        .expect("the index is untouched")
+    CodedTensor::open(blob.into(), view.raw().clone(), view.raw_biases().cloned()).expect("the index is untouched")
 }
 
 /// Corrupt or not, every kernel says what the oracle says, and computes what it decodes.
-fn check_corrupted(
-    random: &mut Random,
-    codec: Codec,
-    symbols: Symbols,
-    changes: usize,
-) -> Result<bool, TestCaseError> {
+fn check_corrupted(random: &mut Random, codec: Codec, symbols: Symbols, changes: usize) -> Result<bool, TestCaseError> {
     let (rows, cols) = (16 * (1 + random.below(9)), 4 * (1 + random.below(40)));
     let quantized = tensor(random, rows, cols, symbols, ScaleKind::Row);
     let encoded = encode_tensor(&quantized, codec, 64 * (1 + random.below(60)) as u32).unwrap();
@@ -382,36 +224,17 @@ fn check_corrupted(
             let got = product(&pool, level, Matrix::Coded(&coded), &scales, x);
             match &truth {
                 Ok(symbols) => {
-                    let now = QuantizedTensor {
-                        symbols: symbols.clone(),
-                        ..quantized.clone()
-                    };
-                    prop_assert_eq!(
-                        bits(&got.unwrap()),
-                        bits(&naive(&now, x)),
-                        "{} {}",
-                        codec,
-                        level
-                    );
+                    let now = QuantizedTensor { symbols: symbols.clone(), ..quantized.clone() };
+                    prop_assert_eq!(bits(&got.unwrap()), bits(&naive(&now, x)), "{} {}", codec, level);
                 }
                 Err(first) => {
                     let corrupt = matches!(&got, Err(KernelError::Corrupt { job: 0, chunk, .. }) if chunk == first);
-                    prop_assert!(
-                        corrupt,
-                        "{} {}: {:?}, the oracle refuses chunk {}",
-                        codec,
-                        level,
-                        got,
-                        first
-                    );
+                    prop_assert!(corrupt, "{} {}: {:?}, the oracle refuses chunk {}", codec, level, got, first);
                 }
             }
         }
         let mut bytes = vec![0; coded.row_tiles() * coded.col_steps() * 64];
-        prop_assert_eq!(
-            decode_bytes(level, &coded, &mut bytes, Some(&pool)).is_ok(),
-            truth.is_ok()
-        );
+        prop_assert_eq!(decode_bytes(level, &coded, &mut bytes, Some(&pool)).is_ok(), truth.is_ok());
         let mut decoded = Decoded::new();
         let stored = decode_into(level, &coded, &mut decoded, Some(&pool));
         match &truth {
@@ -421,9 +244,7 @@ fn check_corrupted(
                 let wide = symbols.iter().filter(|s| !(-7..=7).contains(*s)).count();
                 let fits = match (form.bits, form.has_escape) {
                     (4, true) => wide == header.wide_count as usize,
-                    (4, false) => bytes
-                        .iter()
-                        .all(|b| (0..16).contains(&(i16::from(*b) - 128 - form.base))),
+                    (4, false) => bytes.iter().all(|b| (0..16).contains(&(i16::from(*b) - 128 - form.base))),
                     _ => true,
                 };
                 // Padding is coded too: a change there may count as wide without changing the matrix.
@@ -432,22 +253,14 @@ fn check_corrupted(
                     prop_assert_eq!(stored.is_ok(), fits, "{} {} {:?}", codec, level, stored);
                 }
                 if stored.is_ok() {
-                    let now = QuantizedTensor {
-                        symbols: symbols.clone(),
-                        ..quantized.clone()
-                    };
-                    let got =
-                        product(&pool, level, Matrix::Decoded(&decoded), &scales, &one).unwrap();
+                    let now = QuantizedTensor { symbols: symbols.clone(), ..quantized.clone() };
+                    let got = product(&pool, level, Matrix::Decoded(&decoded), &scales, &one).unwrap();
                     prop_assert_eq!(bits(&got), bits(&naive(&now, &one)));
                 }
             }
             Err(_) => prop_assert!(stored.is_err()),
         }
-        prop_assert_eq!(
-            decoded.rows() > 0,
-            stored.is_ok(),
-            "a failed decode leaves no matrix"
-        );
+        prop_assert_eq!(decoded.rows() > 0, stored.is_ok(), "a failed decode leaves no matrix");
     }
     Ok(truth.is_ok())
 }

@@ -45,10 +45,7 @@ impl Bytes {
         // for every memory-mapping loader.
         let map = unsafe { Mmap::map(file)? };
         let range = 0..map.len();
-        Ok(Self {
-            buffer: Arc::new(Buffer::Mapped(map)),
-            range,
-        })
+        Ok(Self { buffer: Arc::new(Buffer::Mapped(map)), range })
     }
 
     /// A part of these bytes. `None` if the range does not lie inside.
@@ -57,10 +54,7 @@ impl Bytes {
             return None;
         }
         let range = self.range.start + range.start..self.range.start + range.end;
-        Some(Self {
-            buffer: Arc::clone(&self.buffer),
-            range,
-        })
+        Some(Self { buffer: Arc::clone(&self.buffer), range })
     }
 
     /// Tells the system that these bytes are not needed for now, so that they no longer count as resident. They stay
@@ -86,10 +80,7 @@ impl Bytes {
 impl From<Vec<u8>> for Bytes {
     fn from(bytes: Vec<u8>) -> Self {
         let range = 0..bytes.len();
-        Self {
-            buffer: Arc::new(Buffer::Owned(bytes)),
-            range,
-        }
+        Self { buffer: Arc::new(Buffer::Owned(bytes)), range }
     }
 }
 

@@ -86,10 +86,7 @@ impl ModelDir {
         let config_path = path.join(CONFIG_FILE);
         let config: Value = parse_json(&config_path, &read_json(&config_path)?)?;
         if !config.is_object() {
-            return Err(FormatError::Json {
-                path: config_path,
-                message: "not a JSON object".to_owned(),
-            });
+            return Err(FormatError::Json { path: config_path, message: "not a JSON object".to_owned() });
         }
         let says_tersor = check_version(&config_path, &config)?;
 
@@ -99,8 +96,7 @@ impl ModelDir {
         if !model_path.exists() && index_path.exists() {
             open_shards(path, &index_path, &mut stored)?;
         } else {
-            let file =
-                File::open(&model_path).map_err(|e| FormatError::io("open", &model_path, e))?;
+            let file = File::open(&model_path).map_err(|e| FormatError::io("open", &model_path, e))?;
             stored.add_file(&model_path, &file)?;
         }
 
@@ -112,25 +108,12 @@ impl ModelDir {
                 stored.files,
                 if says_tersor { "" } else { " not" },
             );
-            return Err(FormatError::Mixed {
-                path: path.to_owned(),
-                message,
-            });
+            return Err(FormatError::Mixed { path: path.to_owned(), message });
         }
         let file_bytes = stored.file_bytes;
-        let tensors = if is_tersor {
-            stored.coded_items()?
-        } else {
-            BTreeMap::new()
-        };
+        let tensors = if is_tersor { stored.coded_items()? } else { BTreeMap::new() };
         let tensors = stored.raw_items(tensors)?;
-        Ok(Self {
-            path: path.to_owned(),
-            config,
-            is_tersor,
-            file_bytes,
-            tensors,
-        })
+        Ok(Self { path: path.to_owned(), config, is_tersor, file_bytes, tensors })
     }
 
     /// The directory as given to [`open`](Self::open).
@@ -163,9 +146,7 @@ impl ModelDir {
 
     /// All tensors by the model's names, ascending.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.tensors
-            .iter()
-            .map(|(name, item)| (name.as_str(), &item.tensor))
+        self.tensors.iter().map(|(name, item)| (name.as_str(), &item.tensor))
     }
 
     /// File and stored name of a tensor, for messages about it.
@@ -207,9 +188,7 @@ impl ModelDir {
     /// Names of the files that [`verify`](crate::verify) must find in the manifest.
     pub(crate) fn files(&self) -> impl Iterator<Item = &str> {
         let parts = self.tensors.values().flat_map(|item| &item.parts);
-        let files: BTreeSet<&str> = parts
-            .filter_map(|part| part.file.file_name()?.to_str())
-            .collect();
+        let files: BTreeSet<&str> = parts.filter_map(|part| part.file.file_name()?.to_str()).collect();
         files.into_iter().chain([CONFIG_FILE])
     }
 
@@ -219,20 +198,16 @@ impl ModelDir {
     }
 
     fn item(&self, name: &str) -> Result<&Item, FormatError> {
-        let missing = || FormatError::NoTensor {
-            path: self.path.clone(),
-            name: name.to_owned(),
-        };
+        let missing = || FormatError::NoTensor { path: self.path.clone(), name: name.to_owned() };
         self.tensors.get(name).ok_or_else(missing)
     }
 }
 
 fn check_part(part: &Part) -> Result<(), FormatError> {
     match part.checksum {
-        Some(stored) if xxh3_64(part.raw.bytes()) != stored => Err(FormatError::Tensor {
-            place: part.place(),
-            cause: TensorError::Checksum { part: "tensor" },
-        }),
+        Some(stored) if xxh3_64(part.raw.bytes()) != stored => {
+            Err(FormatError::Tensor { place: part.place(), cause: TensorError::Checksum { part: "tensor" } })
+        }
         _ => Ok(()),
     }
 }
@@ -249,11 +224,7 @@ fn check_version(path: &Path, config: &Value) -> Result<bool, FormatError> {
         Some(version) if version.as_u64() == Some(FORMAT_VERSION) => Ok(true),
         found => {
             let found = found.map_or("none".to_owned(), Value::to_string);
-            Err(FormatError::Version {
-                path: path.to_owned(),
-                found,
-                known: FORMAT_VERSION,
-            })
+            Err(FormatError::Version { path: path.to_owned(), found, known: FORMAT_VERSION })
         }
     }
 }
@@ -264,13 +235,8 @@ fn open_shards(dir: &Path, index_path: &Path, stored: &mut Stored) -> Result<(),
     struct Index {
         weight_map: UniqueMap<String>,
     }
-    let Index {
-        weight_map: UniqueMap(weight_map),
-    } = parse_json(index_path, &read_json(index_path)?)?;
-    let bad_index = |message| FormatError::Json {
-        path: index_path.to_owned(),
-        message,
-    };
+    let Index { weight_map: UniqueMap(weight_map) } = parse_json(index_path, &read_json(index_path)?)?;
+    let bad_index = |message| FormatError::Json { path: index_path.to_owned(), message };
     // The first tensor of each shard, for the message when the shard is missing.
     let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
     for (tensor, shard) in &weight_map {
@@ -280,38 +246,23 @@ fn open_shards(dir: &Path, index_path: &Path, stored: &mut Stored) -> Result<(),
         return Err(bad_index("the index names no tensor".to_owned()));
     }
     for (&shard, &tensor) in &shards {
-        if Path::new(shard)
-            .file_name()
-            .is_none_or(|name| name != shard)
-        {
-            return Err(bad_index(format!(
-                "shard {shard:?} is not the name of a file in the directory"
-            )));
+        if Path::new(shard).file_name().is_none_or(|name| name != shard) {
+            return Err(bad_index(format!("shard {shard:?} is not the name of a file in the directory")));
         }
         let path = dir.join(shard);
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let (shard, tensor) = (shard.to_owned(), tensor.to_owned());
-                return Err(FormatError::MissingShard {
-                    path: dir.to_owned(),
-                    shard,
-                    tensor,
-                });
+                return Err(FormatError::MissingShard { path: dir.to_owned(), shard, tensor });
             }
             Err(e) => return Err(FormatError::io("open", &path, e)),
         };
         stored.add_file(&path, &file)?;
     }
     for (tensor, shard) in &weight_map {
-        if stored
-            .parts
-            .get(tensor)
-            .is_none_or(|part| part.file != dir.join(shard))
-        {
-            return Err(bad_index(format!(
-                "tensor {tensor:?} is not in shard {shard:?}"
-            )));
+        if stored.parts.get(tensor).is_none_or(|part| part.file != dir.join(shard)) {
+            return Err(bad_index(format!("tensor {tensor:?} is not in shard {shard:?}")));
         }
     }
     Ok(())
@@ -329,44 +280,23 @@ struct Stored {
 impl Stored {
     fn add_file(&mut self, path: &Path, file: &File) -> Result<(), FormatError> {
         let bytes = Bytes::map(file).map_err(|e| FormatError::io("map", path, e))?;
-        let Header { entries, metadata } =
-            Header::parse(&bytes).map_err(|e| FormatError::file(path, e))?;
-        let is_tersor = metadata
-            .get("format")
-            .is_some_and(|format| format == FORMAT_NAME);
+        let Header { entries, metadata } = Header::parse(&bytes).map_err(|e| FormatError::file(path, e))?;
+        let is_tersor = metadata.get("format").is_some_and(|format| format == FORMAT_NAME);
         self.files += 1;
         self.tersor_files += usize::from(is_tersor);
         self.file_bytes += bytes.len() as u64;
         let mut checksums = BTreeMap::new();
         if is_tersor {
-            checksums =
-                check_metadata(&entries, &metadata).map_err(|e| FormatError::file(path, e))?;
+            checksums = check_metadata(&entries, &metadata).map_err(|e| FormatError::file(path, e))?;
         }
-        for Entry {
-            name,
-            dtype,
-            shape,
-            range,
-        } in entries
-        {
+        for Entry { name, dtype, shape, range } in entries {
             let checksum = checksums.get(name.as_str()).copied();
-            let bytes = bytes
-                .slice(range)
-                .expect("Header::parse checks ranges against the file");
-            let raw = RawTensor::new(dtype, shape, bytes).map_err(|cause| FormatError::Tensor {
-                place: Place::tensor(path, &name),
-                cause,
-            })?;
-            let part = Part {
-                name: name.clone(),
-                file: path.to_owned(),
-                raw,
-                checksum,
-            };
+            let bytes = bytes.slice(range).expect("Header::parse checks ranges against the file");
+            let raw =
+                RawTensor::new(dtype, shape, bytes).map_err(|cause| FormatError::Tensor { place: Place::tensor(path, &name), cause })?;
+            let part = Part { name: name.clone(), file: path.to_owned(), raw, checksum };
             if self.parts.contains_key(&name) {
-                return Err(FormatError::DuplicateTensor {
-                    place: part.place(),
-                });
+                return Err(FormatError::DuplicateTensor { place: part.place() });
             }
             self.parts.insert(name, part);
         }
@@ -375,21 +305,13 @@ impl Stored {
 
     /// Takes every coded tensor with its scales and biases.
     fn coded_items(&mut self) -> Result<BTreeMap<String, Item>, FormatError> {
-        let coded: Vec<String> = self
-            .parts
-            .keys()
-            .filter(|name| name.ends_with(CODED))
-            .cloned()
-            .collect();
+        let coded: Vec<String> = self.parts.keys().filter(|name| name.ends_with(CODED)).cloned().collect();
         let mut items = BTreeMap::new();
         for name in coded {
             let stem = &name[..name.len() - CODED.len()];
             let mut take = |ending: &str| self.parts.remove(&format!("{stem}{ending}"));
             let Some(blob) = take(CODED) else { continue };
-            let fail = |cause| FormatError::Tensor {
-                place: blob.place(),
-                cause,
-            };
+            let fail = |cause| FormatError::Tensor { place: blob.place(), cause };
             if blob.raw.dtype() != Dtype::U8 || blob.raw.shape().len() != 1 {
                 return Err(fail(TensorError::PartShape {
                     part: "coded",
@@ -397,60 +319,31 @@ impl Stored {
                     expected: "U8 of one dimension".to_owned(),
                 }));
             }
-            let missing = || {
-                fail(TensorError::MissingPart {
-                    part: format!("{stem}{SCALES}"),
-                })
-            };
+            let missing = || fail(TensorError::MissingPart { part: format!("{stem}{SCALES}") });
             let scales = take(SCALES).ok_or_else(missing)?;
             let biases = take(BIASES);
             let raw_biases = biases.as_ref().map(|part| part.raw.clone());
-            let tensor =
-                CodedTensor::open(blob.raw.bytes().clone(), scales.raw.clone(), raw_biases)
-                    .map_err(fail)?;
-            let parts = [Some(blob), Some(scales), biases]
-                .into_iter()
-                .flatten()
-                .collect();
-            items.insert(
-                format!("{stem}{WEIGHT}"),
-                Item {
-                    tensor: Tensor::Coded(tensor),
-                    parts,
-                },
-            );
+            let tensor = CodedTensor::open(blob.raw.bytes().clone(), scales.raw.clone(), raw_biases).map_err(fail)?;
+            let parts = [Some(blob), Some(scales), biases].into_iter().flatten().collect();
+            items.insert(format!("{stem}{WEIGHT}"), Item { tensor: Tensor::Coded(tensor), parts });
         }
         Ok(items)
     }
 
     /// Adds what remains to `items`, as raw tensors.
-    fn raw_items(
-        self,
-        mut items: BTreeMap<String, Item>,
-    ) -> Result<BTreeMap<String, Item>, FormatError> {
+    fn raw_items(self, mut items: BTreeMap<String, Item>) -> Result<BTreeMap<String, Item>, FormatError> {
         for (name, part) in self.parts {
             if items.contains_key(&name) {
-                return Err(FormatError::DuplicateTensor {
-                    place: part.place(),
-                });
+                return Err(FormatError::DuplicateTensor { place: part.place() });
             }
-            items.insert(
-                name,
-                Item {
-                    tensor: Tensor::Raw(part.raw.clone()),
-                    parts: vec![part],
-                },
-            );
+            items.insert(name, Item { tensor: Tensor::Raw(part.raw.clone()), parts: vec![part] });
         }
         Ok(items)
     }
 }
 
 /// Checks what our files promise beyond safetensors: a checksum for every tensor and for nothing else, and blobs aligned.
-fn check_metadata<'a>(
-    entries: &[Entry],
-    metadata: &'a BTreeMap<String, String>,
-) -> Result<BTreeMap<&'a str, u64>, FileError> {
+fn check_metadata<'a>(entries: &[Entry], metadata: &'a BTreeMap<String, String>) -> Result<BTreeMap<&'a str, u64>, FileError> {
     let bad = |message| Err(FileError::Metadata { message });
     let mut checksums = BTreeMap::new();
     for (key, value) in metadata {
@@ -458,9 +351,7 @@ fn check_metadata<'a>(
             match parse_checksum(value) {
                 Some(checksum) => checksums.insert(name, checksum),
                 None => {
-                    return bad(format!(
-                        "checksum of tensor {name:?} is not 16 lower-case hexadecimal digits"
-                    ));
+                    return bad(format!("checksum of tensor {name:?} is not 16 lower-case hexadecimal digits"));
                 }
             };
         }
@@ -470,16 +361,11 @@ fn check_metadata<'a>(
         return bad(format!("no checksum of tensor {name:?}"));
     }
     if let Some(name) = checksums.keys().find(|&name| !names.contains(name)) {
-        return bad(format!(
-            "checksum of tensor {name:?}, which is not in the file"
-        ));
+        return bad(format!("checksum of tensor {name:?}, which is not in the file"));
     }
     for entry in entries {
         if entry.name.ends_with(CODED) && !entry.range.start.is_multiple_of(BLOB_ALIGN) {
-            return Err(FileError::Alignment {
-                name: entry.name.clone(),
-                offset: entry.range.start as u64,
-            });
+            return Err(FileError::Alignment { name: entry.name.clone(), offset: entry.range.start as u64 });
         }
     }
     Ok(checksums)
@@ -487,13 +373,8 @@ fn check_metadata<'a>(
 
 /// A checksum as 16 lower-case hexadecimal digits, exactly.
 pub(crate) fn parse_checksum(text: &str) -> Option<u64> {
-    let canonical =
-        text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    if canonical {
-        u64::from_str_radix(text, 16).ok()
-    } else {
-        None
-    }
+    let canonical = text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    if canonical { u64::from_str_radix(text, 16).ok() } else { None }
 }
 
 /// The inverse of [`parse_checksum`].
@@ -504,40 +385,21 @@ pub(crate) fn format_checksum(checksum: u64) -> String {
 /// Reads a JSON document of bounded size.
 pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>, FormatError> {
     let file = File::open(path).map_err(|e| FormatError::io("open", path, e))?;
-    let bytes = file
-        .metadata()
-        .map_err(|e| FormatError::io("read", path, e))?
-        .len();
+    let bytes = file.metadata().map_err(|e| FormatError::io("read", path, e))?.len();
     let limit = limits::JSON_BYTES_MAX;
     if bytes > limit {
-        return Err(FormatError::TooLarge {
-            path: path.to_owned(),
-            bytes,
-            limit,
-        });
+        return Err(FormatError::TooLarge { path: path.to_owned(), bytes, limit });
     }
     // The length may change, or be unknown (a pipe), between the question and the reading.
     let mut json = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut json)
-        .map_err(|e| FormatError::io("read", path, e))?;
+    file.take(limit + 1).read_to_end(&mut json).map_err(|e| FormatError::io("read", path, e))?;
     if json.len() as u64 > limit {
-        return Err(FormatError::TooLarge {
-            path: path.to_owned(),
-            bytes: json.len() as u64,
-            limit,
-        });
+        return Err(FormatError::TooLarge { path: path.to_owned(), bytes: json.len() as u64, limit });
     }
     Ok(json)
 }
 
 /// Parses a JSON document; the error names its path.
-pub(crate) fn parse_json<T: for<'de> Deserialize<'de>>(
-    path: &Path,
-    json: &[u8],
-) -> Result<T, FormatError> {
-    serde_json::from_slice(json).map_err(|e| FormatError::Json {
-        path: path.to_owned(),
-        message: one_line(&e),
-    })
+pub(crate) fn parse_json<T: for<'de> Deserialize<'de>>(path: &Path, json: &[u8]) -> Result<T, FormatError> {
+    serde_json::from_slice(json).map_err(|e| FormatError::Json { path: path.to_owned(), message: one_line(&e) })
 }

@@ -7,8 +7,7 @@ use tersor_quant::{QuantizedTensor, ScaleVec, Scales};
 use crate::bytes::Bytes;
 use crate::error::{EncodeTensorError, TensorError};
 use crate::header::{
-    CHUNK_ALIGN, HEADER_BYTES, NARROW_MAX, NARROW_MIN, ScaleScheme, TILE_COLS, TILE_ROWS,
-    TILE_SYMBOLS, TensorHeader, limit,
+    CHUNK_ALIGN, HEADER_BYTES, NARROW_MAX, NARROW_MIN, ScaleScheme, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TensorHeader, limit,
 };
 use crate::limits;
 use crate::tensor::{CodedTensor, Dtype, RawTensor, chunk_checksum, side_checksum};
@@ -60,27 +59,18 @@ fn row_start(row: usize, col_steps: usize) -> usize {
 ///
 /// # Errors
 /// Inconsistent input, limits exceeded, or symbols that the codec cannot represent.
-pub fn encode_tensor(
-    tensor: &QuantizedTensor,
-    codec: Codec,
-    chunk_symbols_target: u32,
-) -> Result<EncodedTensor, EncodeTensorError> {
+pub fn encode_tensor(tensor: &QuantizedTensor, codec: Codec, chunk_symbols_target: u32) -> Result<EncodedTensor, EncodeTensorError> {
     let &QuantizedTensor { rows, cols, .. } = tensor;
     for (what, value) in [("rows", rows), ("cols", cols)] {
         limit(what, value as u64, limits::DIM_MAX).map_err(EncodeTensorError::Format)?;
     }
     if rows * cols != tensor.symbols.len() || rows == 0 || cols == 0 {
-        return Err(EncodeTensorError::SymbolCount {
-            rows,
-            cols,
-            found: tensor.symbols.len(),
-        });
+        return Err(EncodeTensorError::SymbolCount { rows, cols, found: tensor.symbols.len() });
     }
     let (row_tiles, col_steps) = (rows.div_ceil(TILE_ROWS), cols.div_ceil(TILE_COLS));
     let row_tile_symbols = col_steps * TILE_SYMBOLS;
     let symbols = row_tiles * row_tile_symbols;
-    limit("number of symbols", symbols as u64, limits::SYMBOLS_MAX)
-        .map_err(EncodeTensorError::Format)?;
+    limit("number of symbols", symbols as u64, limits::SYMBOLS_MAX).map_err(EncodeTensorError::Format)?;
     let parts = Parts::new(tensor)?;
 
     let chunk_symbols = (chunk_symbols_target as usize).min(limits::CHUNK_SYMBOLS_MAX as usize);
@@ -97,10 +87,7 @@ pub fn encode_tensor(
         .enumerate()
         .map_init(Vec::new, |tiled: &mut Vec<i16>, (chunk, symbols)| {
             tiled.clear();
-            tiled.resize(
-                (symbols.len() / cols).div_ceil(TILE_ROWS) * row_tile_symbols,
-                0,
-            );
+            tiled.resize((symbols.len() / cols).div_ceil(TILE_ROWS) * row_tile_symbols, 0);
             for (row, symbols) in symbols.chunks_exact(cols).enumerate() {
                 let start = row_start(row, col_steps);
                 // Whole steps apart from the tail, so that the copy has a constant length.
@@ -122,15 +109,9 @@ pub fn encode_tensor(
 
     let mut table_bytes = Vec::new();
     table.write(&mut table_bytes);
-    let payload_bytes = chunks.iter().fold(0, |end: u64, chunk| {
-        end.next_multiple_of(CHUNK_ALIGN as u64) + chunk.len() as u64
-    });
+    let payload_bytes = chunks.iter().fold(0, |end: u64, chunk| end.next_multiple_of(CHUNK_ALIGN as u64) + chunk.len() as u64);
     let wide = |symbol: i16| !(i16::from(NARROW_MIN)..=i16::from(NARROW_MAX)).contains(&symbol);
-    let clamp = |symbol: Option<i16>| {
-        symbol
-            .unwrap_or(0)
-            .clamp(i16::from(i8::MIN), i16::from(i8::MAX)) as i8
-    };
+    let clamp = |symbol: Option<i16>| symbol.unwrap_or(0).clamp(i16::from(i8::MIN), i16::from(i8::MAX)) as i8;
     let mut header = TensorHeader {
         scheme: parts.scheme,
         codec,
@@ -141,11 +122,7 @@ pub fn encode_tensor(
         chunk_count: chunks.len() as u32,
         table_bytes: table_bytes.len() as u32,
         payload_bytes,
-        wide_count: histogram
-            .iter()
-            .filter(|&(symbol, _)| wide(symbol))
-            .map(|(_, n)| n as u32)
-            .sum(),
+        wide_count: histogram.iter().filter(|&(symbol, _)| wide(symbol)).map(|(_, n)| n as u32).sum(),
         symbol_min: clamp(histogram.min()),
         symbol_max: clamp(histogram.max()),
         scale_exponent: parts.scale_exponent,
@@ -158,11 +135,7 @@ pub fn encode_tensor(
     blob.extend_from_slice(&table_bytes);
     for chunk in &chunks {
         // A chunk holds at most 2^28 symbols and no codec needs 16 bytes for one.
-        blob.extend_from_slice(
-            &u32::try_from(chunk.len())
-                .expect("chunk below 4 GiB")
-                .to_le_bytes(),
-        );
+        blob.extend_from_slice(&u32::try_from(chunk.len()).expect("chunk below 4 GiB").to_le_bytes());
         blob.extend_from_slice(&chunk_checksum(chunk).to_le_bytes());
     }
     for chunk in chunks {
@@ -175,8 +148,7 @@ pub fn encode_tensor(
     blob[..HEADER_BYTES].copy_from_slice(&header.write());
 
     // Opening what was just built holds the writer to the reader's rules.
-    let coded = CodedTensor::open(Bytes::from(blob), parts.scales, parts.biases)
-        .map_err(EncodeTensorError::Format)?;
+    let coded = CodedTensor::open(Bytes::from(blob), parts.scales, parts.biases).map_err(EncodeTensorError::Format)?;
     Ok(EncodedTensor { coded })
 }
 
@@ -216,56 +188,29 @@ impl Parts {
         let &QuantizedTensor { rows, cols, .. } = tensor;
         let raw = |part: &'static str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>| {
             let (expected, found) = (shape.iter().product(), bytes.len() / dtype.bytes());
-            RawTensor::new(dtype, shape.to_vec(), Bytes::from(bytes)).map_err(|_| {
-                EncodeTensorError::ScaleCount {
-                    part,
-                    expected,
-                    found,
-                }
-            })
+            RawTensor::new(dtype, shape.to_vec(), Bytes::from(bytes)).map_err(|_| EncodeTensorError::ScaleCount { part, expected, found })
         };
-        let halves = |scales: &[u16]| {
-            scales
-                .iter()
-                .flat_map(|s| s.to_le_bytes())
-                .collect::<Vec<u8>>()
-        };
+        let halves = |scales: &[u16]| scales.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<u8>>();
         let parts = match &tensor.scales {
-            &Scales::Tensor {
-                scale,
-                scale_exponent,
-            } => Self {
+            &Scales::Tensor { scale, scale_exponent } => Self {
                 scheme: ScaleScheme::Tensor,
                 group_size: 0,
                 scale_exponent,
                 scales: raw("scales", Dtype::F16, &[1], halves(&[scale]))?,
                 biases: None,
             },
-            Scales::Row {
-                scales,
-                scale_exponent,
-            } => Self {
+            Scales::Row { scales, scale_exponent } => Self {
                 scheme: ScaleScheme::Row,
                 group_size: 0,
                 scale_exponent: *scale_exponent,
                 scales: raw("scales", Dtype::F16, &[rows], halves(scales))?,
                 biases: None,
             },
-            Scales::Group {
-                group_size,
-                scales,
-                biases,
-            } => {
+            Scales::Group { group_size, scales, biases } => {
                 let shape = [rows, cols.div_ceil((*group_size).max(1) as usize)];
-                let group = |part, values: &ScaleVec| {
-                    raw(part, values.dtype().into(), &shape, values.to_le_bytes())
-                };
+                let group = |part, values: &ScaleVec| raw(part, values.dtype().into(), &shape, values.to_le_bytes());
                 Self {
-                    scheme: if biases.is_some() {
-                        ScaleScheme::GroupAffine
-                    } else {
-                        ScaleScheme::GroupSymmetric
-                    },
+                    scheme: if biases.is_some() { ScaleScheme::GroupAffine } else { ScaleScheme::GroupSymmetric },
                     group_size: *group_size,
                     scale_exponent: 0,
                     scales: group("scales", scales)?,
@@ -273,13 +218,8 @@ impl Parts {
                 }
             }
         };
-        for (part, tensor) in [
-            ("scale", Some(&parts.scales)),
-            ("bias", parts.biases.as_ref()),
-        ] {
-            let values = tensor
-                .map_or(Ok(Vec::new()), RawTensor::to_f32)
-                .map_err(EncodeTensorError::Format)?;
+        for (part, tensor) in [("scale", Some(&parts.scales)), ("bias", parts.biases.as_ref())] {
+            let values = tensor.map_or(Ok(Vec::new()), RawTensor::to_f32).map_err(EncodeTensorError::Format)?;
             if let Some(index) = values.iter().position(|v| !v.is_finite()) {
                 return Err(EncodeTensorError::NotFinite { part, index });
             }
@@ -296,33 +236,21 @@ pub fn decode_tensor(tensor: &CodedTensor) -> Result<QuantizedTensor, TensorErro
     let (rows, cols, col_steps) = (tensor.rows(), tensor.cols(), tensor.col_steps());
     let mut symbols: Vec<i16> = zeros(rows * cols)?;
     let chunk_rows = tensor.header().row_tiles_per_chunk as usize * TILE_ROWS;
-    symbols
-        .par_chunks_mut(chunk_rows * cols)
-        .enumerate()
-        .try_for_each_init(Vec::new, |tiled, (chunk, out)| {
-            decode_checked(tensor, chunk, tiled)?;
-            for (row, out) in out.chunks_exact_mut(cols).enumerate() {
-                let start = row_start(row, col_steps);
-                for (step, out) in out.chunks_mut(TILE_COLS).enumerate() {
-                    out.copy_from_slice(&tiled[start + step * TILE_SYMBOLS..][..out.len()]);
-                }
+    symbols.par_chunks_mut(chunk_rows * cols).enumerate().try_for_each_init(Vec::new, |tiled, (chunk, out)| {
+        decode_checked(tensor, chunk, tiled)?;
+        for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+            let start = row_start(row, col_steps);
+            for (step, out) in out.chunks_mut(TILE_COLS).enumerate() {
+                out.copy_from_slice(&tiled[start + step * TILE_SYMBOLS..][..out.len()]);
             }
-            Ok(())
-        })?;
-    Ok(QuantizedTensor {
-        rows,
-        cols,
-        symbols,
-        scales: tensor.scales().to_scales(),
-    })
+        }
+        Ok(())
+    })?;
+    Ok(QuantizedTensor { rows, cols, symbols, scales: tensor.scales().to_scales() })
 }
 
 /// Checks and decodes one chunk into `tiled`, which is resized: symbols in the order of the format, padding included.
-pub(crate) fn decode_checked(
-    tensor: &CodedTensor,
-    chunk: usize,
-    tiled: &mut Vec<i16>,
-) -> Result<(), TensorError> {
+pub(crate) fn decode_checked(tensor: &CodedTensor, chunk: usize, tiled: &mut Vec<i16>) -> Result<(), TensorError> {
     if !tensor.chunk_checksum_ok(chunk) {
         return Err(TensorError::ChunkChecksum { chunk });
     }
@@ -331,16 +259,13 @@ pub(crate) fn decode_checked(
         *tiled = zeros(symbols)?;
     }
     tiled.truncate(symbols);
-    decode_chunk(tensor.table(), tensor.chunk(chunk), tiled)
-        .map_err(|cause| TensorError::Decode { chunk, cause })
+    decode_chunk(tensor.table(), tensor.chunk(chunk), tiled).map_err(|cause| TensorError::Decode { chunk, cause })
 }
 
 /// A vector of zeros, or an error where there is no memory: the length comes from a file.
 fn zeros(len: usize) -> Result<Vec<i16>, TensorError> {
     let mut zeros = Vec::new();
-    let out_of_memory = |_| TensorError::OutOfMemory {
-        bytes: len as u64 * size_of::<i16>() as u64,
-    };
+    let out_of_memory = |_| TensorError::OutOfMemory { bytes: len as u64 * size_of::<i16>() as u64 };
     zeros.try_reserve_exact(len).map_err(out_of_memory)?;
     zeros.resize(len, 0);
     Ok(zeros)

@@ -32,18 +32,12 @@ pub struct Place {
 impl Place {
     /// A file as a whole.
     pub fn file(path: &Path) -> Self {
-        Self {
-            file: Some(path.to_owned()),
-            tensor: None,
-        }
+        Self { file: Some(path.to_owned()), tensor: None }
     }
 
     /// A tensor of a file.
     pub fn tensor(path: &Path, name: &str) -> Self {
-        Self {
-            file: Some(path.to_owned()),
-            tensor: Some(name.to_owned()),
-        }
+        Self { file: Some(path.to_owned()), tensor: Some(name.to_owned()) }
     }
 }
 
@@ -86,9 +80,7 @@ pub enum FileError {
         message: String,
     },
     /// The tensors do not cover the data section exactly, in order, without holes or overlaps.
-    #[error(
-        "data of tensor {name:?} begins at {found}; {expected} was expected (tensors must leave no hole and not overlap)"
-    )]
+    #[error("data of tensor {name:?} begins at {found}; {expected} was expected (tensors must leave no hole and not overlap)")]
     Offsets {
         /// The tensor that breaks the sequence.
         name: String,
@@ -324,11 +316,9 @@ impl TensorError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Version { .. }
-            | Self::Scheme { .. }
-            | Self::Codec { .. }
-            | Self::CodecParams { .. }
-            | Self::NotFloat { .. } => ErrorKind::Unsupported,
+            Self::Version { .. } | Self::Scheme { .. } | Self::Codec { .. } | Self::CodecParams { .. } | Self::NotFloat { .. } => {
+                ErrorKind::Unsupported
+            }
             Self::Limit { .. } | Self::OutOfMemory { .. } => ErrorKind::Limit,
             _ => ErrorKind::Corrupt,
         }
@@ -452,26 +442,16 @@ impl FormatError {
             Self::Tensor { cause, .. } => cause.kind(),
             Self::Version { .. } => ErrorKind::Unsupported,
             Self::TooLarge { .. } | Self::Usage { .. } | Self::NoTensor { .. } => ErrorKind::Limit,
-            Self::Json { .. }
-            | Self::DuplicateTensor { .. }
-            | Self::Mixed { .. }
-            | Self::Manifest { .. } => ErrorKind::Corrupt,
+            Self::Json { .. } | Self::DuplicateTensor { .. } | Self::Mixed { .. } | Self::Manifest { .. } => ErrorKind::Corrupt,
         }
     }
 
     pub(crate) fn io(action: &'static str, path: &Path, cause: io::Error) -> Self {
-        Self::Io {
-            action,
-            path: path.to_owned(),
-            cause,
-        }
+        Self::Io { action, path: path.to_owned(), cause }
     }
 
     pub(crate) fn file(path: &Path, cause: FileError) -> Self {
-        Self::File {
-            path: path.to_owned(),
-            cause,
-        }
+        Self::File { path: path.to_owned(), cause }
     }
 }
 

@@ -95,12 +95,7 @@ pub enum ScaleScheme {
 
 impl ScaleScheme {
     /// All schemes, in order of their ids.
-    pub const ALL: [Self; 4] = [
-        Self::Tensor,
-        Self::Row,
-        Self::GroupAffine,
-        Self::GroupSymmetric,
-    ];
+    pub const ALL: [Self; 4] = [Self::Tensor, Self::Row, Self::GroupAffine, Self::GroupSymmetric];
 
     /// The id in the header.
     pub const fn id(self) -> u8 {
@@ -118,10 +113,7 @@ impl ScaleScheme {
     }
 
     fn from_id(id: u8) -> Result<Self, TensorError> {
-        Self::ALL
-            .into_iter()
-            .find(|s| s.id() == id)
-            .ok_or(TensorError::Scheme { found: id })
+        Self::ALL.into_iter().find(|s| s.id() == id).ok_or(TensorError::Scheme { found: id })
     }
 }
 
@@ -144,23 +136,11 @@ impl DecodedForm {
         // At -128 and 127 the statistics are clamped: the true range is unknown.
         let range_known = header.symbol_min > i8::MIN && header.symbol_max < i8::MAX;
         if range_known && max - min < 16 {
-            Self {
-                bits: 4,
-                base: min,
-                has_escape: false,
-            }
+            Self { bits: 4, base: min, has_escape: false }
         } else if u64::from(header.wide_count) * 4 <= header.symbols() {
-            Self {
-                bits: 4,
-                base: -8,
-                has_escape: true,
-            }
+            Self { bits: 4, base: -8, has_escape: true }
         } else {
-            Self {
-                bits: 8,
-                base: -128,
-                has_escape: false,
-            }
+            Self { bits: 8, base: -128, has_escape: false }
         }
     }
 }
@@ -207,10 +187,7 @@ impl TensorHeader {
     /// Fewer bytes, an unknown version, scheme or codec, or fields that contradict each other or a limit.
     pub fn parse(blob: &[u8]) -> Result<Self, TensorError> {
         let Some(bytes) = blob.first_chunk::<HEADER_BYTES>() else {
-            return Err(TensorError::Truncated {
-                needed: HEADER_BYTES as u64,
-                available: blob.len() as u64,
-            });
+            return Err(TensorError::Truncated { needed: HEADER_BYTES as u64, available: blob.len() as u64 });
         };
         let u8_at = |at: Range<usize>| bytes[at.start];
         let u32_at = |at: Range<usize>| u32::from_le_bytes(array(bytes, at));
@@ -218,16 +195,11 @@ impl TensorHeader {
 
         let magic: [u8; 4] = array(bytes, at::magic);
         if magic != MAGIC {
-            return Err(TensorError::Magic {
-                found: u32::from_le_bytes(magic),
-            });
+            return Err(TensorError::Magic { found: u32::from_le_bytes(magic) });
         }
         let version = u16::from_le_bytes(array(bytes, at::version));
         if version != VERSION {
-            return Err(TensorError::Version {
-                found: version,
-                known: VERSION,
-            });
+            return Err(TensorError::Version { found: version, known: VERSION });
         }
         let scheme = ScaleScheme::from_id(u8_at(at::scheme))?;
         let params = CodecFields {
@@ -239,11 +211,7 @@ impl TensorHeader {
         };
         let codec = params.codec(u8_at(at::codec))?;
         if bytes[at::reserved.start] != 0 {
-            return Err(field(
-                "reserved",
-                u64::from(bytes[at::reserved.start]),
-                "must be 0",
-            ));
+            return Err(field("reserved", u64::from(bytes[at::reserved.start]), "must be 0"));
         }
         let header = Self {
             scheme,
@@ -277,10 +245,7 @@ impl TensorHeader {
         put(at::rows, &self.rows.to_le_bytes());
         put(at::cols, &self.cols.to_le_bytes());
         put(at::group_size, &self.group_size.to_le_bytes());
-        put(
-            at::row_tiles_per_chunk,
-            &self.row_tiles_per_chunk.to_le_bytes(),
-        );
+        put(at::row_tiles_per_chunk, &self.row_tiles_per_chunk.to_le_bytes());
         put(at::state_bits, &[params.state_bits]);
         put(at::word_bits, &[params.word_bits]);
         put(at::prob_bits, &[params.prob_bits]);
@@ -312,19 +277,11 @@ impl TensorHeader {
         let group_size = u64::from(self.group_size);
         if self.scheme.is_group() {
             if group_size == 0 || !group_size.is_multiple_of(TILE_COLS as u64) {
-                return Err(field(
-                    "group_size",
-                    group_size,
-                    "must be a positive multiple of 4",
-                ));
+                return Err(field("group_size", group_size, "must be a positive multiple of 4"));
             }
             limit("group_size", group_size, limits::DIM_MAX)?;
             if self.scale_exponent != 0 {
-                return Err(field(
-                    "scale_exponent",
-                    u64::from(self.scale_exponent as u8),
-                    "must be 0 with groups",
-                ));
+                return Err(field("scale_exponent", u64::from(self.scale_exponent as u8), "must be 0 with groups"));
             }
         } else if group_size != 0 {
             return Err(field("group_size", group_size, "must be 0 without groups"));
@@ -333,71 +290,35 @@ impl TensorHeader {
         let per_chunk = u64::from(self.row_tiles_per_chunk);
         let row_tiles = self.row_tiles() as u64;
         if per_chunk == 0 || per_chunk > row_tiles {
-            return Err(field(
-                "row_tiles_per_chunk",
-                per_chunk,
-                "must be from 1 to the number of row tiles",
-            ));
+            return Err(field("row_tiles_per_chunk", per_chunk, "must be from 1 to the number of row tiles"));
         }
         if per_chunk > 1 {
             let chunk_symbols = per_chunk * self.col_steps() as u64 * TILE_SYMBOLS as u64;
-            limit(
-                "number of symbols in a chunk",
-                chunk_symbols,
-                limits::CHUNK_SYMBOLS_MAX,
-            )?;
+            limit("number of symbols in a chunk", chunk_symbols, limits::CHUNK_SYMBOLS_MAX)?;
         }
         let chunk_count = u64::from(self.chunk_count);
         if chunk_count != row_tiles.div_ceil(per_chunk) {
-            return Err(field(
-                "chunk_count",
-                chunk_count,
-                "must be row tiles / row_tiles_per_chunk, rounded up",
-            ));
+            return Err(field("chunk_count", chunk_count, "must be row tiles / row_tiles_per_chunk, rounded up"));
         }
         if self.table_bytes == 0 {
             return Err(field("table_bytes", 0, "must not be 0"));
         }
-        limit(
-            "table_bytes",
-            u64::from(self.table_bytes),
-            limits::TABLE_BYTES_MAX,
-        )?;
+        limit("table_bytes", u64::from(self.table_bytes), limits::TABLE_BYTES_MAX)?;
         // Every chunk but the last takes at least 16 bytes. This bound also keeps the sums below from overflowing.
         if self.payload_bytes <= (chunk_count - 1) * CHUNK_ALIGN as u64 {
-            return Err(field(
-                "payload_bytes",
-                self.payload_bytes,
-                "too small for the number of chunks",
-            ));
+            return Err(field("payload_bytes", self.payload_bytes, "too small for the number of chunks"));
         }
-        limit(
-            "payload_bytes",
-            self.payload_bytes,
-            limits::PAYLOAD_BYTES_MAX,
-        )?;
+        limit("payload_bytes", self.payload_bytes, limits::PAYLOAD_BYTES_MAX)?;
 
         if self.symbol_min > self.symbol_max {
-            return Err(field(
-                "symbol_min",
-                u64::from(self.symbol_min as u8),
-                "must not exceed symbol_max",
-            ));
+            return Err(field("symbol_min", u64::from(self.symbol_min as u8), "must not exceed symbol_max"));
         }
         let wide_count = u64::from(self.wide_count);
         if wide_count > symbols {
-            return Err(field(
-                "wide_count",
-                wide_count,
-                "must not exceed the number of symbols",
-            ));
+            return Err(field("wide_count", wide_count, "must not exceed the number of symbols"));
         }
         if (wide_count != 0) != (self.symbol_min < NARROW_MIN || self.symbol_max > NARROW_MAX) {
-            return Err(field(
-                "wide_count",
-                wide_count,
-                "contradicts symbol_min and symbol_max",
-            ));
+            return Err(field("wide_count", wide_count, "contradicts symbol_min and symbol_max"));
         }
         Ok(())
     }
@@ -415,8 +336,7 @@ impl TensorHeader {
 
     /// Length of the blob: payload and at least 64 zero bytes, rounded up to a multiple of 64.
     pub fn blob_bytes(&self) -> u64 {
-        (self.payload_start() + self.payload_bytes + PADDING_BYTES as u64)
-            .next_multiple_of(BLOB_ALIGN as u64)
+        (self.payload_start() + self.payload_bytes + PADDING_BYTES as u64).next_multiple_of(BLOB_ALIGN as u64)
     }
 
     /// Row tiles: rows / 16, rounded up.
@@ -436,11 +356,7 @@ impl TensorHeader {
 
     /// Groups in a row; 1 for schemes without groups.
     pub fn groups(&self) -> usize {
-        if self.group_size == 0 {
-            1
-        } else {
-            (self.cols as usize).div_ceil(self.group_size as usize)
-        }
+        if self.group_size == 0 { 1 } else { (self.cols as usize).div_ceil(self.group_size as usize) }
     }
 
     /// Bytes of the decoded form, without the far symbols (which the header does not count; 6 bytes each, and rare).
@@ -451,18 +367,8 @@ impl TensorHeader {
         let form = DecodedForm::choose(self);
         let row_tiles = self.row_tiles() as u64;
         let steps = self.col_steps() as u64;
-        let fields = row_tiles
-            * 64
-            * if form.bits == 4 {
-                steps.div_ceil(2)
-            } else {
-                steps
-            };
-        let escapes = if form.has_escape {
-            u64::from(self.wide_count)
-        } else {
-            0
-        };
+        let fields = row_tiles * 64 * if form.bits == 4 { steps.div_ceil(2) } else { steps };
+        let escapes = if form.has_escape { u64::from(self.wide_count) } else { 0 };
         fields + escapes + row_tiles * 4
     }
 }
@@ -478,124 +384,51 @@ struct CodecFields {
 
 impl CodecFields {
     fn new(codec: Codec) -> Self {
-        let none = Self {
-            state_bits: 0,
-            word_bits: 0,
-            prob_bits: 0,
-            lanes: 0,
-            block_symbols: 0,
-        };
+        let none = Self { state_bits: 0, word_bits: 0, prob_bits: 0, lanes: 0, block_symbols: 0 };
         match codec {
-            Codec::Fixed(p) => Self {
-                prob_bits: p.bits,
-                ..none
-            },
-            Codec::Huffman(p) => Self {
-                prob_bits: p.code_bits_max,
-                lanes: p.lanes,
-                ..none
-            },
-            Codec::Rans(p) => Self {
-                state_bits: p.state_bits,
-                word_bits: p.word_bits,
-                prob_bits: p.prob_bits,
-                lanes: p.lanes,
-                ..none
-            },
-            Codec::BlockAns(p) => Self {
-                state_bits: p.state_bits,
-                word_bits: p.word_bits,
-                prob_bits: p.prob_bits,
-                block_symbols: p.block_symbols,
-                ..none
-            },
-            other => unreachable!(
-                "codec {other} has no header fields: this crate is older than the codec crate"
-            ),
+            Codec::Fixed(p) => Self { prob_bits: p.bits, ..none },
+            Codec::Huffman(p) => Self { prob_bits: p.code_bits_max, lanes: p.lanes, ..none },
+            Codec::Rans(p) => Self { state_bits: p.state_bits, word_bits: p.word_bits, prob_bits: p.prob_bits, lanes: p.lanes, ..none },
+            Codec::BlockAns(p) => {
+                Self { state_bits: p.state_bits, word_bits: p.word_bits, prob_bits: p.prob_bits, block_symbols: p.block_symbols, ..none }
+            }
+            other => unreachable!("codec {other} has no header fields: this crate is older than the codec crate"),
         }
     }
 
     fn codec(&self, kind: u8) -> Result<Codec, TensorError> {
         let kind = CodecKind::from_code(kind).ok_or(TensorError::Codec { found: kind })?;
-        let Self {
-            state_bits,
-            word_bits,
-            prob_bits,
-            lanes,
-            block_symbols,
-        } = *self;
+        let Self { state_bits, word_bits, prob_bits, lanes, block_symbols } = *self;
         let codec = match kind {
             CodecKind::Fixed => Codec::Fixed(fixed::Params { bits: prob_bits }),
-            CodecKind::Huffman => Codec::Huffman(huffman::Params {
-                code_bits_max: prob_bits,
-                lanes,
-            }),
-            CodecKind::Rans => Codec::Rans(rans::Params {
-                state_bits,
-                word_bits,
-                prob_bits,
-                lanes,
-            }),
-            CodecKind::BlockAns => Codec::BlockAns(block_ans::Params {
-                state_bits,
-                word_bits,
-                prob_bits,
-                block_symbols,
-            }),
+            CodecKind::Huffman => Codec::Huffman(huffman::Params { code_bits_max: prob_bits, lanes }),
+            CodecKind::Rans => Codec::Rans(rans::Params { state_bits, word_bits, prob_bits, lanes }),
+            CodecKind::BlockAns => Codec::BlockAns(block_ans::Params { state_bits, word_bits, prob_bits, block_symbols }),
             other => {
-                return Err(TensorError::Codec {
-                    found: other.code(),
-                });
+                return Err(TensorError::Codec { found: other.code() });
             }
         };
-        let refuse = |message: String| TensorError::CodecParams {
-            codec: kind.name(),
-            message,
-        };
+        let refuse = |message: String| TensorError::CodecParams { codec: kind.name(), message };
         codec.validate().map_err(|e| refuse(e.to_string()))?;
         // Validation passed, so `new` sees only parameters that it can write: unequal means an unused field is not 0.
-        let Self {
-            state_bits,
-            word_bits,
-            prob_bits,
-            lanes,
-            block_symbols,
-        } = Self::new(codec);
+        let Self { state_bits, word_bits, prob_bits, lanes, block_symbols } = Self::new(codec);
         if (state_bits, word_bits, prob_bits, lanes, block_symbols)
-            != (
-                self.state_bits,
-                self.word_bits,
-                self.prob_bits,
-                self.lanes,
-                self.block_symbols,
-            )
+            != (self.state_bits, self.word_bits, self.prob_bits, self.lanes, self.block_symbols)
         {
-            return Err(refuse(
-                "a parameter that the codec does not use is not 0".to_owned(),
-            ));
+            return Err(refuse("a parameter that the codec does not use is not 0".to_owned()));
         }
         Ok(codec)
     }
 }
 
 fn array<const N: usize>(bytes: &[u8; HEADER_BYTES], at: Range<usize>) -> [u8; N] {
-    bytes[at]
-        .try_into()
-        .expect("fields! states the length of every field")
+    bytes[at].try_into().expect("fields! states the length of every field")
 }
 
 fn field(field: &'static str, value: u64, message: &'static str) -> TensorError {
-    TensorError::Field {
-        field,
-        value,
-        message,
-    }
+    TensorError::Field { field, value, message }
 }
 
 pub(crate) fn limit(what: &'static str, value: u64, limit: u64) -> Result<(), TensorError> {
-    if value > limit {
-        Err(TensorError::Limit { what, value, limit })
-    } else {
-        Ok(())
-    }
+    if value > limit { Err(TensorError::Limit { what, value, limit }) } else { Ok(()) }
 }

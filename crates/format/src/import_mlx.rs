@@ -58,10 +58,7 @@ pub struct MlxParts {
 impl<'a> MlxDir<'a> {
     /// Sees `dir` as MLX's, or `None` if its configuration has no `quantization`.
     pub fn new(dir: &'a ModelDir) -> Option<Self> {
-        let quantization = dir
-            .config()
-            .get("quantization")
-            .filter(|q| q.is_object() && !dir.is_tersor())?;
+        let quantization = dir.config().get("quantization").filter(|q| q.is_object() && !dir.is_tersor())?;
         Some(Self { dir, quantization })
     }
 
@@ -78,10 +75,7 @@ impl<'a> MlxDir<'a> {
                 && raw.dtype() == Dtype::U32
             {
                 let quantized = self.quantized(stem, raw);
-                let quantized = quantized.map_err(|cause| FormatError::Tensor {
-                    place: self.dir.place(name),
-                    cause,
-                })?;
+                let quantized = quantized.map_err(|cause| FormatError::Tensor { place: self.dir.place(name), cause })?;
                 tensors.push((name, MlxTensor::Quantized(quantized)));
             } else if !self.belongs_to_weight(name) {
                 tensors.push((name, MlxTensor::Raw(raw)));
@@ -92,47 +86,29 @@ impl<'a> MlxDir<'a> {
 
     /// Whether `name` is scales or biases of a quantized weight.
     fn belongs_to_weight(&self, name: &str) -> bool {
-        let stem = name
-            .strip_suffix(SCALES)
-            .or_else(|| name.strip_suffix(BIASES));
+        let stem = name.strip_suffix(SCALES).or_else(|| name.strip_suffix(BIASES));
         let weight = stem.and_then(|stem| self.dir.tensor(&format!("{stem}{WEIGHT}")));
         matches!(weight, Some(Tensor::Raw(raw)) if raw.dtype() == Dtype::U32)
     }
 
     fn quantized(&self, stem: &str, words: &'a RawTensor) -> Result<MlxQuantized<'a>, TensorError> {
         // A layer's own entry replaces the directory's.
-        let settings = self
-            .quantization
-            .get(stem)
-            .filter(|own| own.is_object())
-            .unwrap_or(self.quantization);
-        let unsupported = |message: String| TensorError::CodecParams {
-            codec: "mlx",
-            message,
-        };
+        let settings = self.quantization.get(stem).filter(|own| own.is_object()).unwrap_or(self.quantization);
+        let unsupported = |message: String| TensorError::CodecParams { codec: "mlx", message };
         let bits = settings.get("bits").and_then(Value::as_u64).unwrap_or(4);
         if bits != 4 {
             return Err(unsupported(format!("{bits} bits; only 4 are supported")));
         }
         if let Some(mode) = settings.get("mode").filter(|mode| *mode != "affine") {
-            return Err(unsupported(format!(
-                "mode {mode}; only affine is supported"
-            )));
+            return Err(unsupported(format!("mode {mode}; only affine is supported")));
         }
-        let group_size = settings
-            .get("group_size")
-            .and_then(Value::as_u64)
-            .unwrap_or(64);
+        let group_size = settings.get("group_size").and_then(Value::as_u64).unwrap_or(64);
         let Some(group_size) = u32::try_from(group_size).ok().filter(|&size| size > 0) else {
-            return Err(unsupported(format!(
-                "group size {group_size} in {CONFIG_FILE}"
-            )));
+            return Err(unsupported(format!("group size {group_size} in {CONFIG_FILE}")));
         };
         let part = |ending: &str| match self.dir.tensor(&format!("{stem}{ending}")) {
             Some(Tensor::Raw(raw)) => Ok(raw),
-            _ => Err(TensorError::MissingPart {
-                part: format!("{stem}{ending}"),
-            }),
+            _ => Err(TensorError::MissingPart { part: format!("{stem}{ending}") }),
         };
         let (scales, biases) = (part(SCALES)?, part(BIASES)?);
         let wrong = |part, found: &RawTensor, expected: String| TensorError::PartShape {
@@ -142,9 +118,7 @@ impl<'a> MlxDir<'a> {
         };
         // A matrix without elements may claim any other dimension.
         let (rows, cols) = match *words.shape() {
-            [rows, row_words] if rows > 0 && row_words > 0 => {
-                (rows, row_words.checked_mul(PER_WORD))
-            }
+            [rows, row_words] if rows > 0 && row_words > 0 => (rows, row_words.checked_mul(PER_WORD)),
             _ => (0, None),
         };
         let cols = cols.ok_or_else(|| wrong("weight", words, "a matrix".to_owned()))?;
@@ -155,14 +129,7 @@ impl<'a> MlxDir<'a> {
                 return Err(wrong(name, part, format!("floats {groups:?} of one type")));
             }
         }
-        Ok(MlxQuantized {
-            words,
-            scales,
-            biases,
-            rows,
-            cols,
-            group_size,
-        })
+        Ok(MlxQuantized { words, scales, biases, rows, cols, group_size })
     }
 }
 
@@ -187,27 +154,10 @@ impl MlxQuantized<'_> {
     /// # Errors
     /// A shape or group size that the quantizer does not know.
     pub fn to_tensor(&self) -> Result<QuantizedTensor, TensorError> {
-        let words: Vec<u32> = self
-            .words
-            .bytes()
-            .as_chunks()
-            .0
-            .iter()
-            .map(|word| u32::from_le_bytes(*word))
-            .collect();
+        let words: Vec<u32> = self.words.bytes().as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
         let (scales, biases) = (scale_vec(self.scales), scale_vec(self.biases));
-        affine4::from_packed(
-            self.rows,
-            self.cols,
-            self.group_size,
-            &words,
-            scales,
-            biases,
-        )
-        .map_err(|e| TensorError::CodecParams {
-            codec: "mlx",
-            message: e.to_string(),
-        })
+        affine4::from_packed(self.rows, self.cols, self.group_size, &words, scales, biases)
+            .map_err(|e| TensorError::CodecParams { codec: "mlx", message: e.to_string() })
     }
 }
 
@@ -216,30 +166,17 @@ impl MlxQuantized<'_> {
 /// # Errors
 /// A tensor that is not group affine or whose symbols are not nibbles, or one that does not decode.
 pub fn to_mlx(tensor: &CodedTensor) -> Result<MlxParts, TensorError> {
-    let unsupported = |message: String| TensorError::CodecParams {
-        codec: "mlx",
-        message,
-    };
+    let unsupported = |message: String| TensorError::CodecParams { codec: "mlx", message };
     let scales = tensor.scales();
     let (ScaleScheme::GroupAffine, Some(biases)) = (scales.scheme(), scales.raw_biases()) else {
-        return Err(unsupported(
-            "only tensors with scales and biases for groups can be packed".to_owned(),
-        ));
+        return Err(unsupported("only tensors with scales and biases for groups can be packed".to_owned()));
     };
     if !tensor.cols().is_multiple_of(PER_WORD) {
-        return Err(unsupported(format!(
-            "{} columns are not a multiple of 8",
-            tensor.cols()
-        )));
+        return Err(unsupported(format!("{} columns are not a multiple of 8", tensor.cols())));
     }
-    let words =
-        affine4::pack(&decode_tensor(tensor)?.symbols).map_err(|e| unsupported(e.to_string()))?;
+    let words = affine4::pack(&decode_tensor(tensor)?.symbols).map_err(|e| unsupported(e.to_string()))?;
     let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
     let shape = vec![tensor.rows(), tensor.cols() / PER_WORD];
     let words = RawTensor::new(Dtype::U32, shape, Bytes::from(bytes))?;
-    Ok(MlxParts {
-        words,
-        scales: scales.raw().clone(),
-        biases: biases.clone(),
-    })
+    Ok(MlxParts { words, scales: scales.raw().clone(), biases: biases.clone() })
 }

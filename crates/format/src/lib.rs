@@ -27,8 +27,8 @@ pub use dir::ModelDir;
 pub use encode::{CHUNK_SYMBOLS_TARGET, EncodedTensor, decode_tensor, encode_tensor};
 pub use error::{EncodeTensorError, ErrorKind, FileError, FormatError, Place, TensorError};
 pub use header::{
-    BLOB_ALIGN, CHUNK_ALIGN, DecodedForm, FIELDS, Field, HEADER_BYTES, INDEX_ENTRY_BYTES, MAGIC,
-    NARROW_MAX, NARROW_MIN, ScaleScheme, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TensorHeader, VERSION,
+    BLOB_ALIGN, CHUNK_ALIGN, DecodedForm, FIELDS, Field, HEADER_BYTES, INDEX_ENTRY_BYTES, MAGIC, NARROW_MAX, NARROW_MIN, ScaleScheme,
+    TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TensorHeader, VERSION,
 };
 pub use import_mlx::{MlxDir, MlxParts, MlxQuantized, MlxTensor, to_mlx};
 pub use tensor::{CodedTensor, Dtype, RawRows, RawTensor, ScalesView, Tensor};

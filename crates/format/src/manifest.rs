@@ -32,8 +32,7 @@ fn write_hex<S: Serializer>(checksum: &u64, serializer: S) -> Result<S::Ok, S::E
 
 fn read_hex<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     let text = String::deserialize(deserializer)?;
-    parse_checksum(&text)
-        .ok_or_else(|| serde::de::Error::custom("xxh3 is not 16 lower-case hexadecimal digits"))
+    parse_checksum(&text).ok_or_else(|| serde::de::Error::custom("xxh3 is not 16 lower-case hexadecimal digits"))
 }
 
 impl FileSum {
@@ -44,14 +43,9 @@ impl FileSum {
         let mut bytes = 0;
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            let count = file
-                .read(&mut buffer)
-                .map_err(|e| FormatError::io("read", path, e))?;
+            let count = file.read(&mut buffer).map_err(|e| FormatError::io("read", path, e))?;
             if count == 0 {
-                return Ok(Self {
-                    bytes,
-                    xxh3: hash.digest(),
-                });
+                return Ok(Self { bytes, xxh3: hash.digest() });
             }
             hash.update(&buffer[..count]);
             bytes += count as u64;
@@ -77,18 +71,10 @@ impl Manifest {
         let path = dir.join(MANIFEST_FILE);
         let document: Document = parse_json(&path, &read_json(&path)?)?;
         if document.version != FORMAT_VERSION {
-            return Err(FormatError::Version {
-                path,
-                found: document.version.to_string(),
-                known: FORMAT_VERSION,
-            });
+            return Err(FormatError::Version { path, found: document.version.to_string(), known: FORMAT_VERSION });
         }
         let files = document.files.0;
-        let is_name = |name: &str| {
-            Path::new(name)
-                .file_name()
-                .is_some_and(|file_name| file_name == name)
-        };
+        let is_name = |name: &str| Path::new(name).file_name().is_some_and(|file_name| file_name == name);
         if let Some(name) = files.keys().find(|name| !is_name(name)) {
             let message = format!("{name:?} is not the name of a file in the directory");
             return Err(FormatError::Json { path, message });
@@ -103,10 +89,7 @@ impl Manifest {
             version: u64,
             files: &'a BTreeMap<String, FileSum>,
         }
-        let document = Document {
-            version: FORMAT_VERSION,
-            files: &self.files,
-        };
+        let document = Document { version: FORMAT_VERSION, files: &self.files };
         let mut json = serde_json::to_vec_pretty(&document).expect("strings and numbers serialize");
         json.push(b'\n');
         json

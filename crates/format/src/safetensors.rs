@@ -39,103 +39,52 @@ impl Header {
     pub fn parse(file: &[u8]) -> Result<Self, FileError> {
         let available = file.len() as u64;
         let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
-            return Err(FileError::Truncated {
-                needed: LENGTH_BYTES as u64,
-                available,
-            });
+            return Err(FileError::Truncated { needed: LENGTH_BYTES as u64, available });
         };
         let header_bytes = u64::from_le_bytes(*length);
         if header_bytes > limits::HEADER_BYTES_MAX {
-            return Err(FileError::HeaderTooLong {
-                bytes: header_bytes,
-                limit: limits::HEADER_BYTES_MAX,
-            });
+            return Err(FileError::HeaderTooLong { bytes: header_bytes, limit: limits::HEADER_BYTES_MAX });
         }
         let Some((json, data)) = rest.split_at_checked(header_bytes as usize) else {
-            return Err(FileError::Truncated {
-                needed: LENGTH_BYTES as u64 + header_bytes,
-                available,
-            });
+            return Err(FileError::Truncated { needed: LENGTH_BYTES as u64 + header_bytes, available });
         };
-        let json: Json = serde_json::from_slice(json).map_err(|e| FileError::Json {
-            message: one_line(&e),
-        })?;
+        let json: Json = serde_json::from_slice(json).map_err(|e| FileError::Json { message: one_line(&e) })?;
 
         let mut tensors = json.tensors;
         tensors.sort_by_key(|(_, t)| t.data_offsets);
         let data_start = LENGTH_BYTES + header_bytes as usize;
         let mut entries = Vec::with_capacity(tensors.len());
         let mut expected = 0;
-        for (
-            name,
-            JsonTensor {
-                dtype,
-                shape,
-                data_offsets: (begin, end),
-            },
-        ) in tensors
-        {
+        for (name, JsonTensor { dtype, shape, data_offsets: (begin, end) }) in tensors {
             if begin != expected || end < begin {
-                return Err(FileError::Offsets {
-                    name,
-                    found: begin,
-                    expected,
-                });
+                return Err(FileError::Offsets { name, found: begin, expected });
             }
             let Some(dtype) = Dtype::from_name(&dtype) else {
                 return Err(FileError::Dtype { name, dtype });
             };
-            let bytes = shape
-                .iter()
-                .try_fold(dtype.bytes() as u64, |n, &dim| n.checked_mul(dim));
+            let bytes = shape.iter().try_fold(dtype.bytes() as u64, |n, &dim| n.checked_mul(dim));
             if bytes != Some(end - begin) {
-                return Err(FileError::Shape {
-                    name,
-                    shape,
-                    dtype: dtype.name(),
-                    bytes: end - begin,
-                });
+                return Err(FileError::Shape { name, shape, dtype: dtype.name(), bytes: end - begin });
             }
             if end > data.len() as u64 {
-                return Err(FileError::DataLength {
-                    tensors: end,
-                    available: data.len() as u64,
-                });
+                return Err(FileError::DataLength { tensors: end, available: data.len() as u64 });
             }
             let range = data_start + begin as usize..data_start + end as usize;
             // A dimension beyond usize can only stand beside a 0; no such tensor has elements.
-            let shape = shape
-                .into_iter()
-                .map(|dim| usize::try_from(dim).unwrap_or(usize::MAX))
-                .collect();
-            entries.push(Entry {
-                name,
-                dtype,
-                shape,
-                range,
-            });
+            let shape = shape.into_iter().map(|dim| usize::try_from(dim).unwrap_or(usize::MAX)).collect();
+            entries.push(Entry { name, dtype, shape, range });
             expected = end;
         }
         if expected != data.len() as u64 {
-            return Err(FileError::DataLength {
-                tensors: expected,
-                available: data.len() as u64,
-            });
+            return Err(FileError::DataLength { tensors: expected, available: data.len() as u64 });
         }
-        Ok(Self {
-            entries,
-            metadata: json.metadata,
-        })
+        Ok(Self { entries, metadata: json.metadata })
     }
 }
 
 /// An error's text without line breaks: serde quotes keys of the file in its messages.
 pub(crate) fn one_line(error: &dyn fmt::Display) -> String {
-    error
-        .to_string()
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    error.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[derive(Deserialize)]

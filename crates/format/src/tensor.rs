@@ -12,10 +12,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::bytes::Bytes;
 use crate::error::TensorError;
-use crate::header::{
-    CHUNK_ALIGN, DecodedForm, HEADER_BYTES, INDEX_ENTRY_BYTES, ScaleScheme, TILE_SYMBOLS,
-    TensorHeader,
-};
+use crate::header::{CHUNK_ALIGN, DecodedForm, HEADER_BYTES, INDEX_ENTRY_BYTES, ScaleScheme, TILE_SYMBOLS, TensorHeader};
 
 /// Element type of a raw tensor, by its safetensors name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -124,21 +121,11 @@ impl RawTensor {
     /// # Errors
     /// The length does not fit the shape.
     pub fn new(dtype: Dtype, shape: Vec<usize>, bytes: Bytes) -> Result<Self, TensorError> {
-        let expected = shape
-            .iter()
-            .try_fold(dtype.bytes() as u64, |n, &d| n.checked_mul(d as u64))
-            .unwrap_or(u64::MAX);
+        let expected = shape.iter().try_fold(dtype.bytes() as u64, |n, &d| n.checked_mul(d as u64)).unwrap_or(u64::MAX);
         if expected != bytes.len() as u64 {
-            return Err(TensorError::Length {
-                expected,
-                found: bytes.len() as u64,
-            });
+            return Err(TensorError::Length { expected, found: bytes.len() as u64 });
         }
-        Ok(Self {
-            dtype,
-            shape,
-            bytes,
-        })
+        Ok(Self { dtype, shape, bytes })
     }
 
     /// Element type.
@@ -203,9 +190,7 @@ impl RawTensor {
                 }
             }
             other => {
-                return Err(TensorError::NotFloat {
-                    dtype: other.name(),
-                });
+                return Err(TensorError::NotFloat { dtype: other.name() });
             }
         }
         Ok(())
@@ -221,12 +206,7 @@ impl RawTensor {
             _ => return None,
         };
         match self.shape[..] {
-            [rows, cols] if rows > 0 && cols > 0 => Some(RawRows {
-                tensor: self,
-                dtype,
-                rows,
-                cols,
-            }),
+            [rows, cols] if rows > 0 && cols > 0 => Some(RawRows { tensor: self, dtype, rows, cols }),
             _ => None,
         }
     }
@@ -255,9 +235,7 @@ impl tersor_quant::Rows for RawRows<'_> {
     }
 
     fn read(&self, row: usize, out: &mut [f32]) {
-        self.tensor
-            .read_f32(row * self.cols, out)
-            .expect("as_rows admits float dtypes only");
+        self.tensor.read_f32(row * self.cols, out).expect("as_rows admits float dtypes only");
     }
 }
 
@@ -336,45 +314,23 @@ impl ScalesView {
     /// Scales and biases as the quantizer made them.
     pub fn to_scales(&self) -> Scales {
         let scale_exponent = self.exponent;
-        let halves = || {
-            self.scales
-                .bytes()
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| u16::from_le_bytes(*b))
-        };
+        let halves = || self.scales.bytes().as_chunks().0.iter().map(|b| u16::from_le_bytes(*b));
         match self.scheme {
-            ScaleScheme::Tensor => Scales::Tensor {
-                scale: halves().next().expect("shape checked when opened"),
-                scale_exponent,
-            },
-            ScaleScheme::Row => Scales::Row {
-                scales: halves().collect(),
-                scale_exponent,
-            },
-            ScaleScheme::GroupAffine | ScaleScheme::GroupSymmetric => Scales::Group {
-                group_size: self.group_size,
-                scales: scale_vec(&self.scales),
-                biases: self.biases.as_ref().map(scale_vec),
-            },
+            ScaleScheme::Tensor => Scales::Tensor { scale: halves().next().expect("shape checked when opened"), scale_exponent },
+            ScaleScheme::Row => Scales::Row { scales: halves().collect(), scale_exponent },
+            ScaleScheme::GroupAffine | ScaleScheme::GroupSymmetric => {
+                Scales::Group { group_size: self.group_size, scales: scale_vec(&self.scales), biases: self.biases.as_ref().map(scale_vec) }
+            }
         }
     }
 
     /// Checks dtypes and shapes against the header.
-    fn new(
-        header: &TensorHeader,
-        scales: RawTensor,
-        biases: Option<RawTensor>,
-    ) -> Result<Self, TensorError> {
+    fn new(header: &TensorHeader, scales: RawTensor, biases: Option<RawTensor>) -> Result<Self, TensorError> {
         let rows = header.rows as usize;
         let (shape, dtypes): (Vec<usize>, &[Dtype]) = match header.scheme {
             ScaleScheme::Tensor => (vec![1], &[Dtype::F16]),
             ScaleScheme::Row => (vec![rows], &[Dtype::F16]),
-            _ => (
-                vec![rows, header.groups()],
-                &[Dtype::F16, Dtype::Bf16, Dtype::F32],
-            ),
+            _ => (vec![rows, header.groups()], &[Dtype::F16, Dtype::Bf16, Dtype::F32]),
         };
         let expect = |part, tensor: &RawTensor, dtypes: &[Dtype]| {
             if tensor.shape() == shape && dtypes.contains(&tensor.dtype()) {
@@ -391,30 +347,15 @@ impl ScalesView {
         match (&biases, header.scheme == ScaleScheme::GroupAffine) {
             (Some(biases), true) => expect("biases", biases, &[scales.dtype()])?,
             (None, true) => {
-                return Err(TensorError::MissingPart {
-                    part: "biases".to_owned(),
-                });
+                return Err(TensorError::MissingPart { part: "biases".to_owned() });
             }
             (Some(_), false) => {
-                return Err(TensorError::UnexpectedPart {
-                    part: "biases".to_owned(),
-                });
+                return Err(TensorError::UnexpectedPart { part: "biases".to_owned() });
             }
             (None, false) => {}
         }
-        let TensorHeader {
-            scheme,
-            group_size,
-            scale_exponent: exponent,
-            ..
-        } = *header;
-        Ok(Self {
-            scheme,
-            group_size,
-            exponent,
-            scales,
-            biases,
-        })
+        let TensorHeader { scheme, group_size, scale_exponent: exponent, .. } = *header;
+        Ok(Self { scheme, group_size, exponent, scales, biases })
     }
 }
 
@@ -457,42 +398,24 @@ impl CodedTensor {
     ///
     /// # Errors
     /// Everything that contradicts FORMAT.md.
-    pub fn open(
-        blob: Bytes,
-        scales: RawTensor,
-        biases: Option<RawTensor>,
-    ) -> Result<Self, TensorError> {
+    pub fn open(blob: Bytes, scales: RawTensor, biases: Option<RawTensor>) -> Result<Self, TensorError> {
         let header = TensorHeader::parse(&blob)?;
         let (expected, found) = (header.blob_bytes(), blob.len() as u64);
         if found < expected {
-            return Err(TensorError::Truncated {
-                needed: expected,
-                available: found,
-            });
+            return Err(TensorError::Truncated { needed: expected, available: found });
         }
         if found > expected {
             return Err(TensorError::Length { expected, found });
         }
         // From here on every offset that follows from the header lies inside the blob, and fits usize as its length does.
         if side_checksum(&header, &blob) != header.checksum {
-            return Err(TensorError::Checksum {
-                part: "header, table and index",
-            });
+            return Err(TensorError::Checksum { part: "header, table and index" });
         }
         let index_start = header.index_start() as usize;
-        let table = Table::read(header.codec, &blob[HEADER_BYTES..index_start])
-            .map_err(|cause| TensorError::Table { cause })?;
+        let table = Table::read(header.codec, &blob[HEADER_BYTES..index_start]).map_err(|cause| TensorError::Table { cause })?;
         let starts = chunk_starts(&header, &blob)?;
         let scales = ScalesView::new(&header, scales, biases)?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                header,
-                table,
-                blob,
-                starts,
-                scales,
-            }),
-        })
+        Ok(Self { inner: Arc::new(Inner { header, table, blob, starts, scales }) })
     }
 
     /// The header.
@@ -565,11 +488,7 @@ impl CodedTensor {
     /// Row tiles of chunk `chunk`.
     pub fn chunk_row_tiles(&self, chunk: usize) -> Range<usize> {
         let per_chunk = self.inner.header.row_tiles_per_chunk as usize;
-        assert!(
-            chunk < self.chunk_count(),
-            "chunk {chunk} of {}",
-            self.chunk_count()
-        );
+        assert!(chunk < self.chunk_count(), "chunk {chunk} of {}", self.chunk_count());
         chunk * per_chunk..((chunk + 1) * per_chunk).min(self.row_tiles())
     }
 
@@ -587,18 +506,12 @@ impl CodedTensor {
     /// Checks that every byte outside header, table, index and chunks is zero.
     pub(crate) fn check_padding(&self) -> Result<(), TensorError> {
         let header = &self.inner.header;
-        let mut end =
-            (header.index_start() + self.chunk_count() as u64 * INDEX_ENTRY_BYTES as u64) as usize;
+        let mut end = (header.index_start() + self.chunk_count() as u64 * INDEX_ENTRY_BYTES as u64) as usize;
         let chunks = (0..self.chunk_count()).map(|chunk| self.chunk_range(chunk));
         let tail = std::iter::once(self.inner.blob.len()..self.inner.blob.len());
         for range in chunks.chain(tail) {
-            if let Some(i) = self.inner.blob[end..range.start]
-                .iter()
-                .position(|&b| b != 0)
-            {
-                return Err(TensorError::Padding {
-                    offset: (end + i) as u64,
-                });
+            if let Some(i) = self.inner.blob[end..range.start].iter().position(|&b| b != 0) {
+                return Err(TensorError::Padding { offset: (end + i) as u64 });
             }
             end = range.end;
         }
@@ -657,8 +570,7 @@ pub(crate) fn chunk_checksum(chunk: &[u8]) -> u32 {
 /// Length and checksum of a chunk, from the index.
 fn index_entry(header: &TensorHeader, blob: &[u8], chunk: usize) -> (u32, u32) {
     let start = header.index_start() as usize + chunk * INDEX_ENTRY_BYTES;
-    let u32_at =
-        |at: usize| u32::from_le_bytes([blob[at], blob[at + 1], blob[at + 2], blob[at + 3]]);
+    let u32_at = |at: usize| u32::from_le_bytes([blob[at], blob[at + 1], blob[at + 2], blob[at + 3]]);
     (u32_at(start), u32_at(start + 4))
 }
 
@@ -674,21 +586,13 @@ fn chunk_starts(header: &TensorHeader, blob: &[u8]) -> Result<Vec<u64>, TensorEr
         end = start + u64::from(bytes);
         if bytes == 0 || end > payload_end {
             let message = "a chunk is empty or ends after the payload";
-            return Err(TensorError::Field {
-                field: "chunk_bytes",
-                value: u64::from(bytes),
-                message,
-            });
+            return Err(TensorError::Field { field: "chunk_bytes", value: u64::from(bytes), message });
         }
         starts.push(start);
     }
     if end != payload_end {
         let message = "the chunks do not fill the payload";
-        return Err(TensorError::Field {
-            field: "payload_bytes",
-            value: header.payload_bytes,
-            message,
-        });
+        return Err(TensorError::Field { field: "payload_bytes", value: header.payload_bytes, message });
     }
     Ok(starts)
 }

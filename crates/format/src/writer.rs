@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::dir::{
-    BIASES, CHECKSUM_PREFIX, CODED, CONFIG_FILE, FORMAT_NAME, FORMAT_VERSION, INDEX_FILE,
-    MODEL_FILE, QUANTIZATION_KEY, SCALES, WEIGHT, format_checksum,
+    BIASES, CHECKSUM_PREFIX, CODED, CONFIG_FILE, FORMAT_NAME, FORMAT_VERSION, INDEX_FILE, MODEL_FILE, QUANTIZATION_KEY, SCALES, WEIGHT,
+    format_checksum,
 };
 use crate::encode::EncodedTensor;
 use crate::error::FormatError;
@@ -95,31 +95,13 @@ struct Stored {
 impl Section {
     fn create(path: PathBuf, start: u64) -> Result<Self, FormatError> {
         let io = |e| FormatError::io("write", &path, e);
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(io)?;
+        let mut file = File::options().read(true).write(true).create_new(true).open(&path).map_err(io)?;
         file.seek(SeekFrom::Start(start)).map_err(io)?;
-        Ok(Self {
-            path,
-            file,
-            start,
-            tensors: Vec::new(),
-        })
+        Ok(Self { path, file, start, tensors: Vec::new() })
     }
 
-    fn write(
-        &mut self,
-        name: &str,
-        dtype: Dtype,
-        shape: &[usize],
-        bytes: &[u8],
-    ) -> Result<(), FormatError> {
-        self.file
-            .write_all(bytes)
-            .map_err(|e| FormatError::io("write", &self.path, e))?;
+    fn write(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Result<(), FormatError> {
+        self.file.write_all(bytes).map_err(|e| FormatError::io("write", &self.path, e))?;
         self.tensors.push(Stored {
             name: name.to_owned(),
             dtype,
@@ -143,10 +125,7 @@ impl DirWriter {
             Ok(path) => path,
             Err(_) => path.as_ref().to_owned(),
         };
-        let usage = |message: &str| FormatError::Usage {
-            path: path.clone(),
-            message: message.to_owned(),
-        };
+        let usage = |message: &str| FormatError::Usage { path: path.clone(), message: message.to_owned() };
         let Some(name) = path.file_name() else {
             return Err(usage("not a name for a directory"));
         };
@@ -191,21 +170,10 @@ impl DirWriter {
     ///
     /// # Errors
     /// A name written twice or reserved for coded tensors, a length that does not fit the shape, or an I/O error.
-    pub fn write_raw(
-        &mut self,
-        name: &str,
-        dtype: Dtype,
-        shape: &[usize],
-        bytes: &[u8],
-    ) -> Result<(), FormatError> {
-        let expected = shape
-            .iter()
-            .try_fold(dtype.bytes(), |n, &dim| n.checked_mul(dim));
+    pub fn write_raw(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Result<(), FormatError> {
+        let expected = shape.iter().try_fold(dtype.bytes(), |n, &dim| n.checked_mul(dim));
         if expected != Some(bytes.len()) {
-            return Err(self.usage(format!(
-                "tensor {name:?}: {dtype} {shape:?} is not {} bytes",
-                bytes.len()
-            )));
+            return Err(self.usage(format!("tensor {name:?}: {dtype} {shape:?} is not {} bytes", bytes.len())));
         }
         if name.ends_with(CODED) || name == METADATA_KEY {
             return Err(self.usage(format!("tensor {name:?}: this name is reserved")));
@@ -221,29 +189,17 @@ impl DirWriter {
     /// As [`write_raw`](Self::write_raw), or a name that does not end in `.weight`.
     pub fn write_coded(&mut self, name: &str, tensor: &EncodedTensor) -> Result<(), FormatError> {
         let Some(stem) = name.strip_suffix(WEIGHT) else {
-            return Err(self.usage(format!(
-                "tensor {name:?}: only names in {WEIGHT} can be coded"
-            )));
+            return Err(self.usage(format!("tensor {name:?}: only names in {WEIGHT} can be coded")));
         };
         self.take_name(name)?;
         self.guard(|writer| {
-            let mut part = |ending, part: &RawTensor| {
-                writer.write_raw(
-                    &format!("{stem}{ending}"),
-                    part.dtype(),
-                    part.shape(),
-                    part.bytes(),
-                )
-            };
+            let mut part =
+                |ending, part: &RawTensor| writer.write_raw(&format!("{stem}{ending}"), part.dtype(), part.shape(), part.bytes());
             part(SCALES, tensor.scales())?;
-            tensor
-                .biases()
-                .map_or(Ok(()), |biases| part(BIASES, biases))?;
+            tensor.biases().map_or(Ok(()), |biases| part(BIASES, biases))?;
             let (coded, blob) = (format!("{stem}{CODED}"), tensor.blob());
             writer.take_name(&coded)?;
-            writer
-                .blobs()?
-                .write(&coded, Dtype::U8, &[blob.len()], blob)
+            writer.blobs()?.write(&coded, Dtype::U8, &[blob.len()], blob)
         })
     }
 
@@ -254,10 +210,7 @@ impl DirWriter {
     pub fn copy_file(&mut self, source: impl AsRef<Path>) -> Result<(), FormatError> {
         let source = source.as_ref();
         let Some(name) = source.file_name().and_then(|name| name.to_str()) else {
-            return Err(FormatError::Usage {
-                path: source.to_owned(),
-                message: "not the name of a file".to_owned(),
-            });
+            return Err(FormatError::Usage { path: source.to_owned(), message: "not the name of a file".to_owned() });
         };
         let target = self.take_file(name)?;
         self.guard(|writer| {
@@ -276,10 +229,7 @@ impl DirWriter {
     /// # Errors
     /// As [`copy_file`](Self::copy_file).
     pub fn write_file(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        if Path::new(name)
-            .file_name()
-            .is_none_or(|file_name| file_name != name)
-        {
+        if Path::new(name).file_name().is_none_or(|file_name| file_name != name) {
             return Err(self.usage(format!("{name:?} is not the name of a file")));
         }
         self.take_file(name)?;
@@ -299,12 +249,8 @@ impl DirWriter {
         let Some(object) = config.as_object_mut() else {
             return Err(self.usage("the configuration is not a JSON object".to_owned()));
         };
-        let ours =
-            |old: &Value| old.is_object() && old.get("quant_method") == Some(&json!(FORMAT_NAME));
-        let mut quantization = object
-            .remove(QUANTIZATION_KEY)
-            .filter(ours)
-            .unwrap_or_else(|| json!({}));
+        let ours = |old: &Value| old.is_object() && old.get("quant_method") == Some(&json!(FORMAT_NAME));
+        let mut quantization = object.remove(QUANTIZATION_KEY).filter(ours).unwrap_or_else(|| json!({}));
         quantization["quant_method"] = json!(FORMAT_NAME);
         quantization["version"] = json!(FORMAT_VERSION);
         object.insert(QUANTIZATION_KEY.to_owned(), quantization);
@@ -317,13 +263,9 @@ impl DirWriter {
         sync_dir(&self.temp.path)?;
 
         check_destination(&self.path, self.force)?;
-        install(&self.temp.path, &self.path, self.force)
-            .map_err(|e| FormatError::io("replace", &self.path, e))?;
+        install(&self.temp.path, &self.path, self.force).map_err(|e| FormatError::io("replace", &self.path, e))?;
         // `create` made sure that there is a name; an empty parent means the current directory.
-        let parent = self
-            .path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
         sync_dir(parent.unwrap_or(Path::new(".")))
     }
 
@@ -345,11 +287,7 @@ impl DirWriter {
         let json = header_json(blobs.iter().chain(order.iter().map(|(_, tensor)| tensor)));
         if json.len() as u64 > limits::HEADER_BYTES_MAX {
             let limit = limits::HEADER_BYTES_MAX;
-            return Err(FormatError::TooLarge {
-                path: self.path.clone(),
-                bytes: json.len() as u64,
-                limit,
-            });
+            return Err(FormatError::TooLarge { path: self.path.clone(), bytes: json.len() as u64, limit });
         }
         let start_min = data_start(json.len());
         let mut model = match self.blobs.take() {
@@ -359,8 +297,7 @@ impl DirWriter {
                 let mut grown = Section::create(self.temp.path.join(GROWN_FILE), start_min)?;
                 let start = blobs.start;
                 copy(&mut blobs, start, &mut grown, None)?;
-                fs::rename(&grown.path, &blobs.path)
-                    .map_err(|e| FormatError::io("rename", &grown.path, e))?;
+                fs::rename(&grown.path, &blobs.path).map_err(|e| FormatError::io("rename", &grown.path, e))?;
                 grown.path = blobs.path;
                 grown
             }
@@ -388,15 +325,8 @@ impl DirWriter {
     /// The file of blobs, created when the first one comes.
     fn blobs(&mut self) -> Result<&mut Section, FormatError> {
         if self.blobs.is_none() {
-            let room = if self.header_bytes == 0 {
-                HEADER_BYTES_DEFAULT
-            } else {
-                HEADER_BYTES_BASE + self.header_bytes
-            };
-            self.blobs = Some(Section::create(
-                self.temp.path.join(MODEL_FILE),
-                data_start(room),
-            )?);
+            let room = if self.header_bytes == 0 { HEADER_BYTES_DEFAULT } else { HEADER_BYTES_BASE + self.header_bytes };
+            self.blobs = Some(Section::create(self.temp.path.join(MODEL_FILE), data_start(room))?);
         }
         Ok(self.blobs.as_mut().expect("just created"))
     }
@@ -410,10 +340,7 @@ impl DirWriter {
     }
 
     /// Runs `write` and remembers whether it failed.
-    fn guard(
-        &mut self,
-        write: impl FnOnce(&mut Self) -> Result<(), FormatError>,
-    ) -> Result<(), FormatError> {
+    fn guard(&mut self, write: impl FnOnce(&mut Self) -> Result<(), FormatError>) -> Result<(), FormatError> {
         let result = write(self);
         self.failed |= result.is_err();
         result
@@ -428,9 +355,7 @@ impl DirWriter {
 
     /// The path of a new file of the directory.
     fn take_file(&mut self, name: &str) -> Result<PathBuf, FormatError> {
-        if [CONFIG_FILE, MODEL_FILE, INDEX_FILE, MANIFEST_FILE].contains(&name)
-            || name.starts_with('.')
-        {
+        if [CONFIG_FILE, MODEL_FILE, INDEX_FILE, MANIFEST_FILE].contains(&name) || name.starts_with('.') {
             return Err(self.usage(format!("file {name:?}: this name is reserved")));
         }
         if self.manifest.files.contains_key(name) {
@@ -442,24 +367,17 @@ impl DirWriter {
     fn put(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
         let path = self.temp.path.join(name);
         let mut file = create_new(&path)?;
-        file.write_all(bytes)
-            .map_err(|e| FormatError::io("write", &path, e))?;
+        file.write_all(bytes).map_err(|e| FormatError::io("write", &path, e))?;
         sync(&file, &path)?;
         let mut hash = Xxh3::new();
         hash.update(bytes);
-        let sum = FileSum {
-            bytes: bytes.len() as u64,
-            xxh3: hash.digest(),
-        };
+        let sum = FileSum { bytes: bytes.len() as u64, xxh3: hash.digest() };
         self.manifest.files.insert(name.to_owned(), sum);
         Ok(())
     }
 
     fn usage(&self, message: String) -> FormatError {
-        FormatError::Usage {
-            path: self.path.clone(),
-            message,
-        }
+        FormatError::Usage { path: self.path.clone(), message }
     }
 }
 
@@ -477,19 +395,10 @@ fn header_json<'a>(tensors: impl Iterator<Item = &'a Stored> + Clone) -> Vec<u8>
     }
     json.push('}');
     let mut begin = 0;
-    for Stored {
-        name,
-        dtype,
-        shape,
-        bytes,
-        ..
-    } in tensors
-    {
+    for Stored { name, dtype, shape, bytes, .. } in tensors {
         let end = begin + bytes;
         let (name, shape) = (json!(name), json!(shape));
-        json += &format!(
-            ",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[{begin},{end}]}}"
-        );
+        json += &format!(",{name}:{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[{begin},{end}]}}");
         begin = end;
     }
     json.push('}');
@@ -497,15 +406,8 @@ fn header_json<'a>(tensors: impl Iterator<Item = &'a Stored> + Clone) -> Vec<u8>
 }
 
 /// Appends `bytes` bytes of `from` (or all to its end), beginning at byte `start` of that file.
-fn copy(
-    from: &mut Section,
-    start: u64,
-    to: &mut Section,
-    bytes: Option<u64>,
-) -> Result<(), FormatError> {
-    from.file
-        .seek(SeekFrom::Start(start))
-        .map_err(|e| FormatError::io("read", &from.path, e))?;
+fn copy(from: &mut Section, start: u64, to: &mut Section, bytes: Option<u64>) -> Result<(), FormatError> {
+    from.file.seek(SeekFrom::Start(start)).map_err(|e| FormatError::io("read", &from.path, e))?;
     let mut source = io::Read::take(&mut from.file, bytes.unwrap_or(u64::MAX));
     // `io::copy` lets the kernel copy where it can.
     io::copy(&mut source, &mut to.file).map_err(|e| FormatError::io("write", &to.path, e))?;
@@ -517,8 +419,7 @@ fn create_new(path: &Path) -> Result<File, FormatError> {
 }
 
 fn sync(file: &File, path: &Path) -> Result<(), FormatError> {
-    file.sync_all()
-        .map_err(|e| FormatError::io("sync", path, e))
+    file.sync_all().map_err(|e| FormatError::io("sync", path, e))
 }
 
 fn sync_dir(path: &Path) -> Result<(), FormatError> {
@@ -533,12 +434,7 @@ fn sync_dir(path: &Path) -> Result<(), FormatError> {
 /// Refuses to replace what is there unless `force`, and anything but a model directory even then: a slip in a path must not
 /// cost a home directory.
 fn check_destination(path: &Path, force: bool) -> Result<(), FormatError> {
-    let usage = |message: &str| {
-        Err(FormatError::Usage {
-            path: path.to_owned(),
-            message: message.to_owned(),
-        })
-    };
+    let usage = |message: &str| Err(FormatError::Usage { path: path.to_owned(), message: message.to_owned() });
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(FormatError::io("examine", path, e)),
@@ -562,16 +458,10 @@ fn install(temp: &Path, path: &Path, force: bool) -> io::Result<()> {
     use rustix::io::Errno;
 
     let exists = force && path.exists();
-    let flags = if exists {
-        RenameFlags::EXCHANGE
-    } else {
-        RenameFlags::NOREPLACE
-    };
+    let flags = if exists { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
     match renameat_with(CWD, temp, CWD, path, flags) {
         // Some file systems (NFS, some FUSE) know neither flag.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
-            install_in_two_steps(temp, path, exists)
-        }
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => install_in_two_steps(temp, path, exists),
         result => Ok(result?),
     }
 }

@@ -10,16 +10,11 @@ use std::process::Command;
 use common::{Kind, Random, contents, line, tensor, write_tiny};
 use serde_json::{Value, json};
 use tersor_codec::Codec;
-use tersor_format::{
-    DirWriter, Dtype, ErrorKind, FormatError, ModelDir, Tensor, VerifyReport, encode_tensor, verify,
-};
+use tersor_format::{DirWriter, Dtype, ErrorKind, FormatError, ModelDir, Tensor, VerifyReport, encode_tensor, verify};
 use xxhash_rust::xxh3::xxh3_64;
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(dir)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -41,8 +36,7 @@ fn forge_manifest(dir: &Path, file: &str) {
     let path = dir.join("tersor.manifest.json");
     let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let bytes = fs::read(dir.join(file)).unwrap();
-    manifest["files"][file] =
-        json!({"bytes": bytes.len(), "xxh3": format!("{:016x}", xxh3_64(&bytes))});
+    manifest["files"][file] = json!({"bytes": bytes.len(), "xxh3": format!("{:016x}", xxh3_64(&bytes))});
     overwrite(&path, manifest.to_string().as_bytes());
 }
 
@@ -57,70 +51,36 @@ fn tiny() -> (tempfile::TempDir, PathBuf) {
 fn what_was_written_is_read_back() {
     let (root, path) = tiny();
     assert_eq!(names(root.path()), ["tiny"]);
-    assert_eq!(
-        names(&path),
-        [
-            "config.json",
-            "model.safetensors",
-            "tersor.manifest.json",
-            "tokenizer.json"
-        ]
-    );
+    assert_eq!(names(&path), ["config.json", "model.safetensors", "tersor.manifest.json", "tokenizer.json"]);
     let dir = ModelDir::open(&path).unwrap();
     assert!(dir.is_tersor());
     assert_eq!(dir.path(), path);
     assert_eq!(dir.config()["model_type"], "llama");
-    assert_eq!(
-        dir.config()["quantization_config"],
-        json!({"quant_method": "tersor", "version": 1})
-    );
+    assert_eq!(dir.config()["quantization_config"], json!({"quant_method": "tersor", "version": 1}));
     let found: Vec<_> = dir.tensors().map(|(name, _)| name).collect();
-    let layers = [
-        "layers.0.weight",
-        "layers.1.weight",
-        "layers.2.weight",
-        "layers.3.weight",
-    ];
+    let layers = ["layers.0.weight", "layers.1.weight", "layers.2.weight", "layers.3.weight"];
     assert_eq!(found, [&layers[..], &["model.norm.weight"]].concat());
-    assert_eq!(
-        dir.file_bytes(),
-        fs::metadata(path.join("model.safetensors")).unwrap().len()
-    );
+    assert_eq!(dir.file_bytes(), fs::metadata(path.join("model.safetensors")).unwrap().len());
     for (name, tensor) in dir.tensors() {
         dir.check(name).unwrap();
         dir.check_scales(name).unwrap();
-        assert_eq!(
-            matches!(tensor, Tensor::Coded(_)),
-            name != "model.norm.weight"
-        );
+        assert_eq!(matches!(tensor, Tensor::Coded(_)), name != "model.norm.weight");
         dir.release(name);
     }
     let mut random = Random(7);
     for (name, kind) in layers.into_iter().zip(common::KINDS) {
-        let Some(Tensor::Coded(coded)) = dir.tensor(name) else {
-            panic!("coded")
-        };
+        let Some(Tensor::Coded(coded)) = dir.tensor(name) else { panic!("coded") };
         let expected = tensor(&mut random, 18, 7, kind);
         assert_eq!(tersor_format::decode_tensor(coded).unwrap(), expected);
         // Blobs start at multiples of 64 of the mapping, so that vector loads of the tables and fields are aligned.
         assert_eq!(coded.blob().as_ptr() as usize % 64, 0);
     }
     let mut seen = Vec::new();
-    let report = verify(&path, &mut |p| {
-        seen.push((p.item.to_owned(), p.bytes_done, p.bytes_total))
-    })
-    .unwrap();
-    assert_eq!(
-        (report.files, report.coded_tensors, report.raw_tensors),
-        (3, 4, 1)
-    );
+    let report = verify(&path, &mut |p| seen.push((p.item.to_owned(), p.bytes_done, p.bytes_total))).unwrap();
+    assert_eq!((report.files, report.coded_tensors, report.raw_tensors), (3, 4, 1));
     assert_eq!((report.chunks, report.symbols), (8, 4 * 2 * 2 * 64));
     assert!(report.unlisted.is_empty());
-    assert_eq!(
-        seen.last().unwrap().1,
-        seen.last().unwrap().2,
-        "progress ends at the total"
-    );
+    assert_eq!(seen.last().unwrap().1, seen.last().unwrap().2, "progress ends at the total");
     assert!(seen.is_sorted_by_key(|s| s.1));
 }
 
@@ -129,10 +89,7 @@ fn the_same_input_gives_the_same_files() {
     let (_a, a) = tiny();
     let (_b, b) = tiny();
     for name in names(&a) {
-        assert!(
-            fs::read(a.join(&name)).unwrap() == fs::read(b.join(&name)).unwrap(),
-            "{name}"
-        );
+        assert!(fs::read(a.join(&name)).unwrap() == fs::read(b.join(&name)).unwrap(), "{name}");
     }
 }
 
@@ -140,10 +97,7 @@ fn the_same_input_gives_the_same_files() {
 fn every_flipped_bit_is_detected() {
     let (_root, path) = tiny();
     let model = path.join("model.safetensors");
-    let (original, manifest) = (
-        fs::read(&model).unwrap(),
-        fs::read(path.join("tersor.manifest.json")).unwrap(),
-    );
+    let (original, manifest) = (fs::read(&model).unwrap(), fs::read(path.join("tersor.manifest.json")).unwrap());
     let expected = contents(&ModelDir::open(&path).unwrap()).unwrap();
     let mut harmless = 0;
     for at in 0..original.len() {
@@ -156,11 +110,7 @@ fn every_flipped_bit_is_detected() {
             forge_manifest(&path, "model.safetensors");
             match check(&path) {
                 Ok(_) => {
-                    assert_eq!(
-                        contents(&ModelDir::open(&path).unwrap()).unwrap(),
-                        expected,
-                        "byte {at} ^ {flip:#x}"
-                    );
+                    assert_eq!(contents(&ModelDir::open(&path).unwrap()).unwrap(), expected, "byte {at} ^ {flip:#x}");
                     harmless += 1;
                 }
                 Err(error) => {
@@ -189,10 +139,7 @@ fn every_flipped_bit_of_the_other_files_is_detected() {
                 overwrite(&path.join(name), &bytes);
                 match check(&path) {
                     // White space of the manifest is nobody's content.
-                    Ok(_) => assert!(
-                        name == "tersor.manifest.json" && original[at].is_ascii_whitespace(),
-                        "{name} {at}"
-                    ),
+                    Ok(_) => assert!(name == "tersor.manifest.json" && original[at].is_ascii_whitespace(), "{name} {at}"),
                     Err(error) => drop(line(&error)),
                 }
             }
@@ -245,33 +192,14 @@ fn forged_headers_are_refused() {
     check(&path).unwrap();
 
     const KEY: &str = "xxh3:layers.0.coded";
-    let metadata = |change: fn(&mut serde_json::Map<String, Value>)| {
-        move |header: &mut Value| change(header["__metadata__"].as_object_mut().unwrap())
-    };
-    refused(
-        "no checksum of tensor \"layers.0.coded\"",
-        &metadata(|m| drop(m.remove(KEY))),
-    );
-    refused(
-        "which is not in the file",
-        &metadata(|m| drop(m.insert("xxh3:x".into(), json!("0123456789abcdef")))),
-    );
-    refused(
-        "not 16 lower-case",
-        &metadata(|m| m[KEY] = json!("0123456789abcdeF")),
-    );
-    refused(
-        "not 16 lower-case",
-        &metadata(|m| m[KEY] = json!("+123456789abcdef")),
-    );
-    refused(
-        "checksum of the tensor",
-        &metadata(|m| m[KEY] = json!("0123456789abcdef")),
-    );
-    refused(
-        "0 of 1 tensor files say",
-        &metadata(|m| m["format"] = json!("pt")),
-    );
+    let metadata =
+        |change: fn(&mut serde_json::Map<String, Value>)| move |header: &mut Value| change(header["__metadata__"].as_object_mut().unwrap());
+    refused("no checksum of tensor \"layers.0.coded\"", &metadata(|m| drop(m.remove(KEY))));
+    refused("which is not in the file", &metadata(|m| drop(m.insert("xxh3:x".into(), json!("0123456789abcdef")))));
+    refused("not 16 lower-case", &metadata(|m| m[KEY] = json!("0123456789abcdeF")));
+    refused("not 16 lower-case", &metadata(|m| m[KEY] = json!("+123456789abcdef")));
+    refused("checksum of the tensor", &metadata(|m| m[KEY] = json!("0123456789abcdef")));
+    refused("0 of 1 tensor files say", &metadata(|m| m["format"] = json!("pt")));
     let rename = |from: &'static str, to: &'static str| {
         move |header: &mut Value| {
             let object = header.as_object_mut().unwrap();
@@ -282,32 +210,16 @@ fn forged_headers_are_refused() {
             metadata.insert(format!("xxh3:{to}"), checksum);
         }
     };
-    refused(
-        "tensor \"layers.0.coded\": layers.0.scales missing",
-        &rename("layers.0.scales", "layers.9.scales"),
-    );
-    refused(
-        "biases missing",
-        &rename("layers.2.biases", "layers.9.biases"),
-    );
-    refused(
-        "tensor \"layers.0.weight\": stored twice",
-        &rename("model.norm.weight", "layers.0.weight"),
-    );
-    refused(
-        "must not exist beside",
-        &rename("model.norm.weight", "layers.0.biases"),
-    );
+    refused("tensor \"layers.0.coded\": layers.0.scales missing", &rename("layers.0.scales", "layers.9.scales"));
+    refused("biases missing", &rename("layers.2.biases", "layers.9.biases"));
+    refused("tensor \"layers.0.weight\": stored twice", &rename("model.norm.weight", "layers.0.weight"));
+    refused("must not exist beside", &rename("model.norm.weight", "layers.0.biases"));
     refused("U8 of one dimension", &|header| {
         let n = header["layers.0.coded"]["shape"][0].as_u64().unwrap();
         header["layers.0.coded"]["shape"] = json!([2, n / 2]);
     });
-    refused("U8 of one dimension", &|header| {
-        header["layers.0.coded"]["dtype"] = json!("I8")
-    });
-    refused("scales is BF16 [18], F16 [18] was expected", &|h| {
-        h["layers.1.scales"]["dtype"] = json!("BF16")
-    });
+    refused("U8 of one dimension", &|header| header["layers.0.coded"]["dtype"] = json!("I8"));
+    refused("scales is BF16 [18], F16 [18] was expected", &|h| h["layers.1.scales"]["dtype"] = json!("BF16"));
 
     // One more space in the header moves every blob off its boundary.
     let model = path.join("model.safetensors");
@@ -328,15 +240,12 @@ fn forged_contents_are_refused_by_verify() {
         let mut file = fs::read(&model).unwrap();
         let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
         let header: Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
-        let offset =
-            |i: usize| 8 + length + header[name]["data_offsets"][i].as_u64().unwrap() as usize;
+        let offset = |i: usize| 8 + length + header[name]["data_offsets"][i].as_u64().unwrap() as usize;
         let data = &mut file[offset(0)..offset(1)];
         change(data);
         let checksum = format!("{:016x}", xxh3_64(data));
         fs::write(&model, &file).unwrap();
-        change_header(path, |header| {
-            header["__metadata__"][format!("xxh3:{name}")] = json!(checksum)
-        });
+        change_header(path, |header| header["__metadata__"][format!("xxh3:{name}")] = json!(checksum));
     }
     fn forge_side(blob: &mut [u8]) {
         let u32_at = |at: usize| u32::from_le_bytes(blob[at..at + 4].try_into().unwrap()) as usize;
@@ -349,12 +258,8 @@ fn forged_contents_are_refused_by_verify() {
         let text = line(&check(&path).expect_err(words));
         assert!(text.contains(words) && text.contains("layers."), "{text}");
     };
-    refused("layers.1.scales", "scale 1 is not finite", &|b| {
-        b[2..4].copy_from_slice(&[0, 0x7c])
-    });
-    refused("layers.2.biases", "bias 0 is not finite", &|b| {
-        b[..2].copy_from_slice(&[0xc0, 0x7f])
-    });
+    refused("layers.1.scales", "scale 1 is not finite", &|b| b[2..4].copy_from_slice(&[0, 0x7c]));
+    refused("layers.2.biases", "bias 0 is not finite", &|b| b[..2].copy_from_slice(&[0xc0, 0x7f]));
     refused("layers.1.coded", "is not zero", &|b| b[b.len() - 1] = 1);
     refused("layers.1.coded", "checksum of chunk 0", &|b| {
         let first_chunk = (64 + usize::from(b[36]) + 8 * usize::from(b[32])).next_multiple_of(16);
@@ -391,34 +296,17 @@ fn the_manifest_must_fit_the_directory() {
             fs::write(path, manifest.to_string()).unwrap();
         }
     };
-    refused("tersor.manifest.json: cannot open", &|p| {
-        fs::remove_file(p.join("tersor.manifest.json")).unwrap()
-    });
-    refused("tokenizer.json: cannot read", &|p| {
-        fs::remove_file(p.join("tokenizer.json")).unwrap()
-    });
-    refused("tokenizer.json: 2 bytes, the manifest says 3", &|p| {
-        fs::write(p.join("tokenizer.json"), "{}").unwrap()
-    });
-    refused("tokenizer.json: checksum differs", &|p| {
-        fs::write(p.join("tokenizer.json"), "[]\n").unwrap()
-    });
+    refused("tersor.manifest.json: cannot open", &|p| fs::remove_file(p.join("tersor.manifest.json")).unwrap());
+    refused("tokenizer.json: cannot read", &|p| fs::remove_file(p.join("tokenizer.json")).unwrap());
+    refused("tokenizer.json: 2 bytes, the manifest says 3", &|p| fs::write(p.join("tokenizer.json"), "{}").unwrap());
+    refused("tokenizer.json: checksum differs", &|p| fs::write(p.join("tokenizer.json"), "[]\n").unwrap());
     refused("version 2", &edit(|m| m["version"] = json!(2)));
-    refused(
-        "not the name of a file",
-        &edit(|m| m["files"]["../x"] = json!({"bytes": 0, "xxh3": "0000000000000000"})),
-    );
-    refused(
-        "not 16 lower-case",
-        &edit(|m| m["files"]["x"] = json!({"bytes": 0, "xxh3": "0"})),
-    );
+    refused("not the name of a file", &edit(|m| m["files"]["../x"] = json!({"bytes": 0, "xxh3": "0000000000000000"})));
+    refused("not 16 lower-case", &edit(|m| m["files"]["x"] = json!({"bytes": 0, "xxh3": "0"})));
     refused(
         "model.safetensors: not in the manifest",
         &edit(|m| {
-            m["files"]
-                .as_object_mut()
-                .unwrap()
-                .remove("model.safetensors");
+            m["files"].as_object_mut().unwrap().remove("model.safetensors");
         }),
     );
     refused(
@@ -453,13 +341,8 @@ fn an_existing_directory_stays_unless_forced() {
     fs::create_dir(&photos).unwrap();
     fs::write(photos.join("cat.jpg"), "cat").unwrap();
     assert!(line(&write_tiny(&photos, true).unwrap_err()).contains("refusing to replace"));
-    assert!(
-        line(&write_tiny(&photos.join("cat.jpg"), true).unwrap_err()).contains("not a directory")
-    );
-    assert!(
-        line(&write_tiny(&root.path().join("no/parent"), true).unwrap_err())
-            .contains("cannot create")
-    );
+    assert!(line(&write_tiny(&photos.join("cat.jpg"), true).unwrap_err()).contains("not a directory"));
+    assert!(line(&write_tiny(&root.path().join("no/parent"), true).unwrap_err()).contains("cannot create"));
     assert_eq!(names(root.path()), ["home", "photos", "tiny"]);
 }
 
@@ -470,10 +353,7 @@ fn a_destination_that_appears_meanwhile_is_not_overwritten() {
     let writer = DirWriter::create(&path, false).unwrap();
     fs::create_dir(&path).unwrap();
     assert!(line(&writer.finish(json!({})).unwrap_err()).contains("already exists"));
-    assert_eq!(
-        (names(root.path()), names(&path).len()),
-        (vec!["model".to_owned()], 0)
-    );
+    assert_eq!((names(root.path()), names(&path).len()), (vec!["model".to_owned()], 0));
 }
 
 #[cfg(unix)]
@@ -494,40 +374,18 @@ fn errors_and_drops_leave_nothing_behind() {
     let mut writer = DirWriter::create(&path, false).unwrap();
     let temp = format!(".model.tersor-tmp-{}", std::process::id());
     assert_eq!(writer.temp_path(), root.path().join(&temp));
-    assert!(
-        line(&DirWriter::create(&path, false).unwrap_err()).contains("cannot create"),
-        "one writer at a time"
-    );
-    assert_eq!(
-        names(root.path()),
-        [temp.as_str()],
-        "the second writer removed nothing of the first's"
-    );
+    assert!(line(&DirWriter::create(&path, false).unwrap_err()).contains("cannot create"), "one writer at a time");
+    assert_eq!(names(root.path()), [temp.as_str()], "the second writer removed nothing of the first's");
 
     writer.write_raw("a", Dtype::U8, &[1], &[1]).unwrap();
     for (result, words) in [
-        (
-            writer.write_raw("a", Dtype::U8, &[1], &[1]),
-            "written twice",
-        ),
-        (
-            writer.write_raw("b", Dtype::U8, &[2], &[1]),
-            "is not 1 bytes",
-        ),
-        (
-            writer.write_raw("b", Dtype::U8, &[usize::MAX, 2], &[1]),
-            "is not 1 bytes",
-        ),
-        (
-            writer.write_raw("b.coded", Dtype::U8, &[1], &[1]),
-            "reserved",
-        ),
+        (writer.write_raw("a", Dtype::U8, &[1], &[1]), "written twice"),
+        (writer.write_raw("b", Dtype::U8, &[2], &[1]), "is not 1 bytes"),
+        (writer.write_raw("b", Dtype::U8, &[usize::MAX, 2], &[1]), "is not 1 bytes"),
+        (writer.write_raw("b.coded", Dtype::U8, &[1], &[1]), "reserved"),
         (writer.write_file("config.json", b""), "reserved"),
         (writer.write_file("../x", b""), "not the name of a file"),
-        (
-            writer.copy_file(root.path().join("absent.json")),
-            "cannot open",
-        ),
+        (writer.copy_file(root.path().join("absent.json")), "cannot open"),
     ] {
         assert!(line(&result.unwrap_err()).contains(words), "{words}");
     }
@@ -578,24 +436,13 @@ fn a_full_disk_gives_one_error_and_leaves_nothing() {
         // In units of 512 bytes or 1 KiB; the signal must be ignored for the error to reach the program.
         .args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""])
         .arg(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "a_full_disk_gives_one_error_and_leaves_nothing",
-            "--nocapture",
-        ])
+        .args(["--exact", "a_full_disk_gives_one_error_and_leaves_nothing", "--nocapture"])
         .env(TARGET, &path)
         .output()
         .unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{stdout}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(
-        stdout.contains("error: ") && stdout.contains("cannot write"),
-        "{stdout}"
-    );
+    assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(stdout.contains("error: ") && stdout.contains("cannot write"), "{stdout}");
     assert_eq!(names(root.path()), ["tiny"]);
     check(&path).unwrap();
 }
@@ -604,9 +451,7 @@ fn a_full_disk_gives_one_error_and_leaves_nothing() {
 fn the_header_grows_when_more_was_written_than_announced() {
     let root = tempfile::tempdir().unwrap();
     let mut random = Random(11);
-    let tensors: Vec<_> = (0..40)
-        .map(|_| tensor(&mut random, 16, 8, Kind::Row))
-        .collect();
+    let tensors: Vec<_> = (0..40).map(|_| tensor(&mut random, 16, 8, Kind::Row)).collect();
     let write = |name: &str, announce: bool| {
         let path = root.path().join(name);
         let mut writer = DirWriter::create(&path, false).unwrap();
@@ -615,37 +460,20 @@ fn the_header_grows_when_more_was_written_than_announced() {
             (0..tensors.len()).for_each(|i| writer.expect_coded(&name(i), false));
         }
         for (i, tensor) in tensors.iter().enumerate() {
-            writer
-                .write_coded(
-                    &name(i),
-                    &encode_tensor(tensor, Codec::default(), 64).unwrap(),
-                )
-                .unwrap();
+            writer.write_coded(&name(i), &encode_tensor(tensor, Codec::default(), 64).unwrap()).unwrap();
         }
         writer.finish(json!({})).unwrap();
         check(&path).unwrap();
-        assert_eq!(
-            names(&path),
-            ["config.json", "model.safetensors", "tersor.manifest.json"]
-        );
+        assert_eq!(names(&path), ["config.json", "model.safetensors", "tersor.manifest.json"]);
         let dir = ModelDir::open(&path).unwrap();
         let file = fs::read(path.join("model.safetensors")).unwrap();
-        (
-            contents(&dir).unwrap(),
-            u64::from_le_bytes(file[..8].try_into().unwrap()),
-        )
+        (contents(&dir).unwrap(), u64::from_le_bytes(file[..8].try_into().unwrap()))
     };
     let (announced, header_announced) = write("announced", true);
     let (grown, header_grown) = write("grown", false);
     assert_eq!(announced, grown);
-    assert!(
-        header_grown > 4096,
-        "the default room was too small: {header_grown}"
-    );
-    assert!(
-        header_announced < header_grown * 3 / 2,
-        "{header_announced} announced, {header_grown} needed"
-    );
+    assert!(header_grown > 4096, "the default room was too small: {header_grown}");
+    assert!(header_announced < header_grown * 3 / 2, "{header_announced} announced, {header_grown} needed");
 }
 
 #[test]
@@ -654,19 +482,11 @@ fn raw_tensors_are_aligned_and_files_copied() {
     fs::write(root.path().join("tokenizer.json"), "tokens").unwrap();
     let path = root.path().join("model");
     let mut writer = DirWriter::create(&path, false).unwrap();
-    writer
-        .write_raw("bytes", Dtype::U8, &[3], &[1, 2, 3])
-        .unwrap();
-    writer
-        .write_raw("halves", Dtype::F16, &[3], &[0; 6])
-        .unwrap();
-    writer
-        .write_raw("floats", Dtype::F32, &[2], &[0; 8])
-        .unwrap();
+    writer.write_raw("bytes", Dtype::U8, &[3], &[1, 2, 3]).unwrap();
+    writer.write_raw("halves", Dtype::F16, &[3], &[0; 6]).unwrap();
+    writer.write_raw("floats", Dtype::F32, &[2], &[0; 8]).unwrap();
     writer.write_raw("empty", Dtype::F32, &[0], &[]).unwrap();
-    writer
-        .copy_file(root.path().join("tokenizer.json"))
-        .unwrap();
+    writer.copy_file(root.path().join("tokenizer.json")).unwrap();
     let config = json!({"z": 1, "a": 2, "quantization_config": {"quant_method": "tersor", "scheme": "ecsq"}});
     writer.finish(config).unwrap();
     assert_eq!(check(&path).unwrap().files, 3);
@@ -675,14 +495,10 @@ fn raw_tensors_are_aligned_and_files_copied() {
     let expected = json!({"quant_method": "tersor", "scheme": "ecsq", "version": 1});
     assert_eq!(dir.config()["quantization_config"], expected);
     for (name, align) in [("halves", 2), ("floats", 4)] {
-        let Some(Tensor::Raw(raw)) = dir.tensor(name) else {
-            panic!("raw")
-        };
+        let Some(Tensor::Raw(raw)) = dir.tensor(name) else { panic!("raw") };
         assert_eq!(raw.bytes().as_ptr() as usize % align, 0, "{name}");
     }
-    let Some(Tensor::Raw(raw)) = dir.tensor("bytes") else {
-        panic!("raw")
-    };
+    let Some(Tensor::Raw(raw)) = dir.tensor("bytes") else { panic!("raw") };
     assert_eq!(raw.bytes()[..], [1, 2, 3]);
 }
 
@@ -694,17 +510,10 @@ fn a_damaged_raw_tensor_is_found_before_use() {
     *file.last_mut().unwrap() ^= 1; // the last scale of some tensor, or the norm: small dtypes come last
     fs::write(&model, file).unwrap();
     let dir = ModelDir::open(&path).unwrap();
-    let damaged: Vec<_> = dir
-        .tensors()
-        .filter(|(name, _)| dir.check(name).is_err())
-        .map(|(name, _)| name)
-        .collect();
+    let damaged: Vec<_> = dir.tensors().filter(|(name, _)| dir.check(name).is_err()).map(|(name, _)| name).collect();
     assert_eq!(damaged, ["layers.3.weight"]);
     let error = dir.check_scales("layers.3.weight").unwrap_err();
-    assert!(
-        line(&error).contains("tensor \"layers.3.scales\": checksum of the tensor does not match"),
-        "{error}"
-    );
+    assert!(line(&error).contains("tensor \"layers.3.scales\": checksum of the tensor does not match"), "{error}");
 }
 
 proptest::proptest! {
@@ -747,19 +556,10 @@ proptest::proptest! {
 fn the_announced_room_fits() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("model");
-    let encoded = encode_tensor(
-        &tensor(&mut Random(1), 160, 400, Kind::Affine(32)),
-        Codec::default(),
-        4096,
-    )
-    .unwrap();
+    let encoded = encode_tensor(&tensor(&mut Random(1), 160, 400, Kind::Affine(32)), Codec::default(), 4096).unwrap();
     let mut writer = DirWriter::create(&path, false).unwrap();
-    let names: Vec<_> = (0..50)
-        .map(|i| format!("model.layers.{i}.mlp.\"ü\".weight"))
-        .collect();
-    names
-        .iter()
-        .for_each(|name| writer.expect_coded(name, true));
+    let names: Vec<_> = (0..50).map(|i| format!("model.layers.{i}.mlp.\"ü\".weight")).collect();
+    names.iter().for_each(|name| writer.expect_coded(name, true));
     for name in &names {
         writer.write_coded(name, &encoded).unwrap();
     }
@@ -767,13 +567,6 @@ fn the_announced_room_fits() {
     check(&path).unwrap();
     let file = fs::read(path.join("model.safetensors")).unwrap();
     let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
-    let spaces = file[8..8 + length]
-        .iter()
-        .rev()
-        .take_while(|&&b| b == b' ')
-        .count();
-    assert!(
-        (64..length / 5).contains(&spaces),
-        "{spaces} of {length}: 64 or more shows that the file was not copied"
-    );
+    let spaces = file[8..8 + length].iter().rev().take_while(|&&b| b == b' ').count();
+    assert!((64..length / 5).contains(&spaces), "{spaces} of {length}: 64 or more shows that the file was not copied");
 }

@@ -5,8 +5,8 @@ mod common;
 use common::{Kind, Random, codecs, tensor};
 use tersor_codec::{CodecKind, FAR_BYTES, Table, block_ans, fixed, huffman, rans};
 use tersor_format::{
-    BLOB_ALIGN, CHUNK_ALIGN, CHUNK_SYMBOLS_TARGET, FIELDS, HEADER_BYTES, INDEX_ENTRY_BYTES, MAGIC,
-    ScaleScheme, TILE_COLS, TILE_ROWS, VERSION, encode_tensor, limits,
+    BLOB_ALIGN, CHUNK_ALIGN, CHUNK_SYMBOLS_TARGET, FIELDS, HEADER_BYTES, INDEX_ENTRY_BYTES, MAGIC, ScaleScheme, TILE_COLS, TILE_ROWS,
+    VERSION, encode_tensor, limits,
 };
 use tersor_quant::{QuantizedTensor, Scales};
 
@@ -14,15 +14,8 @@ const DOCUMENT: &str = include_str!("../../../FORMAT.md");
 
 /// Cells of the table whose first column is headed `first` in the section headed `section`.
 fn table(section: &str, first: &str) -> Vec<Vec<String>> {
-    let start = DOCUMENT
-        .find(&format!("\n{section}\n"))
-        .unwrap_or_else(|| panic!("section {section}"));
-    let cells = |line: &str| -> Vec<String> {
-        line.trim_matches('|')
-            .split('|')
-            .map(|cell| cell.trim().replace('`', ""))
-            .collect()
-    };
+    let start = DOCUMENT.find(&format!("\n{section}\n")).unwrap_or_else(|| panic!("section {section}"));
+    let cells = |line: &str| -> Vec<String> { line.trim_matches('|').split('|').map(|cell| cell.trim().replace('`', "")).collect() };
     let rows: Vec<_> = DOCUMENT[start + 1..]
         .lines()
         .skip_while(|line| !line.starts_with(&format!("| {first} |")))
@@ -35,26 +28,14 @@ fn table(section: &str, first: &str) -> Vec<Vec<String>> {
 }
 
 fn number(cell: &str) -> u64 {
-    cell.parse()
-        .unwrap_or_else(|_| panic!("a number: {cell:?}"))
+    cell.parse().unwrap_or_else(|_| panic!("a number: {cell:?}"))
 }
 
 #[test]
 fn header_fields() {
-    let documented: Vec<(String, usize, usize)> = table("### Header", "field")
-        .into_iter()
-        .map(|row| {
-            (
-                row[0].clone(),
-                number(&row[1]) as usize,
-                number(&row[2]) as usize,
-            )
-        })
-        .collect();
-    let coded: Vec<_> = FIELDS
-        .iter()
-        .map(|f| (f.name.to_owned(), f.offset, f.bytes))
-        .collect();
+    let documented: Vec<(String, usize, usize)> =
+        table("### Header", "field").into_iter().map(|row| (row[0].clone(), number(&row[1]) as usize, number(&row[2]) as usize)).collect();
+    let coded: Vec<_> = FIELDS.iter().map(|f| (f.name.to_owned(), f.offset, f.bytes)).collect();
     assert_eq!(documented, coded);
     let mut end = 0;
     for field in FIELDS {
@@ -70,33 +51,17 @@ fn header_fields() {
         assert_eq!(width, number(&row[2]) as usize, "type of {}", row[0]);
     }
     assert!(DOCUMENT.contains(&format!("`{}`", std::str::from_utf8(&MAGIC).unwrap())));
-    assert_eq!(
-        number(&table("### Header", "field")[1][4]),
-        u64::from(VERSION)
-    );
+    assert_eq!(number(&table("### Header", "field")[1][4]), u64::from(VERSION));
 }
 
 #[test]
 fn ids() {
-    let codecs: Vec<_> = CodecKind::ALL
-        .iter()
-        .map(|kind| (u64::from(kind.code()), kind.name().to_owned()))
-        .collect();
-    let documented: Vec<_> = table("## Codecs", "id")
-        .into_iter()
-        .map(|row| (number(&row[0]), row[1].clone()))
-        .collect();
+    let codecs: Vec<_> = CodecKind::ALL.iter().map(|kind| (u64::from(kind.code()), kind.name().to_owned())).collect();
+    let documented: Vec<_> = table("## Codecs", "id").into_iter().map(|row| (number(&row[0]), row[1].clone())).collect();
     assert_eq!(documented, codecs);
-    let schemes: Vec<_> = table("## Scales", "id")
-        .into_iter()
-        .map(|row| (number(&row[0]), row[1].clone()))
-        .collect();
+    let schemes: Vec<_> = table("## Scales", "id").into_iter().map(|row| (number(&row[0]), row[1].clone())).collect();
     let names = ["tensor", "row", "group affine", "group symmetric"].map(str::to_owned);
-    let coded: Vec<_> = ScaleScheme::ALL
-        .iter()
-        .map(|scheme| u64::from(scheme.id()))
-        .zip(names)
-        .collect();
+    let coded: Vec<_> = ScaleScheme::ALL.iter().map(|scheme| u64::from(scheme.id())).zip(names).collect();
     assert_eq!(schemes, coded);
 }
 
@@ -111,24 +76,14 @@ fn limits_and_constants() {
         limits::HEADER_BYTES_MAX,
         limits::JSON_BYTES_MAX,
     ];
-    let documented: Vec<_> = table("## Limits", "limit")
-        .iter()
-        .map(|row| number(&row[1]))
-        .collect();
+    let documented: Vec<_> = table("## Limits", "limit").iter().map(|row| number(&row[1])).collect();
     assert_eq!(documented, limits);
     let states = |text: String| assert!(DOCUMENT.contains(&text), "{text}");
-    states(format!(
-        "A *tile* is {TILE_ROWS} rows x\n{TILE_COLS} columns"
-    ));
+    states(format!("A *tile* is {TILE_ROWS} rows x\n{TILE_COLS} columns"));
     states(format!("One entry per chunk, {INDEX_ENTRY_BYTES} bytes"));
-    states(format!(
-        "^ each at a multiple of {CHUNK_ALIGN} from the start of the blob"
-    ));
+    states(format!("^ each at a multiple of {CHUNK_ALIGN} from the start of the blob"));
     states(format!("^ each a multiple of {BLOB_ALIGN} long"));
-    states(format!(
-        "The {} bytes at the end",
-        tersor_codec::PADDING_BYTES
-    ));
+    states(format!("The {} bytes at the end", tersor_codec::PADDING_BYTES));
     assert_eq!(CHUNK_SYMBOLS_TARGET, 65_536);
     states("writers aim at 65,536 symbols".to_owned());
 }
@@ -138,16 +93,12 @@ fn limits_and_constants() {
 fn widths_of_tables_and_chunks() {
     let rows = table("## Codecs", "part");
     let width = |part: &str| {
-        let row = rows
-            .iter()
-            .find(|row| row[0] == part)
-            .unwrap_or_else(|| panic!("width of {part}"));
+        let row = rows.iter().find(|row| row[0] == part).unwrap_or_else(|| panic!("width of {part}"));
         number(&row[1]) as usize
     };
     assert_eq!(width("far entry"), FAR_BYTES);
     for codec in codecs() {
-        let encoded =
-            encode_tensor(&tensor(&mut Random(3), 40, 33, Kind::Row), codec, 1024).unwrap();
+        let encoded = encode_tensor(&tensor(&mut Random(3), 40, 33, Kind::Row), codec, 1024).unwrap();
         let coded = encoded.tensor();
         let table_bytes = coded.header().table_bytes as usize;
         for chunk in 0..coded.chunk_count() {
@@ -165,10 +116,7 @@ fn widths_of_tables_and_chunks() {
                         2 => n.div_ceil(256) * 64,
                         _ => n.div_ceil(64) * 8 * bits,
                     };
-                    (
-                        width("fixed table"),
-                        front + fields + parts.escapes.len() + far(parts.far.len()),
-                    )
+                    (width("fixed table"), front + fields + parts.escapes.len() + far(parts.far.len()))
                 }
                 Table::Huffman(table) => {
                     let p = table.params();
@@ -185,21 +133,15 @@ fn widths_of_tables_and_chunks() {
                     let states = usize::from(p.lanes) * usize::from(p.state_bits) / 8;
                     assert_eq!(&bytes[front..front + states], parts.states);
                     let entries = table.entries().len() * width("rans table, entry");
-                    let sum = front
-                        + states
-                        + parts.words.len()
-                        + parts.escapes.len()
-                        + far(parts.far.len());
+                    let sum = front + states + parts.words.len() + parts.escapes.len() + far(parts.far.len());
                     (width("rans table, count") + entries, sum)
                 }
                 Table::BlockAns(table) => {
                     let p = table.params();
                     let parts = block_ans::Chunk::parse(p, n, bytes).unwrap();
-                    let index =
-                        n.div_ceil(p.block_symbols as usize) * width("block-ans block_bytes");
+                    let index = n.div_ceil(p.block_symbols as usize) * width("block-ans block_bytes");
                     let entries = table.entries().len() * width("rans table, entry");
-                    let sum =
-                        width("far_count") + index + parts.blocks.len() + far(parts.far.len());
+                    let sum = width("far_count") + index + parts.blocks.len() + far(parts.far.len());
                     (width("rans table, count") + entries, sum)
                 }
                 _ => unreachable!("four codecs"),
@@ -215,20 +157,12 @@ fn widths_of_tables_and_chunks() {
 fn parameter_ranges() {
     let documented = table("## Codecs", "id");
     let ranges = |row: usize, col: usize| -> Vec<(u32, u32)> {
-        let ends = documented[row][col]
-            .split_whitespace()
-            .filter_map(|word| word.split_once("..="));
-        ends.map(|(a, b)| (a.parse().unwrap(), b.parse().unwrap()))
-            .collect()
+        let ends = documented[row][col].split_whitespace().filter_map(|word| word.split_once("..="));
+        ends.map(|(a, b)| (a.parse().unwrap(), b.parse().unwrap())).collect()
     };
     let check = |(min, max): (u32, u32), id: &dyn Fn(u32) -> String| {
         for (value, good) in [(min, true), (max, true), (min - 1, false), (max + 1, false)] {
-            assert_eq!(
-                id(value).parse::<tersor_codec::Codec>().is_ok(),
-                good,
-                "{}",
-                id(value)
-            );
+            assert_eq!(id(value).parse::<tersor_codec::Codec>().is_ok(), good, "{}", id(value));
         }
     };
     check(ranges(0, 3)[0], &|v| format!("fixed/b{v}"));
@@ -244,31 +178,15 @@ fn parameter_ranges() {
 
 #[test]
 fn worked_example() {
-    let dump = DOCUMENT
-        .split("```hex\n")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .expect("a hex dump");
+    let dump = DOCUMENT.split("```hex\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a hex dump");
     let mut documented = Vec::new();
     for line in dump.lines() {
         let (offset, bytes) = line.split_once("  ").unwrap();
         assert_eq!(usize::from_str_radix(offset, 16).unwrap(), documented.len());
-        documented.extend(
-            bytes
-                .split(' ')
-                .map(|byte| u8::from_str_radix(byte, 16).unwrap()),
-        );
+        documented.extend(bytes.split(' ').map(|byte| u8::from_str_radix(byte, 16).unwrap()));
     }
-    let scales = Scales::Row {
-        scales: vec![0x3c00, 0x3800],
-        scale_exponent: 0,
-    };
-    let tensor = QuantizedTensor {
-        rows: 2,
-        cols: 3,
-        symbols: vec![1, 0, -1, 2, 9, 300],
-        scales,
-    };
+    let scales = Scales::Row { scales: vec![0x3c00, 0x3800], scale_exponent: 0 };
+    let tensor = QuantizedTensor { rows: 2, cols: 3, symbols: vec![1, 0, -1, 2, 9, 300], scales };
     let encoded = encode_tensor(&tensor, "rans/s16-w8-p6-l4".parse().unwrap(), 64).unwrap();
     assert_eq!(encoded.blob(), documented);
     assert!(DOCUMENT.contains(&format!("the blob has {} bytes", documented.len())));

@@ -49,9 +49,7 @@ fn reads_every_float_type_exactly() {
     assert_eq!(floats("b"), [1.0, -2.0]);
     assert_eq!(floats("c"), [1.0, 2f32.powi(-24)]);
     assert!(floats("e").is_empty());
-    let Some(Tensor::Raw(d)) = dir.tensor("d") else {
-        panic!("raw")
-    };
+    let Some(Tensor::Raw(d)) = dir.tensor("d") else { panic!("raw") };
     assert_eq!((d.dtype(), &d.bytes()[..]), (Dtype::U32, &[7, 0, 0, 0][..]));
     assert_eq!(d.to_f32().unwrap_err().kind(), ErrorKind::Unsupported);
     assert!(dir.tensor("f").is_none());
@@ -68,9 +66,7 @@ fn tensors_outlive_their_directory() {
     let dir = open_file(&safetensors(header, &[1, 2, 3])).unwrap();
     let tensor = dir.tensor("a").unwrap().clone();
     drop(dir);
-    let Tensor::Raw(raw) = tensor else {
-        panic!("raw")
-    };
+    let Tensor::Raw(raw) = tensor else { panic!("raw") };
     raw.bytes().release().unwrap();
     assert_eq!(raw.bytes()[..], [1, 2, 3]);
 }
@@ -78,72 +74,21 @@ fn tensors_outlive_their_directory() {
 #[test]
 fn hostile_headers_are_refused() {
     use ErrorKind::{Corrupt, Limit, Unsupported};
-    let one = |dtype: &str, shape: &str, offsets: &str| {
-        format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
-    };
-    refused(
-        &one("F64x", "[1]", "[0,8]"),
-        &[0; 8],
-        Unsupported,
-        "unsupported dtype \"F64x\"",
-    );
-    refused(
-        &one("F32", "[3]", "[0,8]"),
-        &[0; 8],
-        Corrupt,
-        "does not fit its 8 bytes",
-    );
+    let one =
+        |dtype: &str, shape: &str, offsets: &str| format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#);
+    refused(&one("F64x", "[1]", "[0,8]"), &[0; 8], Unsupported, "unsupported dtype \"F64x\"");
+    refused(&one("F32", "[3]", "[0,8]"), &[0; 8], Corrupt, "does not fit its 8 bytes");
     // 2^62 x 2^3 x 4 bytes wraps to 0 in 64 bits.
-    refused(
-        &one("F32", "[4611686018427387904,8]", "[0,0]"),
-        &[],
-        Corrupt,
-        "does not fit its 0 bytes",
-    );
-    refused(
-        &one("F32", "[4611686018427387904,8,0]", "[0,0]"),
-        &[],
-        Corrupt,
-        "does not fit",
-    );
-    refused(
-        &one("U8", "[8]", "[1,9]"),
-        &[0; 9],
-        Corrupt,
-        "begins at 1; 0 was expected",
-    );
+    refused(&one("F32", "[4611686018427387904,8]", "[0,0]"), &[], Corrupt, "does not fit its 0 bytes");
+    refused(&one("F32", "[4611686018427387904,8,0]", "[0,0]"), &[], Corrupt, "does not fit");
+    refused(&one("U8", "[8]", "[1,9]"), &[0; 9], Corrupt, "begins at 1; 0 was expected");
     refused(&one("U8", "[8]", "[8,0]"), &[0; 8], Corrupt, "begins at 8");
-    refused(
-        &one("U8", "[8]", "[0,8]"),
-        &[0; 7],
-        Corrupt,
-        "need 8 bytes of data, the file has 7",
-    );
-    refused(
-        &one("U8", "[8]", "[0,8]"),
-        &[0; 9],
-        Corrupt,
-        "need 8 bytes of data, the file has 9",
-    );
-    refused(
-        &one("U8", "[18446744073709551615]", "[0,18446744073709551615]"),
-        &[0; 9],
-        Corrupt,
-        "need 18446744073709551615",
-    );
-    refused(
-        &one("U8", "[18446744073709551616]", "[0,0]"),
-        &[],
-        Corrupt,
-        "JSON header",
-    );
+    refused(&one("U8", "[8]", "[0,8]"), &[0; 7], Corrupt, "need 8 bytes of data, the file has 7");
+    refused(&one("U8", "[8]", "[0,8]"), &[0; 9], Corrupt, "need 8 bytes of data, the file has 9");
+    refused(&one("U8", "[18446744073709551615]", "[0,18446744073709551615]"), &[0; 9], Corrupt, "need 18446744073709551615");
+    refused(&one("U8", "[18446744073709551616]", "[0,0]"), &[], Corrupt, "JSON header");
     refused(&one("U8", "[-1]", "[0,0]"), &[], Corrupt, "JSON header");
-    refused(
-        &one("U8", "[8]", "[0,8,9]"),
-        &[0; 8],
-        Corrupt,
-        "JSON header",
-    );
+    refused(&one("U8", "[8]", "[0,8,9]"), &[0; 8], Corrupt, "JSON header");
     refused("[]", &[], Corrupt, "JSON header");
     refused("", &[], Corrupt, "JSON header");
     refused("{} {}", &[], Corrupt, "JSON header");
@@ -151,24 +96,9 @@ fn hostile_headers_are_refused() {
     let deep = format!(r#"{{"a":{}"#, "{\"a\":".repeat(10_000));
     refused(&deep, &[], Corrupt, "JSON header");
     let pair = r#""a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
-    refused(
-        &format!("{{{pair},{pair}}}"),
-        &[0; 2],
-        Corrupt,
-        "\"a\" occurs twice",
-    );
-    refused(
-        r#"{"__metadata__":{"a":"b","a":"b"}}"#,
-        &[],
-        Corrupt,
-        "occurs twice",
-    );
-    refused(
-        r#"{"__metadata__":{},"__metadata__":{}}"#,
-        &[],
-        Corrupt,
-        "occurs twice",
-    );
+    refused(&format!("{{{pair},{pair}}}"), &[0; 2], Corrupt, "\"a\" occurs twice");
+    refused(r#"{"__metadata__":{"a":"b","a":"b"}}"#, &[], Corrupt, "occurs twice");
+    refused(r#"{"__metadata__":{},"__metadata__":{}}"#, &[], Corrupt, "occurs twice");
     let twice = r#"{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
     refused(twice, &[0], Corrupt, "duplicate field");
     let unknown = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x\ny":[[[]]]}}"#;
@@ -198,14 +128,10 @@ fn a_plain_file_is_refused_at_every_shorter_or_longer_length() {
     open_file(&file).unwrap();
 }
 
-const INDEX: &str =
-    r#"{"metadata":{"total_size":2},"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}}"#;
+const INDEX: &str = r#"{"metadata":{"total_size":2},"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}}"#;
 
 fn shard(name: &str) -> Vec<u8> {
-    safetensors(
-        &format!(r#"{{"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#),
-        &[9],
-    )
+    safetensors(&format!(r#"{{"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#), &[9])
 }
 
 #[test]
@@ -215,50 +141,30 @@ fn shards_are_read_and_a_missing_one_is_named() {
     write(dir.path(), "model.safetensors.index.json", INDEX);
     write(dir.path(), "m-1.safetensors", shard("a"));
     let error = ModelDir::open(dir.path()).unwrap_err();
-    assert!(
-        matches!(&error, FormatError::MissingShard { shard, tensor, .. } if shard == "m-2.safetensors" && tensor == "b")
-    );
+    assert!(matches!(&error, FormatError::MissingShard { shard, tensor, .. } if shard == "m-2.safetensors" && tensor == "b"));
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(line(&error).contains("shard \"m-2.safetensors\" is missing"));
 
     write(dir.path(), "m-2.safetensors", shard("b"));
     let open = ModelDir::open(dir.path()).unwrap();
-    assert_eq!(
-        open.tensors().map(|(name, _)| name).collect::<Vec<_>>(),
-        ["a", "b"]
-    );
+    assert_eq!(open.tensors().map(|(name, _)| name).collect::<Vec<_>>(), ["a", "b"]);
     assert_eq!(open.file_bytes(), 2 * shard("a").len() as u64);
 
     write(dir.path(), "m-2.safetensors", shard("a"));
     let error = ModelDir::open(dir.path()).unwrap_err();
-    assert!(
-        line(&error).contains("m-2.safetensors: tensor \"a\": stored twice"),
-        "{error}"
-    );
+    assert!(line(&error).contains("m-2.safetensors: tensor \"a\": stored twice"), "{error}");
 
     write(dir.path(), "m-2.safetensors", shard("c"));
     let error = ModelDir::open(dir.path()).unwrap_err();
-    assert!(
-        line(&error).contains("tensor \"b\" is not in shard \"m-2.safetensors\""),
-        "{error}"
-    );
+    assert!(line(&error).contains("tensor \"b\" is not in shard \"m-2.safetensors\""), "{error}");
 
     for (index, words) in [
-        (
-            r#"{"weight_map":{"a":"../m-1.safetensors"}}"#,
-            "not the name of a file",
-        ),
-        (
-            r#"{"weight_map":{"a":"/etc/passwd"}}"#,
-            "not the name of a file",
-        ),
+        (r#"{"weight_map":{"a":"../m-1.safetensors"}}"#, "not the name of a file"),
+        (r#"{"weight_map":{"a":"/etc/passwd"}}"#, "not the name of a file"),
         (r#"{"weight_map":{"a":""}}"#, "not the name of a file"),
         (r#"{"weight_map":{"a":".."}}"#, "not the name of a file"),
         (r#"{"weight_map":{}}"#, "names no tensor"),
-        (
-            r#"{"weight_map":{"a":"m-1.safetensors","a":"m-1.safetensors"}}"#,
-            "occurs twice",
-        ),
+        (r#"{"weight_map":{"a":"m-1.safetensors","a":"m-1.safetensors"}}"#, "occurs twice"),
         (r#"{"weight_map":[]}"#, "index.json"),
         ("{}", "index.json"),
     ] {
@@ -289,38 +195,13 @@ fn missing_and_malformed_documents_are_named() {
     error("recursion limit", ErrorKind::Corrupt);
     write(dir.path(), "config.json", vec![b' '; (16 << 20) + 1]);
     error("16777217 bytes; the limit is 16777216", ErrorKind::Limit);
-    write(
-        dir.path(),
-        "config.json",
-        r#"{"quantization_config":{"quant_method":"tersor","version":2}}"#,
-    );
-    error(
-        "unsupported tersor format version 2",
-        ErrorKind::Unsupported,
-    );
-    write(
-        dir.path(),
-        "config.json",
-        r#"{"quantization_config":{"quant_method":"tersor"}}"#,
-    );
-    error(
-        "unsupported tersor format version none",
-        ErrorKind::Unsupported,
-    );
-    write(
-        dir.path(),
-        "config.json",
-        r#"{"quantization_config":{"quant_method":"tersor","version":1}}"#,
-    );
-    error(
-        "0 of 1 tensor files say that their format is tersor",
-        ErrorKind::Corrupt,
-    );
-    write(
-        dir.path(),
-        "config.json",
-        r#"{"quantization_config":{"quant_method":"gptq"}}"#,
-    );
+    write(dir.path(), "config.json", r#"{"quantization_config":{"quant_method":"tersor","version":2}}"#);
+    error("unsupported tersor format version 2", ErrorKind::Unsupported);
+    write(dir.path(), "config.json", r#"{"quantization_config":{"quant_method":"tersor"}}"#);
+    error("unsupported tersor format version none", ErrorKind::Unsupported);
+    write(dir.path(), "config.json", r#"{"quantization_config":{"quant_method":"tersor","version":1}}"#);
+    error("0 of 1 tensor files say that their format is tersor", ErrorKind::Corrupt);
+    write(dir.path(), "config.json", r#"{"quantization_config":{"quant_method":"gptq"}}"#);
     ModelDir::open(dir.path()).unwrap();
     let error = tersor_format::verify(dir.path(), &mut |_| ()).unwrap_err();
     assert!(line(&error).contains("no checksums to verify"));

@@ -133,7 +133,7 @@ impl QuantizedTensor {
                         Some(biases) => {
                             let bias = biases.get(row * groups + g);
                             for (w, &s) in out.iter_mut().zip(symbols) {
-                                *w = scale * f32::from(s + 8) + bias;
+                                *w = scale * (i32::from(s) + 8) as f32 + bias;
                             }
                         }
                     }

@@ -28,12 +28,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> [__m256i; 2] {
         // SAFETY: 64 readable bytes; the token proves AVX2, here and below.
-        unsafe {
-            [
-                _mm256_loadu_si256(tile.as_ptr().cast()),
-                _mm256_loadu_si256(tile.as_ptr().add(32).cast()),
-            ]
-        }
+        unsafe { [_mm256_loadu_si256(tile.as_ptr().cast()), _mm256_loadu_si256(tile.as_ptr().add(32).cast())] }
     }
 
     #[inline(always)]
@@ -65,20 +60,12 @@ impl Isa for Avx2 {
         // SAFETY: registers only.
         unsafe {
             let nibble = _mm256_set1_epi8(15);
-            halves!(|i| _mm256_add_epi8(
-                _mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble),
-                bias[i]
-            ))
+            halves!(|i| _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble), bias[i]))
         }
     }
 
     #[inline(always)]
-    unsafe fn unescape(
-        self,
-        tile: [__m256i; 2],
-        escape: [__m256i; 2],
-        escapes: *const u8,
-    ) -> ([__m256i; 2], usize) {
+    unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
         let mut mask = unsafe {
             let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[0], escape[0])) as u32;
@@ -107,12 +94,7 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn narrow(
-        self,
-        tile: [__m256i; 2],
-        bias: [__m256i; 2],
-        lowest: [__m256i; 2],
-    ) -> ([__m256i; 2], u64) {
+    fn narrow(self, tile: [__m256i; 2], bias: [__m256i; 2], lowest: [__m256i; 2]) -> ([__m256i; 2], u64) {
         // SAFETY: registers only.
         unsafe {
             let most = _mm256_set1_epi8(15);
@@ -169,8 +151,7 @@ impl Isa for Avx2 {
             let ones = _mm256_set1_epi16(1);
             halves!(|i| {
                 let symbol = _mm256_xor_si256(tile[i], bias);
-                let pairs =
-                    _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(symbol), _mm256_sign_epi8(q, symbol));
                 _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
             })
         }
@@ -196,12 +177,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn floats(self, x: &[f32; LANES]) -> [__m256; 2] {
         // SAFETY: 16 readable floats.
-        unsafe {
-            [
-                _mm256_loadu_ps(x.as_ptr()),
-                _mm256_loadu_ps(x.as_ptr().add(8)),
-            ]
-        }
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
     }
 
     #[inline(always)]

@@ -39,31 +39,18 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn high(self, line: __m512i, bias: __m512i) -> __m512i {
         // SAFETY: registers only.
-        unsafe {
-            _mm512_add_epi8(
-                _mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)),
-                bias,
-            )
-        }
+        unsafe { _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)), bias) }
     }
 
     /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on
     /// some cores.
     #[inline(always)]
-    unsafe fn unescape(
-        self,
-        tile: __m512i,
-        escape: __m512i,
-        escapes: *const u8,
-    ) -> (__m512i, usize) {
+    unsafe fn unescape(self, tile: __m512i, escape: __m512i, escapes: *const u8) -> (__m512i, usize) {
         // SAFETY: 64 readable bytes, by the contract.
         unsafe {
             let mask = _mm512_cmpeq_epi8_mask(tile, escape);
             let next = _mm512_loadu_si512(escapes.cast());
-            (
-                _mm512_mask_expand_epi8(tile, mask, next),
-                mask.count_ones() as usize,
-            )
+            (_mm512_mask_expand_epi8(tile, mask, next), mask.count_ones() as usize)
         }
     }
 
@@ -104,13 +91,7 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn dot(self, sums: __m512i, tile: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
         // SAFETY: registers only.
-        unsafe {
-            _mm512_dpbusd_epi32(
-                sums,
-                tile,
-                _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8))),
-            )
-        }
+        unsafe { _mm512_dpbusd_epi32(sums, tile, _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))) }
     }
 
     #[inline(always)]
@@ -123,12 +104,7 @@ impl Isa for Avx512 {
     fn finish(self, sums: __m512i, q_sum: i32) -> [i32; TILE_ROWS] {
         let mut out = [0; TILE_ROWS];
         // SAFETY: 64 writable bytes.
-        unsafe {
-            _mm512_storeu_si512(
-                out.as_mut_ptr().cast(),
-                _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum)),
-            )
-        }
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum))) }
         out
     }
 
@@ -153,11 +129,6 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn fold(self, x: __m512) -> f32 {
         // SAFETY: registers only.
-        unsafe {
-            fold_8(_mm256_add_ps(
-                _mm512_castps512_ps256(x),
-                _mm512_extractf32x8_ps::<1>(x),
-            ))
-        }
+        unsafe { fold_8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))) }
     }
 }

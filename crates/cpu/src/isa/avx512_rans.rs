@@ -59,22 +59,11 @@ impl Tables {
         let Table::Rans(table) = table else {
             return None;
         };
-        let rans::Params {
-            state_bits: 16,
-            word_bits: 8,
-            prob_bits: prob_bits @ 6..=8,
-            lanes: 64,
-        } = table.params()
-        else {
+        let rans::Params { state_bits: 16, word_bits: 8, prob_bits: prob_bits @ 6..=8, lanes: 64 } = table.params() else {
             return None;
         };
         let slots = table.slots();
-        let mut tables = Tables {
-            prob_bits,
-            freq: [0; SLOTS_MAX],
-            offset: [0; SLOTS_MAX],
-            symbol: [0; SLOTS_MAX],
-        };
+        let mut tables = Tables { prob_bits, freq: [0; SLOTS_MAX], offset: [0; SLOTS_MAX], symbol: [0; SLOTS_MAX] };
         for (slot, (freq, offset)) in slots.freq.iter().zip(slots.offset).enumerate() {
             // A lone entry of 8 bits has the frequency 256.
             tables.freq[slot] = u8::try_from(*freq).ok()?;
@@ -105,12 +94,7 @@ impl<'a> Stream<'a> {
             let wide = with_padding(padded, part);
             wide.as_ptr()..wide[part.len()..].as_ptr()
         };
-        Some(Stream {
-            states: parts.states.try_into().ok()?,
-            words: range(parts.words),
-            escapes: range(parts.escapes),
-            chunk: parts,
-        })
+        Some(Stream { states: parts.states.try_into().ok()?, words: range(parts.words), escapes: range(parts.escapes), chunk: parts })
     }
 }
 
@@ -152,17 +136,13 @@ impl<const P: u32, const N: usize> Streams<P, N> {
     unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Streams<P, N> {
         // SAFETY: all loads are of whole arrays.
         unsafe {
-            let load = |table: &[u8; SLOTS_MAX]| {
-                std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()))
-            };
+            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
             Streams {
                 freq: load(&tables.freq),
                 offset: load(&tables.offset),
                 symbol: load(&tables.symbol),
                 low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states.as_ptr().cast())),
-                high: std::array::from_fn(|i| {
-                    _mm512_loadu_si512(streams[i].states[LANES..].as_ptr().cast())
-                }),
+                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..].as_ptr().cast())),
                 word: std::array::from_fn(|i| streams[i].words.start),
                 words_end: std::array::from_fn(|i| streams[i].words.end),
                 escape: std::array::from_fn(|i| streams[i].escapes.start),
@@ -194,10 +174,8 @@ impl<const P: u32, const N: usize> Streams<P, N> {
                 _mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<P>(x_odd)),
                 _mm512_srli_epi16::<8>(offset),
             );
-            let y_low =
-                _mm512_ternarylogic_epi32::<0xca>(even, y_even, _mm512_slli_epi16::<8>(y_odd));
-            let y_high =
-                _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(y_even), y_odd);
+            let y_low = _mm512_ternarylogic_epi32::<0xca>(even, y_even, _mm512_slli_epi16::<8>(y_odd));
+            let y_high = _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(y_even), y_odd);
             // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
             let hungry = _mm512_testn_epi8_mask(y_high, y_high);
             let words = _mm512_loadu_si512(self.word[i].min(self.words_end[i]).cast());
@@ -232,17 +210,11 @@ fn groups(tensor: &CodedTensor, chunks: Range<usize>) -> impl Iterator<Item = Ra
         Some(last) if tensor.chunk_symbols(last) != tensor.chunk_symbols(chunks.start) => last,
         _ => chunks.end,
     };
-    [chunks.start..equal, equal..chunks.end]
-        .into_iter()
-        .filter(|g| !g.is_empty())
+    [chunks.start..equal, equal..chunks.end].into_iter().filter(|g| !g.is_empty())
 }
 
 /// The streams of `N` chunks from `first` on.
-fn streams<const N: usize>(
-    params: rans::Params,
-    tensor: &CodedTensor,
-    first: usize,
-) -> Option<[Stream<'_>; N]> {
+fn streams<const N: usize>(params: rans::Params, tensor: &CodedTensor, first: usize) -> Option<[Stream<'_>; N]> {
     let mut streams = [const { None }; N];
     for (i, stream) in streams.iter_mut().enumerate() {
         *stream = Some(Stream::new(params, tensor, first + i)?);
@@ -276,13 +248,7 @@ macro_rules! by_shape {
 ///
 /// False if the kernel was not made for the table, or a chunk is corrupt: `out` and `far` are then
 /// of no use.
-pub(crate) fn decode(
-    _token: Avx512,
-    tensor: &CodedTensor,
-    chunks: Range<usize>,
-    out: &mut [u8],
-    far: &mut Vec<FarAt>,
-) -> bool {
+pub(crate) fn decode(_token: Avx512, tensor: &CodedTensor, chunks: Range<usize>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     let (Some(tables), Table::Rans(table)) = (Tables::new(tensor.table()), tensor.table()) else {
         return false;
     };
@@ -292,13 +258,7 @@ pub(crate) fn decode(
         let (out, after) = rest.split_at_mut(group.len() * tensor.chunk_symbols(group.start));
         rest = after;
         // SAFETY: the token proves the features that the function enables.
-        if !unsafe {
-            by_shape!(
-                tables.prob_bits,
-                group.len(),
-                decode_group(&tables, params, tensor, group.start, out, far)
-            )
-        } {
+        if !unsafe { by_shape!(tables.prob_bits, group.len(), decode_group(&tables, params, tensor, group.start, out, far)) } {
             return false;
         }
     }
@@ -328,12 +288,7 @@ unsafe fn decode_group<const P: u32, const N: usize>(
         for step in 0..steps {
             for i in 0..N {
                 let tile = s.next(i);
-                _mm512_storeu_si512(
-                    out.as_mut_ptr()
-                        .add((i * steps + step) * TILE_SYMBOLS)
-                        .cast(),
-                    tile,
-                );
+                _mm512_storeu_si512(out.as_mut_ptr().add((i * steps + step) * TILE_SYMBOLS).cast(), tile);
             }
         }
         s.valid()
@@ -344,9 +299,7 @@ unsafe fn decode_group<const P: u32, const N: usize>(
     let parts = streams.iter().map(|s| &s.chunk);
     (first..)
         .zip(parts.zip(out.chunks_exact(symbols)))
-        .all(|(chunk, (parts, bytes))| {
-            take_far(tensor, chunk, parts.far, parts.escapes, bytes, far)
-        })
+        .all(|(chunk, (parts, bytes))| take_far(tensor, chunk, parts.far, parts.escapes, bytes, far))
 }
 
 /// Multiplies at most [`CHUNKS_TOGETHER`] chunks with the only token of `x`. `sums`: (row tiles of
@@ -368,17 +321,10 @@ pub(crate) fn dot(
     let params = table.params();
     let mut rest = sums;
     for group in groups(tensor, chunks) {
-        let (sums, after) =
-            rest.split_at_mut(group.len() * tensor.chunk_row_tiles(group.start).len());
+        let (sums, after) = rest.split_at_mut(group.len() * tensor.chunk_row_tiles(group.start).len());
         rest = after;
         // SAFETY: the token proves the features that the function enables.
-        if !unsafe {
-            by_shape!(
-                tables.prob_bits,
-                group.len(),
-                dot_group(&tables, params, tensor, group.start, scales, x, sums)
-            )
-        } {
+        if !unsafe { by_shape!(tables.prob_bits, group.len(), dot_group(&tables, params, tensor, group.start, scales, x, sums)) } {
             return false;
         }
     }
@@ -387,9 +333,7 @@ pub(crate) fn dot(
 
 /// # Safety
 /// Only for the target features.
-#[target_feature(
-    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt,bmi2"
-)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,f16c,popcnt,bmi2")]
 unsafe fn dot_group<const P: u32, const N: usize>(
     tables: &Tables,
     params: rans::Params,
@@ -402,10 +346,7 @@ unsafe fn dot_group<const P: u32, const N: usize>(
     let Some(streams) = streams::<N>(params, tensor, first) else {
         return false;
     };
-    if streams
-        .iter()
-        .any(|s| !s.chunk.far.is_empty() || count_zeros(s.chunk.escapes) > 0)
-    {
+    if streams.iter().any(|s| !s.chunk.far.is_empty() || count_zeros(s.chunk.escapes) > 0) {
         return false;
     }
     let row_tiles = tensor.chunk_row_tiles(first);
@@ -417,8 +358,7 @@ unsafe fn dot_group<const P: u32, const N: usize>(
     unsafe {
         let mut s = Streams::<P, N>::new(tables, &streams);
         for tile in 0..row_tiles.len() {
-            let tile_scales: [TileScales<'_>; N] =
-                std::array::from_fn(|i| scales.tile(row_tiles.start + i * row_tiles.len() + tile));
+            let tile_scales: [TileScales<'_>; N] = std::array::from_fn(|i| scales.tile(row_tiles.start + i * row_tiles.len() + tile));
             let mut acc = [_mm512_setzero_ps(); N];
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
                 let mut dots = [_mm512_setzero_si512(); N];
@@ -432,14 +372,7 @@ unsafe fn dot_group<const P: u32, const N: usize>(
                 let bias = _mm512_set1_epi32(128 * xsums[segment]);
                 for i in 0..N {
                     let isum = _mm512_cvtepi32_ps(_mm512_sub_epi32(dots[i], bias));
-                    acc[i] = add_segment(
-                        acc[i],
-                        isum,
-                        tile_scales[i],
-                        segment,
-                        xscales[segment],
-                        xsums[segment],
-                    );
+                    acc[i] = add_segment(acc[i], isum, tile_scales[i], segment, xscales[segment], xsums[segment]);
                 }
             }
             for i in 0..N {
@@ -456,39 +389,21 @@ unsafe fn dot_group<const P: u32, const N: usize>(
 
 /// `SegmentScales::add` in one register.
 #[inline(always)]
-unsafe fn add_segment(
-    acc: __m512,
-    isum: __m512,
-    scales: TileScales<'_>,
-    segment: usize,
-    xscale: f32,
-    xsum: i32,
-) -> __m512 {
+unsafe fn add_segment(acc: __m512, isum: __m512, scales: TileScales<'_>, segment: usize, xscale: f32, xsum: i32) -> __m512 {
     // SAFETY: the loads are of whole arrays.
     unsafe {
         let factor = _mm512_set1_ps(xscale);
         match scales {
             TileScales::Row(_) => _mm512_add_ps(acc, _mm512_mul_ps(isum, factor)),
-            TileScales::Group {
-                scales,
-                biases,
-                brain,
-            } => {
+            TileScales::Group { scales, biases, brain } => {
                 let widen = |bits: &[u16; TILE_ROWS]| {
                     let bits = _mm256_loadu_si256(bits.as_ptr().cast());
-                    if brain {
-                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
-                    } else {
-                        _mm512_cvtph_ps(bits)
-                    }
+                    if brain { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))) } else { _mm512_cvtph_ps(bits) }
                 };
                 let scale = widen(&scales[segment]);
                 let acc = _mm512_add_ps(acc, _mm512_mul_ps(_mm512_mul_ps(isum, scale), factor));
                 let Some(biases) = biases else { return acc };
-                let bias = _mm512_add_ps(
-                    widen(&biases[segment]),
-                    _mm512_mul_ps(_mm512_set1_ps(8.0), scale),
-                );
+                let bias = _mm512_add_ps(widen(&biases[segment]), _mm512_mul_ps(_mm512_set1_ps(8.0), scale));
                 let shift = _mm512_set1_ps(xsum as f32 * xscale);
                 _mm512_add_ps(acc, _mm512_mul_ps(bias, shift))
             }

@@ -43,12 +43,7 @@ pub(crate) trait Isa: Copy {
     ///
     /// # Safety
     /// 64 bytes at `escapes` are readable.
-    unsafe fn unescape(
-        self,
-        tile: Self::Tile,
-        escape: Self::Tile,
-        escapes: *const u8,
-    ) -> (Self::Tile, usize);
+    unsafe fn unescape(self, tile: Self::Tile, escape: Self::Tile, escapes: *const u8) -> (Self::Tile, usize);
     /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0,
     /// and the mask of the lanes where it does not.
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);

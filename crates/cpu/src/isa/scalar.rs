@@ -39,12 +39,7 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn unescape(
-        self,
-        mut tile: TileBytes,
-        escape: TileBytes,
-        escapes: *const u8,
-    ) -> (TileBytes, usize) {
+    unsafe fn unescape(self, mut tile: TileBytes, escape: TileBytes, escapes: *const u8) -> (TileBytes, usize) {
         let mut taken = 0;
         for (b, e) in tile.iter_mut().zip(escape) {
             if *b == e {
@@ -91,12 +86,7 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn dot(
-        self,
-        mut sums: [i32; TILE_ROWS],
-        tile: TileBytes,
-        q: &[i8; TILE_COLS],
-    ) -> [i32; TILE_ROWS] {
+    fn dot(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
         for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<TILE_COLS>().0) {
             for (b, q) in row.iter().zip(q) {
                 *sum += (i32::from(*b) - 128) * i32::from(*q);

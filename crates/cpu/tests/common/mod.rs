@@ -11,10 +11,7 @@ pub fn levels() -> Vec<Level> {
     let available = Level::available();
     let required = std::env::var("TERSOR_REQUIRE").unwrap_or_default();
     for name in required.split(',').map(str::trim).filter(|n| !n.is_empty()) {
-        assert!(
-            !matches!(name.parse::<Level>(), Err(LevelError::Missing { .. })),
-            "TERSOR_REQUIRE names {name}, which this machine lacks"
-        );
+        assert!(!matches!(name.parse::<Level>(), Err(LevelError::Missing { .. })), "TERSOR_REQUIRE names {name}, which this machine lacks");
     }
     for name in ["avx2", "avx512"] {
         if !available.iter().any(|l| l.name() == name) {
@@ -26,25 +23,13 @@ pub fn levels() -> Vec<Level> {
 
 /// Every kind of codec, and every table size of the one with kernels of its own.
 pub fn codecs() -> Vec<Codec> {
-    let small = |prob_bits| {
-        Codec::Rans(rans::Params {
-            state_bits: 16,
-            word_bits: 8,
-            prob_bits,
-            lanes: 64,
-        })
-    };
+    let small = |prob_bits| Codec::Rans(rans::Params { state_bits: 16, word_bits: 8, prob_bits, lanes: 64 });
     vec![
         small(5),
         small(6),
         small(7),
         small(8),
-        Codec::Rans(rans::Params {
-            state_bits: 16,
-            word_bits: 8,
-            prob_bits: 7,
-            lanes: 32,
-        }),
+        Codec::Rans(rans::Params { state_bits: 16, word_bits: 8, prob_bits: 7, lanes: 32 }),
         Codec::Rans(rans::Params::PRECISE),
         Codec::Huffman(huffman::Params::DEFAULT),
         Codec::BlockAns(block_ans::Params::DEFAULT),
@@ -98,13 +83,7 @@ pub enum Symbols {
     Constant,
 }
 
-pub const SYMBOLS: [Symbols; 5] = [
-    Symbols::Narrow,
-    Symbols::Escapes,
-    Symbols::Far,
-    Symbols::Wide,
-    Symbols::Constant,
-];
+pub const SYMBOLS: [Symbols; 5] = [Symbols::Narrow, Symbols::Escapes, Symbols::Far, Symbols::Wide, Symbols::Constant];
 
 /// How symbols become weights.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -125,22 +104,14 @@ pub const SCALES: [ScaleKind; 7] = [
     ScaleKind::Affine(128, false),
 ];
 
-pub fn tensor(
-    random: &mut Random,
-    rows: usize,
-    cols: usize,
-    symbols: Symbols,
-    kind: ScaleKind,
-) -> QuantizedTensor {
+pub fn tensor(random: &mut Random, rows: usize, cols: usize, symbols: Symbols, kind: ScaleKind) -> QuantizedTensor {
     let base = random.below(100) as i16 - 50;
     let one = random.below(200) as i16 - 100;
     let symbols = (0..rows * cols)
         .map(|_| match symbols {
             Symbols::Narrow => base + random.below(16) as i16,
             Symbols::Escapes => (random.gauss() * 3.0).round().clamp(-120.0, 120.0) as i16,
-            Symbols::Far if random.below(300) == 0 => {
-                [i16::MIN, -129, -128, 128, 1000, i16::MAX][random.below(6)]
-            }
+            Symbols::Far if random.below(300) == 0 => [i16::MIN, -129, -128, 128, 1000, i16::MAX][random.below(6)],
             Symbols::Far => (random.gauss() * 2.0).round() as i16,
             Symbols::Wide => (random.gauss() * 40.0).round().clamp(-127.0, 127.0) as i16,
             Symbols::Constant => one,
@@ -151,51 +122,26 @@ pub fn tensor(
         // Symbols of affine schemes are q - 8: there must be room for the 8.
         symbols.iter_mut().for_each(|s| *s = (*s).min(i16::MAX - 8));
     }
-    let mut halves = |n: usize| -> Vec<u16> {
-        (0..n)
-            .map(|_| half::f16::from_f64(random.gauss() * 0.02).to_bits())
-            .collect()
-    };
+    let mut halves = |n: usize| -> Vec<u16> { (0..n).map(|_| half::f16::from_f64(random.gauss() * 0.02).to_bits()).collect() };
     let scales = match kind {
-        ScaleKind::Tensor => Scales::Tensor {
-            scale: halves(1)[0],
-            scale_exponent: -3,
-        },
-        ScaleKind::Row => Scales::Row {
-            scales: halves(rows),
-            scale_exponent: 2,
-        },
+        ScaleKind::Tensor => Scales::Tensor { scale: halves(1)[0], scale_exponent: -3 },
+        ScaleKind::Row => Scales::Row { scales: halves(rows), scale_exponent: 2 },
         ScaleKind::Group(group_size, brain) | ScaleKind::Affine(group_size, brain) => {
             let count = rows * cols.div_ceil(group_size as usize);
             let mut vec = || {
                 let bits = halves(count);
                 if brain {
-                    ScaleVec::Bf16(
-                        bits.into_iter()
-                            .map(|b| {
-                                half::bf16::from_f32(half::f16::from_bits(b).to_f32()).to_bits()
-                            })
-                            .collect(),
-                    )
+                    ScaleVec::Bf16(bits.into_iter().map(|b| half::bf16::from_f32(half::f16::from_bits(b).to_f32()).to_bits()).collect())
                 } else {
                     ScaleVec::F16(bits)
                 }
             };
             let scales = vec();
             let biases = matches!(kind, ScaleKind::Affine(..)).then(vec);
-            Scales::Group {
-                group_size,
-                scales,
-                biases,
-            }
+            Scales::Group { group_size, scales, biases }
         }
     };
-    QuantizedTensor {
-        rows,
-        cols,
-        symbols,
-        scales,
-    }
+    QuantizedTensor { rows, cols, symbols, scales }
 }
 
 /// The symbols of a coded tensor by the codec's oracle, row-major; or the first chunk that does not decode.
@@ -204,14 +150,10 @@ pub fn symbols_of(tensor: &CodedTensor) -> Result<Vec<i16>, usize> {
     let mut out = vec![0; rows * cols];
     for chunk in 0..tensor.chunk_count() {
         let mut symbols = vec![0i16; tensor.chunk_symbols(chunk)];
-        tersor_codec::decode_chunk(tensor.table(), tensor.chunk(chunk), &mut symbols)
-            .map_err(|_| chunk)?;
+        tersor_codec::decode_chunk(tensor.table(), tensor.chunk(chunk), &mut symbols).map_err(|_| chunk)?;
         let first = tensor.chunk_row_tiles(chunk).start * 16;
         for (i, symbol) in symbols.into_iter().enumerate() {
-            let (row, col) = (
-                first + i / (steps * 64) * 16 + i % 64 / 4,
-                i / 64 % steps * 4 + i % 4,
-            );
+            let (row, col) = (first + i / (steps * 64) * 16 + i % 64 / 4, i / 64 % steps * 4 + i % 4);
             if row < rows && col < cols {
                 out[row * cols + col] = symbol;
             }
@@ -230,11 +172,7 @@ pub fn naive(tensor: &QuantizedTensor, x: &Activations) -> Vec<f32> {
             let mut acc = 0f32;
             for (segment, part) in symbols.chunks(x.segment()).enumerate() {
                 let q = &x.q(token)[segment * x.segment()..];
-                let isum: i32 = part
-                    .iter()
-                    .zip(q)
-                    .map(|(s, q)| i32::from(*s) * i32::from(*q))
-                    .sum();
+                let isum: i32 = part.iter().zip(q).map(|(s, q)| i32::from(*s) * i32::from(*q)).sum();
                 let xsum: i32 = part.iter().zip(q).map(|(_, q)| i32::from(*q)).sum();
                 let xscale = x.scales(token)[segment];
                 match &tensor.scales {
@@ -249,14 +187,8 @@ pub fn naive(tensor: &QuantizedTensor, x: &Activations) -> Vec<f32> {
                 }
             }
             out.push(match &tensor.scales {
-                Scales::Tensor {
-                    scale,
-                    scale_exponent,
-                } => acc * (f16(*scale) * f32::exp2(f32::from(*scale_exponent))),
-                Scales::Row {
-                    scales,
-                    scale_exponent,
-                } => acc * (f16(scales[row]) * f32::exp2(f32::from(*scale_exponent))),
+                Scales::Tensor { scale, scale_exponent } => acc * (f16(*scale) * f32::exp2(f32::from(*scale_exponent))),
+                Scales::Row { scales, scale_exponent } => acc * (f16(scales[row]) * f32::exp2(f32::from(*scale_exponent))),
                 Scales::Group { .. } => acc,
             });
         }

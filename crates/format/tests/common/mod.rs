@@ -20,9 +20,7 @@ impl Random {
 
     /// Roughly normal with deviation `deviation`.
     pub fn symbol(&mut self, deviation: f64) -> i16 {
-        let sum: f64 = (0..12)
-            .map(|_| (self.next() >> 11) as f64 / (1u64 << 53) as f64)
-            .sum();
+        let sum: f64 = (0..12).map(|_| (self.next() >> 11) as f64 / (1u64 << 53) as f64).sum();
         ((sum - 6.0) * deviation).round() as i16
     }
 
@@ -58,12 +56,7 @@ pub enum Kind {
     Symmetric(u32),
 }
 
-pub const KINDS: [Kind; 4] = [
-    Kind::Tensor,
-    Kind::Row,
-    Kind::Affine(32),
-    Kind::Symmetric(32),
-];
+pub const KINDS: [Kind; 4] = [Kind::Tensor, Kind::Row, Kind::Affine(32), Kind::Symmetric(32)];
 
 /// A random tensor; those with row scales get wide and far symbols too.
 pub fn tensor(random: &mut Random, rows: usize, cols: usize, kind: Kind) -> QuantizedTensor {
@@ -85,33 +78,18 @@ pub fn tensor(random: &mut Random, rows: usize, cols: usize, kind: Kind) -> Quan
     }
     let mut scales = |n: usize| (0..n).map(|_| random.scale()).collect::<Vec<_>>();
     let scales = match kind {
-        Kind::Tensor => Scales::Tensor {
-            scale: scales(1)[0],
-            scale_exponent: -3,
-        },
-        Kind::Row => Scales::Row {
-            scales: scales(rows),
-            scale_exponent: 0,
-        },
+        Kind::Tensor => Scales::Tensor { scale: scales(1)[0], scale_exponent: -3 },
+        Kind::Row => Scales::Row { scales: scales(rows), scale_exponent: 0 },
         Kind::Affine(group_size) => Scales::Group {
             group_size,
             scales: ScaleVec::Bf16(scales(rows * cols.div_ceil(group_size as usize))),
-            biases: Some(ScaleVec::Bf16(scales(
-                rows * cols.div_ceil(group_size as usize),
-            ))),
+            biases: Some(ScaleVec::Bf16(scales(rows * cols.div_ceil(group_size as usize)))),
         },
-        Kind::Symmetric(group_size) => Scales::Group {
-            group_size,
-            scales: ScaleVec::F16(scales(rows * cols.div_ceil(group_size as usize))),
-            biases: None,
-        },
+        Kind::Symmetric(group_size) => {
+            Scales::Group { group_size, scales: ScaleVec::F16(scales(rows * cols.div_ceil(group_size as usize))), biases: None }
+        }
     };
-    QuantizedTensor {
-        rows,
-        cols,
-        symbols,
-        scales,
-    }
+    QuantizedTensor { rows, cols, symbols, scales }
 }
 
 /// Writes a directory with one coded tensor of every scheme, a raw one and a tokenizer. Blobs are a few hundred bytes.
@@ -120,29 +98,16 @@ pub fn write_tiny(path: &Path, force: bool) -> Result<(), FormatError> {
     let mut writer = DirWriter::create(path, force)?;
     writer.expect_raw("model.norm.weight");
     for (i, kind) in KINDS.into_iter().enumerate() {
-        writer.expect_coded(
-            &format!("layers.{i}.weight"),
-            matches!(kind, Kind::Affine(_)),
-        );
+        writer.expect_coded(&format!("layers.{i}.weight"), matches!(kind, Kind::Affine(_)));
     }
     // Small tables: the tests open this directory thousands of times.
-    let codecs = [
-        "rans/s16-w8-p7-l8",
-        "huffman/c8-l2",
-        "fixed/b4",
-        "block-ans/s16-w8-p8-n64",
-    ];
+    let codecs = ["rans/s16-w8-p7-l8", "huffman/c8-l2", "fixed/b4", "block-ans/s16-w8-p8-n64"];
     for (i, (kind, codec)) in KINDS.into_iter().zip(codecs).enumerate() {
         let tensor = tensor(&mut random, 18, 7, kind);
         let encoded = encode_tensor(&tensor, codec.parse().unwrap(), 64).expect("encodes");
         writer.write_coded(&format!("layers.{i}.weight"), &encoded)?;
     }
-    writer.write_raw(
-        "model.norm.weight",
-        Dtype::F32,
-        &[2],
-        &[0, 0, 128, 63, 0, 0, 0, 64],
-    )?;
+    writer.write_raw("model.norm.weight", Dtype::F32, &[2], &[0, 0, 128, 63, 0, 0, 0, 64])?;
     writer.write_file("tokenizer.json", b"{}\n")?;
     writer.finish(serde_json::json!({"model_type": "llama"}))
 }
@@ -152,17 +117,9 @@ pub fn contents(dir: &ModelDir) -> Result<Vec<String>, FormatError> {
     use tersor_format::{Tensor, decode_tensor};
     dir.tensors()
         .map(|(name, tensor)| match tensor {
-            Tensor::Raw(raw) => Ok(format!(
-                "{name} {} {:?} {:?}",
-                raw.dtype(),
-                raw.shape(),
-                &raw.bytes()[..]
-            )),
+            Tensor::Raw(raw) => Ok(format!("{name} {} {:?} {:?}", raw.dtype(), raw.shape(), &raw.bytes()[..])),
             Tensor::Coded(coded) => {
-                let decoded = decode_tensor(coded).map_err(|cause| FormatError::Tensor {
-                    place: dir.place(name),
-                    cause,
-                })?;
+                let decoded = decode_tensor(coded).map_err(|cause| FormatError::Tensor { place: dir.place(name), cause })?;
                 Ok(format!("{name} {decoded:?}"))
             }
             _ => unreachable!("two kinds of tensors"),
