@@ -19,7 +19,7 @@ use crate::output::{self, units};
 
 /// Continue a text
 ///
-/// The text goes to stdout as it is made, figures to stderr. DIR may also be an unquantized Hugging Face directory. Greedy unless --temp
+/// The prompt and its continuation go to stdout as they are made, figures to stderr. DIR may also be an unquantized Hugging Face directory. Greedy unless --temp
 /// is given; equal options give equal tokens, whatever the strategy and the number of threads.
 #[derive(clap::Args)]
 pub struct Args {
@@ -47,9 +47,9 @@ pub struct Args {
     /// Keep tokens at least this many times as likely as the most likely one
     #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
     min_p: f32,
-    /// Divide the logits of tokens that have occurred; 1 does nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
-    repeat_penalty: f32,
+    /// Divide the logits of tokens that have occurred; 1 does nothing [default: what the model's generation_config.json advises, or 1]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
     /// Start of the random numbers
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -118,7 +118,7 @@ pub fn run(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.directory)?;
     let prompt = tokenizer.encode(&args.prompt)?;
     let context = opened.context(args.context, prompt.len().saturating_add(args.tokens))?;
-    let options = options(args, context, opened.kv_precision());
+    let options = options(args, context, opened.kv_precision(), opened.model.config().repetition_penalty);
     // Checks the prompt and the sampler's options before the weights are loaded.
     let mut session = Session::new(opened.model.config(), &prompt, &options).map_err(usage_if_sampling)?;
     let plan = if args.explain { opened.explain(&setup, context)? } else { None };
@@ -130,7 +130,7 @@ pub fn run(args: &Args) -> Result<()> {
     let _graceful = interrupt::graceful();
     let mut detokenizer = tokenizer.detokenizer(&prompt);
     let mut text = String::new();
-    let mut stdout = Ok(());
+    let mut stdout = if args.json { Ok(()) } else { output::text(&args.prompt) };
     let Engine { model, weights, .. } = &mut engine;
     let generation = session::generate(model, weights.as_mut(), &mut session, interrupt::flag(), &mut |token| {
         let piece = detokenizer.push(token);
@@ -198,7 +198,7 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn options(args: &Args, context: usize, kv_precision: KvPrecision) -> Options {
+fn options(args: &Args, context: usize, kv_precision: KvPrecision, advised_penalty: Option<f32>) -> Options {
     Options {
         tokens_max: args.tokens,
         context,
@@ -208,7 +208,7 @@ fn options(args: &Args, context: usize, kv_precision: KvPrecision) -> Options {
             top_k: args.top_k,
             top_p: args.top_p,
             min_p: args.min_p,
-            repetition_penalty: args.repeat_penalty,
+            repetition_penalty: args.repeat_penalty.or(advised_penalty).unwrap_or(1.0),
             seed: args.seed,
         },
         ignore_eos: false,
