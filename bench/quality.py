@@ -60,7 +60,7 @@ def main():
             out = os.path.join(scratch, str(number))
             tersor("quantize", options.model, "-o", out, "--scheme", scheme, *extra, "--codec", codec)
             sizes = tersor("inspect", out)
-            coded = [t for t in sizes["tensors"] if t["codec"]]
+            coded = [t for t in sizes["tensors"] if t["entropy_bits"] is not None]
             weights = sum(t["weights"] for t in coded)
             mean = lambda key: sum(t[key] * t["weights"] for t in coded) / weights
             quality = tersor("eval", out, "--text", options.text, "--tokens", options.tokens, "--reference", options.model)

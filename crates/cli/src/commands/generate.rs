@@ -8,6 +8,7 @@ use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Options, Session, SessionError, Stop};
 use tersor_runtime::generate::tokenizer::Tokenizer;
 use tersor_runtime::model::kv::KvPrecision;
+use tersor_runtime::model::weights::ResidencyReport;
 use tersor_runtime::residency::{Plan, PlanRow};
 
 use crate::engine::{Engine, EngineArgs, Opened, Setup};
@@ -82,6 +83,8 @@ struct Report {
     peak_rss_bytes: u64,
     hits: u64,
     misses: u64,
+    /// Decoded bytes that were multiplied without being decoded for it, of all; `null` where nothing is coded.
+    hit_rate: Option<f64>,
     decode_hidden_seconds: f64,
     decode_exposed_seconds: f64,
     logits_hash: String,
@@ -152,6 +155,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(Interrupted.into());
     }
     let report = engine.weights.report();
+    let hit_rate = hit_rate(&report);
     let report = Report {
         text,
         tokens: session.generated().to_vec(),
@@ -175,6 +179,7 @@ pub fn run(args: &Args) -> Result<()> {
         peak_rss_bytes: machine::peak_rss_bytes(),
         hits: report.hits,
         misses: report.misses,
+        hit_rate,
         decode_hidden_seconds: report.decode_hidden_ns as f64 / 1e9,
         decode_exposed_seconds: report.decode_exposed_ns as f64 / 1e9,
         logits_hash: format!("{:016x}", session.logits_hash()),
@@ -183,8 +188,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json {
         return output::json(&report);
     }
+    let hits = report.hit_rate.map_or(String::new(), |rate| format!(" ({:.0} % of bytes held decoded)", 100.0 * rate));
     eprintln!(
-        "{} prompt tokens at {}/s; {} tokens at {}/s ({}); {}; weights {}, peak {}; loaded in {}",
+        "{} prompt tokens at {}/s; {} tokens at {}/s ({}); {}{hits}; weights {}, peak {}; loaded in {}",
         report.prompt_tokens,
         units::digits3(report.prefill_tokens_per_second),
         report.tokens.len(),
@@ -196,6 +202,12 @@ pub fn run(args: &Args) -> Result<()> {
         units::seconds(report.load_seconds)
     );
     Ok(())
+}
+
+/// By bytes, since a strategy that holds half of the bytes may hold most of the matrices.
+fn hit_rate(report: &ResidencyReport) -> Option<f64> {
+    let used = report.hit_bytes + report.miss_bytes;
+    (used > 0).then(|| report.hit_bytes as f64 / used as f64)
 }
 
 fn options(args: &Args, context: usize, kv_precision: KvPrecision, advised_penalty: Option<f32>) -> Options {
