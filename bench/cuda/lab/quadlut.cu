@@ -14,9 +14,9 @@
 // Per block of 64 columns a lane decodes 4 words (rows g, g+8, then g, g+8 of the other 32 columns) of two quads each:
 // 8 table lookups = 32 weights.  A word holds 8 nibbles: low nibbles biased by 8 (columns 0,2,4,6), high ones two's
 // complement (columns 1,3,5,7); `word & 0x0f0f0f0f` and `word & 0xf0f0f0f0` are A registers as they stand.
-// Each lane has its own LSB-first bit stream; word w of lane l at row w, bank l.  Rows all lanes have are stored whole (128 B);
+// Each lane has two LSB-first bit streams, one per row: two independent chains; word w of stream s of lane l at row w, (s*32+l)*4.  Rows all streams have are stored whole (256 B);
 // of later rows only the words that exist (ballot and popc find them).  Rows arrive by bulk copies in a per-warp ring of GR groups of
-// 8 rows; the first group is stored twice, also behind the ring, so that inside a superstep (128 columns) the pointer never
+// 4 rows; the first group is stored twice, also behind the ring, so that inside a superstep (128 columns) the pointer never
 // wraps.  Whether a superstep fetches a group is simulated at encoding and stored (1 bit), so lanes need not vote.
 // The stream starts with 2+LR junk bits: (window & mask) is the byte address of the table entry; LR = log2 of the table's copies.
 // Table entry: bits 0..5 code length, bits 16..31 the quad's nibbles.
@@ -45,7 +45,7 @@ struct Mat {
   const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, sched_words, pos_bits, lens_bits_words;
 };
 struct Act { const uint4* frag; const int8_t* q; const int2* info; }; // frag: B fragments; q: [token][K]; info: [token][K/128] {m, 128*sum of even columns}
-constexpr int GROWS = 8, GB = GROWS * 128;          // rows and bytes of a ring group
+constexpr int GROWS = 4, GB = GROWS * 256;          // rows (of 64 words) and bytes of a ring group
 constexpr int GR = 4;                               // ring groups; the first is stored twice
 constexpr int RINGB = (GR + 1) * GB;                // bytes of ring per warp
 
@@ -76,19 +76,20 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const int t = FLAT ? blockIdx.x * wpb + warp : (blockIdx.x / bps) * M.row_tiles + (blockIdx.x % bps) * wpb + warp;
   const int seg = FLAT ? t / M.row_tiles : blockIdx.x / bps, rt = t - seg * M.row_tiles;
   const bool live = FLAT ? t < M.row_tiles * M.segs : rt < M.row_tiles;
-  const u32 xs_b = smb + M.table_bytes;                                    // NT > 1: B fragments of this segment, then {m, 128*S}
-  const u32 xbytes = (MODE == FUSED && !FLAT) ? (u32)M.tc * NT : 0u, inf_b = xs_b + xbytes;
-  const u32 infbytes = (MODE == FUSED && !FLAT) ? (u32)S * 8 * NT : 0u;
+  const int seg0 = FLAT ? blockIdx.x * wpb / M.row_tiles : seg, nseg = FLAT ? min(2, M.segs - seg0) : 1; // a flat block spans at most two segments
+  const u32 xs_b = smb + M.table_bytes;                                    // B fragments of the block's segments, then {m, 128*S}
+  const u32 xbytes = MODE == FUSED ? (u32)M.tc * NT : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
+  const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
   const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 64, ring = inf_b + ((infbytes + 127) & ~127u) + ((wpb * 64 + 127) & ~127) + warp * RINGB;
   // ---- prologue: table, activations, ring
   for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) cp16(smb + i, (const u8*)M.table + i);
-  if (MODE == FUSED && !FLAT) {
-    const u8* fr = (const u8*)A.frag + (size_t)seg * M.tc * NT;
-    for (u32 i = threadIdx.x * 16; i < xbytes; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
-    for (int i = threadIdx.x; i < S * NT; i += blockDim.x) { int tk = i / S, s = i % S; int2 v = A.info[(size_t)tk * (M.k / 128) + seg * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
+  if (MODE == FUSED) {
+    const u8* fr = (const u8*)A.frag + (size_t)seg0 * M.tc * NT;
+    for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
+    for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); int2 v = A.info[(size_t)tk * (M.k / 128) + seg0 * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
   }
   commit();
-  const u8* src = nullptr; const u8* rag = nullptr; int mr4 = 0, psteps = 0, lanelen = 0, gi = 0, slot = 0, nbulk = 0;
+  const u8* src = nullptr; const u8* rag = nullptr; int mr4 = 0, psteps = 0, len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = 0;
   const u32* sp = nullptr;
   auto fill = [&]() {                                                      // one group of 8 rows (warp-uniform)
     if (gi < nbulk) {
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
                    "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%5],[%1],1024,[%2]; }" ::"r"(dst), "l"(src + gi * GB), "r"(b), "r"(n), "r"(first), "r"(dst + GR * GB) : "memory");
     } else {
 #pragma unroll 1
-      for (int r = 0; r < GROWS; r++) {
-        const bool act = lanelen > GROWS * gi + r; const u32 b = __ballot_sync(~0u, act);
+      for (int r = 0; r < GROWS * 2; r++) {
+        const bool act = (r & 1 ? len_b : len_a) > GROWS * gi + (r >> 1); const u32 b = __ballot_sync(~0u, act);
         if (act) { const u8* s = rag + __popc(b & ((1u << lane) - 1)) * 4; const u32 d = ring + slot * GB + r * 128 + lane * 4; cp4(d, s); if (slot == 0) cp4(d + GR * GB, s); }
         rag += __popc(b) * 4;
       }
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   if (live) {
     if (lane == 0) { for (int i = 0; i < GR; i++) bar_init(bars + i * 8); asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
     const Head h = M.head[t]; mr4 = h.meta & 0xffff; psteps = h.meta >> 16; nbulk = mr4 / GROWS;
-    lanelen = mr4 + (int)((M.lens[(size_t)t * 2 + (lane >> 4)] >> ((lane & 15) * 4)) & 15);
+    len_a = mr4 + (int)((M.lens[(size_t)t * 4 + (lane >> 4)] >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((M.lens[(size_t)t * 4 + 2 + (lane >> 4)] >> ((lane & 15) * 4)) & 15);
     src = M.words + (size_t)h.off32 * 32; rag = src + nbulk * GB; sp = M.sched + (size_t)t * M.sched_words;
     __syncwarp();
 #pragma unroll 1
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
 #pragma unroll 1
   for (int i = 0; i < pro; i++) arrived();
   bool due = false;                                                         // a group was asked for in the last superstep
-  u32 sa = ring + lane * 4;
-  u32 lo = ldsv(sa), hi = ldsv(sa + 128), pos = 0; sa += 256;
+  struct Stream { u32 lo, hi, pos, sa; } st[2];                             // rows g and g+8
+  for (int i = 0; i < 2; i++) { const u32 a = ring + i * 128 + lane * 4; st[i] = {ldsv(a), ldsv(a + 256), 0, a + 512}; }
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
   i64 y0[NY] = {}, y1[NY] = {};                                             // rows g and g+8; batch 1: valid where c = 0
   const u8* pl = M.planes + ((size_t)t * S) * 256 * R + lane * 8 * R;
@@ -137,27 +138,21 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   if (R == 1) { uint2 v = *(const uint2*)pl; pw.x = v.x; pw.y = v.y; } if (R == 2) pw = *(const uint4*)pl;
   u32 sched = 0;
   uint4* o4 = MODE == STORE4 ? out4 + ((size_t)t * S * 2) * 32 + lane : nullptr;
-  const uint4* xg = A.frag + ((size_t)seg * S) * 8 + c; const int2* ig = A.info + (size_t)seg * S;
-  auto refill = [&](u32 np) { // predicated in PTX: the compiler would load into a temporary and move
-    asm volatile("{ .reg .pred p; setp.ne.u32 p,%3,0; @p mov.u32 %0,%1; @p ld.shared.u32 %1,[%2]; @p add.u32 %2,%2,128; }" : "+r"(lo), "+r"(hi), "+r"(sa) : "r"((np ^ pos) & 32) : "memory");
-    pos = np; };
+  const u32 xw = xs_b + (FLAT ? (seg - seg0) * M.tc + c * 16 : lane * 16), iw = inf_b + (FLAT ? (seg - seg0) * S * 8 : c * 16);
+  auto refill = [&](Stream& q, u32 np) { // predicated in PTX: the compiler would load into a temporary and move
+    asm volatile("{ .reg .pred p; setp.ne.u32 p,%3,0; @p mov.u32 %0,%1; @p ld.shared.u32 %1,[%2]; @p add.u32 %2,%2,256; }" : "+r"(q.lo), "+r"(q.hi), "+r"(q.sa) : "r"((np ^ q.pos) & 32));
+    q.pos = np; };
   auto top_up = [&](int s) {                                                // what the last superstep asked for must be there; ask for more
     if ((s & 31) == 0) sched = __ldg(sp++);
     if (due) { if (gi <= nbulk) arrived(); else wait_group<0>(); }
     __syncwarp();
     due = sched & 1; sched >>= 1;
     if (due) fill();
-    if (sa >= ring_end) sa -= GR * GB;
+    for (int i = 0; i < 2; i++) if (st[i].sa >= ring_end) st[i].sa -= GR * GB;
   };
-  uint4 xr[2] = {};
+  uint4 xr = {};
 #pragma unroll 1
   for (int s = 0; s < S; s++) {
-    int2 inf = {0, 0};
-    if (FLAT && MODE == FUSED) { // only column 0 of B matters: lanes 0..3 load, the others keep what they have
-      asm volatile("{ .reg .pred p; setp.lt.u32 p,%8,4; @p ld.global.nc.v4.u32 {%0,%1,%2,%3},[%9]; @p ld.global.nc.v4.u32 {%4,%5,%6,%7},[%9+64]; }"
-                   : "+r"(xr[0].x), "+r"(xr[0].y), "+r"(xr[0].z), "+r"(xr[0].w), "+r"(xr[1].x), "+r"(xr[1].y), "+r"(xr[1].z), "+r"(xr[1].w) : "r"(lane), "l"(xg + s * 8));
-      inf = __ldg(ig + s);
-    }
     top_up(s);
     uint4 pc = pw;
     if (R > 0 && s + 1 < S) { pl += 256 * R; if (R == 1) { uint2 v = __ldg((const uint2*)pl); pw.x = v.x; pw.y = v.y; } else pw = __ldg((const uint4*)pl); }
@@ -166,20 +161,26 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
     for (int hb = 0; hb < 2; hb++) {
       u32 n[4];
 #pragma unroll
-      for (int u = 0; u < 4; u++) {
-        const u32 w0 = __funnelshift_r(lo, hi, pos);
-        const u32 e0 = *(const u32*)(sm + ((w0 & mask) | lb));
-        const u32 w1 = __funnelshift_r(w0, 0u, e0);
-        const bool tx = TX == 1 ? u == 3 : TX == 2 ? (u & 1) : TX == 4;
-        const u32 e1 = tx ? tex1Dfetch<u32>(tex, (int)((w1 & mask) >> 2)) : *(const u32*)(sm + ((w1 & mask) | lb));
-        refill(pos + e0 + e1);
-        n[u] = __byte_perm(e0, e1, 0x7632);
+      for (int u = 0; u < 4; u += 2) {                                       // both streams step together: two independent chains
+        u32 w0[2], e0[2], w1[2], e1[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) { w0[i] = __funnelshift_r(st[i].lo, st[i].hi, st[i].pos); e0[i] = *(const u32*)(sm + ((w0[i] & mask) | lb)); }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          w1[i] = __funnelshift_r(w0[i], 0u, e0[i]);
+          const bool tx = TX == 1 ? u == 2 && i == 1 : TX == 2 ? i == 1 : TX == 4;
+          e1[i] = tx ? tex1Dfetch<u32>(tex, (int)((w1[i] & mask) >> 2)) : *(const u32*)(sm + ((w1[i] & mask) | lb));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) { refill(st[i], st[i].pos + e0[i] + e1[i]); n[u + i] = __byte_perm(e0[i], e1[i], 0x7632); }
       }
+      if (MODE == FUSED && FLAT) // only column 0 of B matters: lanes 0..3 load, the others keep what they have
+        asm volatile("{ .reg .pred p; setp.lt.u32 p,%4,4; @p ld.shared.v4.u32 {%0,%1,%2,%3},[%5]; }" : "+r"(xr.x), "+r"(xr.y), "+r"(xr.z), "+r"(xr.w) : "r"(lane), "r"(xw + (s * 2 + hb) * 64));
       if (MODE == STORE4) { *o4 = make_uint4(n[0], n[1], n[2], n[3]); o4 += 32; }
       else {
 #pragma unroll
         for (int j = 0; j < NTL; j++) {
-          const uint4 x = FLAT ? xr[hb] : lds128(xs_b + ((s * 2 + hb) * NTL + j) * 512 + lane * 16);
+          const uint4 x = FLAT ? xr : lds128(xw + ((s * 2 + hb) * NTL + j) * 512);
           const u32 L = 0x0f0f0f0f, Hm = 0xf0f0f0f0;
           mma8(al[j], n[0] & L, n[1] & L, n[2] & L, n[3] & L, x.x, x.y);
           mma8(ah[j], n[0] & Hm, n[1] & Hm, n[2] & Hm, n[3] & Hm, x.z, x.w);
@@ -203,11 +204,11 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
         if (R == 2) v += i < 2 ? 16 * bl[j][i] : 4 * bl[j][i];
         return v;
       };
-      if (FLAT) { y0[0] += (i64)inf.x * total(0, 0, inf.y); y1[0] += (i64)inf.x * total(0, 2, inf.y); }
+      if (FLAT) { int2 inf; asm("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(inf.x), "=r"(inf.y) : "r"(iw + s * 8)); y0[0] += (i64)inf.x * total(0, 0, inf.y); y1[0] += (i64)inf.x * total(0, 2, inf.y); }
       else {
 #pragma unroll
         for (int j = 0; j < NTL; j++) {
-          const uint4 v = lds128(inf_b + (s * NT + j * 8 + c * 2) * 8);
+          const uint4 v = lds128(iw + (s * NT + j * 8) * 8);
           y0[j * 2 % NY] += (i64)(int)v.x * total(j, 0, v.y); y0[(j * 2 + 1) % NY] += (i64)(int)v.z * total(j, 1, v.w);
           y1[j * 2 % NY] += (i64)(int)v.x * total(j, 2, v.y); y1[(j * 2 + 1) % NY] += (i64)(int)v.z * total(j, 3, v.w);
         }
@@ -216,16 +217,16 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   }
   if (FLAT && c != 0) { y0[0] = 0; y1[0] = 0; }                             // only column 0 of the fragment is token 0; patches add to any lane
   // ---- patches: 1 bit "there is one", position, 16 bits
-  bool more = true; const int pb = M.pos_bits; const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
+  bool more[2] = {true, true}; const int pb = M.pos_bits; const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
 #pragma unroll 1
   for (int s = 0; s < psteps; s++) {
     top_up(S + s);
-    u32 pv[4]; int pq[4];
+    u32 pv[4]; int pq[4];                                                    // pq: quad in the order of the table loop (word u = bits 1, 2)
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const u32 w = __funnelshift_r(lo, hi, pos) >> M.junk; more = more && (w & 1);
-      pq[k] = more ? (w >> 1) & ((1 << pb) - 1) : -1; pv[k] = w >> (1 + pb);
-      if (more) refill(pos + 17 + pb);
+      const int i = k & 1; const u32 w = __funnelshift_r(st[i].lo, st[i].hi, st[i].pos) >> M.junk; more[i] = more[i] && (w & 1);
+      const int q = (w >> 1) & ((1 << pb) - 1); pq[k] = more[i] ? (q >> 1) * 4 + i * 2 + (q & 1) : -1; pv[k] = w >> (1 + pb);
+      if (more[i]) refill(st[i], st[i].pos + 17 + pb);
     }
     if (MODE == STORE4) {
 #pragma unroll
@@ -386,46 +387,46 @@ static Data make_data(double H, int tc, int U) {
   parallel(U, [&](int u) { Rng r(1000 + u + (u64)(H * 1000)); for (size_t i = 0; i < (size_t)16 * tc; i += 2) { double a = sqrt(-2 * log(r.uni())), b = 6.283185307179586 * r.uni(); double z[2] = {a * cos(b), a * sin(b)}; for (int k = 0; k < 2; k++) { double v = z[k] / step; if ((r.next() >> 32) % 200000 == 0) v *= 100; d.q[(size_t)u * 16 * tc + i + k] = (int16_t)std::max(-30000., std::min(30000., rint(v))); } } });
   std::vector<double> c(65536); for (int16_t v : d.q) c[(uint16_t)v]++; d.Hemp = entropy(c); return d; }
 
-struct Tile { std::vector<u32> words; u32 meta; u64 lens[2]; std::vector<u32> sched; std::vector<u8> planes; std::vector<int2> far; u64 bits = 0; };
+struct Tile { std::vector<u32> words; u32 meta; u64 lens[4]; std::vector<u32> sched; std::vector<u8> planes; std::vector<int2> far; u64 bits = 0; };
 // columns of lane c in stream order: quad q -> row g + 8*((q>>1)&1), col (q>>3)*64 + ((q>>2)&1)*32 + c*8 + (q&1)*4
 static Tile encode_tile(const int16_t* q, int tc, int R, const Book& B, int junk, int pos_bits, int sched_words) {
   Tile T; int Q = tc / 8, S = tc / 128; T.planes.assign((size_t)S * 256 * R, 0);
-  std::vector<std::vector<u32>> st(32); std::vector<std::vector<u32>> nr(32); int maxp = 0; std::vector<int> np(32);
-  for (int l = 0; l < 32; l++) { int g = l >> 2, c = l & 3; u64 buf = 0; int nb = junk; u64 total = 0; auto put = [&](u32 v, int n) { buf |= (u64)v << nb; nb += n; total += n; if (nb >= 32) { st[l].push_back((u32)buf); buf >>= 32; nb -= 32; } };
+  std::vector<std::vector<u32>> st(64); std::vector<std::vector<u32>> nr(64); int maxp = 0; // stream = lane + 32 * (row >= 8)
+  for (int l = 0; l < 64; l++) { int g = (l & 31) >> 2, c = l & 3, rr = l >> 5; u64 buf = 0; int nb = junk; u64 total = 0; auto put = [&](u32 v, int n) { buf |= (u64)v << nb; nb += n; total += n; if (nb >= 32) { st[l].push_back((u32)buf); buf >>= 32; nb -= 32; } };
     std::vector<std::pair<int, u32>> patches; nr[l].push_back(2);
-    for (int k = 0; k < Q; k++) { int row = g + 8 * ((k >> 1) & 1), col = (k >> 3) * 64 + ((k >> 2) & 1) * 32 + c * 8 + (k & 1) * 4; u32 key = 0;
+    for (int z = 0; z < Q / 2; z++) { int k = (z >> 1) * 4 + rr * 2 + (z & 1), row = g + 8 * rr, col = (k >> 3) * 64 + ((k >> 2) & 1) * 32 + c * 8 + (k & 1) * 4; u32 key = 0;
       for (int i = 0; i < 4; i++) { int v = q[(size_t)row * tc + col + i], h = v >> R, hc = std::max(-8, std::min(7, h)), low = v & ((1 << R) - 1); key |= (u32)(hc + 8) << (4 * i);
-        if (hc != h) T.far.push_back(make_int2(l | ((k * 4 + i) << 5), (h - hc) * (1 << R)));
-        if (R) { // bit position in the plane words: block, word u = (k>>1)&3 (rr = u&1, kb = u>>1), byte j = (k&1)*2 + i/2, half = i&1
-          int blk = k >> 3, rr = (k >> 1) & 1, kb = (k >> 2) & 1, j = (k & 1) * 2 + (i >> 1), hf = i & 1; u8* p = &T.planes[((size_t)(blk >> 1) * 32 + l) * 8 * R];
+        if (hc != h) T.far.push_back(make_int2((l & 31) | ((k * 4 + i) << 5), (h - hc) * (1 << R)));
+        if (R) { // bit position in the plane words: block, kb, byte j = (k&1)*2 + i/2, half = i&1
+          int blk = k >> 3, kb = (k >> 2) & 1, j = (k & 1) * 2 + (i >> 1), hf = i & 1; u8* p = &T.planes[((size_t)(blk >> 1) * 32 + (l & 31)) * 8 * R];
           if (R == 1) p[(blk & 1) * 4 + j] |= low << (hf * 2 + rr + 4 * kb); else p[((blk & 1) * 2 + hf) * 4 + j] |= low << (2 * rr + 4 * kb); } }
-      if (!B.len[key]) { patches.push_back({k, key ^ 0x8080}); key = 0x8888; }
-      put(B.code[key], B.len[key]); if (k % 16 == 15) nr[l].push_back(2 + total / 32); }
-    np[l] = patches.size(); maxp = std::max(maxp, np[l]);
-    int cnt = 0; for (auto& p : patches) { put(1u | (u32)p.first << 1, 1 + pos_bits); put(p.second, 16); if (++cnt % 4 == 0) nr[l].push_back(2 + total / 32); }
+      if (!B.len[key]) { patches.push_back({z, key ^ 0x8080}); key = 0x8888; }
+      put(B.code[key], B.len[key]); if (z % 8 == 7) nr[l].push_back(2 + total / 32); }
+    maxp = std::max(maxp, (int)patches.size());
+    int cnt = 0; for (auto& p : patches) { put(1u | (u32)p.first << 1, 1 + pos_bits); put(p.second, 16); if (++cnt % 2 == 0) nr[l].push_back(2 + total / 32); }
     put(0, 1); nr[l].push_back(2 + total / 32);
     if (nb) st[l].push_back((u32)buf); T.bits += total; }
-  int PS = (maxp + 3) / 4; int steps = S + PS; for (auto& v : nr) while ((int)v.size() < steps + 1) v.push_back(v.back());
+  int PS = (maxp + 1) / 2; int steps = S + PS; for (auto& v : nr) while ((int)v.size() < steps + 1) v.push_back(v.back());
   int mx = 0, mn = 1 << 30; for (auto& v : st) { mx = std::max(mx, (int)v.size()); mn = std::min(mn, (int)v.size()); } int mr4 = mn / 4 * 4; if (mx - mr4 > 15) mr4 = (mx - 15 + 3) / 4 * 4;
-  for (int l = 0; l < 32; l++) while ((int)st[l].size() < mr4) st[l].push_back(0);
-  T.lens[0] = T.lens[1] = 0; for (int l = 0; l < 32; l++) T.lens[l >> 4] |= (u64)(st[l].size() - mr4) << ((l & 15) * 4);
-  for (int r = 0; r < mx; r++) for (int l = 0; l < 32; l++) if (r < (int)st[l].size()) T.words.push_back(st[l][r]);
+  for (int l = 0; l < 64; l++) while ((int)st[l].size() < mr4) st[l].push_back(0);
+  for (u64& v : T.lens) v = 0; for (int l = 0; l < 64; l++) T.lens[l >> 4] |= (u64)(st[l].size() - mr4) << ((l & 15) * 4);
+  for (int r = 0; r < mx; r++) for (int l = 0; l < 64; l++) if (r < (int)st[l].size()) T.words.push_back(st[l][r]);
   while (T.words.size() % 8) T.words.push_back(0);
   T.meta = mr4 | PS << 16; T.sched.assign(sched_words, 0);
   int groups = (mx + GROWS - 1) / GROWS, issued = GR; if (steps > sched_words * 32) { printf("schedule too long %d\n", steps); exit(1); }
   int avail = issued; // groups usable in superstep s: issued before it
-  for (int s = 0; s < steps; s++) { avail = issued; int f = 0; while (f < 1 && issued < groups) { int last = GROWS * (issued - GR) + GROWS - 1; bool ok = true; for (int l = 0; l < 32; l++) if ((int)nr[l][s] <= std::min(last, (int)st[l].size() - 1)) { ok = false; break; } if (!ok) break; f++; issued++; }
+  for (int s = 0; s < steps; s++) { avail = issued; int f = 0; while (f < 1 && issued < groups) { int last = GROWS * (issued - GR) + GROWS - 1; bool ok = true; for (int l = 0; l < 64; l++) if ((int)nr[l][s] <= std::min(last, (int)st[l].size() - 1)) { ok = false; break; } if (!ok) break; f++; issued++; }
     T.sched[s / 32] |= (u32)f << (s % 32);
-    for (int l = 0; l < 32; l++) if (std::min((int)nr[l][s + 1], (int)st[l].size()) > GROWS * avail) { printf("ring too small at superstep %d lane %d need %d have %d\n", s, l, nr[l][s + 1], GROWS * avail); exit(1); } }
+    for (int l = 0; l < 64; l++) if (std::min((int)nr[l][s + 1], (int)st[l].size()) > GROWS * avail) { printf("ring too small at superstep %d lane %d need %d have %d\n", s, l, nr[l][s + 1], GROWS * avail); exit(1); } }
   return T; }
 
 static Dev encode_matrix(const Data& D, int N, int K, int R, int W, int LR, double* stats) {
-  Dev dv; int tc = D.tc, Q = tc / 8, S = tc / 128; int pb = 0; while ((1 << pb) < Q) pb++;
+  Dev dv; int tc = D.tc, Q = tc / 8, S = tc / 128; int pb = 0; while ((1 << pb) < Q / 2) pb++;
   std::vector<double> cnt(65536); { std::vector<std::vector<double>> part(16, std::vector<double>(65536)); parallel(16, [&](int th) { for (int u = th; u < D.U; u += 16) for (size_t i = 0; i < (size_t)16 * tc; i += 4) { const int16_t* q = &D.q[(size_t)u * 16 * tc + i]; u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, q[k] >> R)) + 8) << (4 * k); part[th][key]++; } }); for (auto& p : part) for (int i = 0; i < 65536; i++) cnt[i] += p[i]; }
   Book B = make_book(cnt, W, pb); int junk = 2 + LR; int sw = (S + 8 + 31) / 32;
   std::vector<Tile> tu(D.U); parallel(D.U, [&](int u) { tu[u] = encode_tile(&D.q[(size_t)u * 16 * tc], tc, R, B, junk, pb, sw); });
-  int rtl = N / 16, segs = K / tc, nt = rtl * segs; std::vector<Head> head(nt); std::vector<u64> lens(nt * 2); std::vector<u32> sched((size_t)nt * sw), fo(nt + 1); std::vector<int2> far; size_t off = 0;
-  for (int t = 0; t < nt; t++) { Tile& T = tu[t % D.U]; head[t] = {(u32)(off / 8), T.meta}; lens[t * 2] = T.lens[0]; lens[t * 2 + 1] = T.lens[1]; std::copy(T.sched.begin(), T.sched.end(), sched.begin() + (size_t)t * sw); fo[t] = far.size(); far.insert(far.end(), T.far.begin(), T.far.end()); off += T.words.size(); } fo[nt] = far.size();
+  int rtl = N / 16, segs = K / tc, nt = rtl * segs; std::vector<Head> head(nt); std::vector<u64> lens(nt * 4); std::vector<u32> sched((size_t)nt * sw), fo(nt + 1); std::vector<int2> far; size_t off = 0;
+  for (int t = 0; t < nt; t++) { Tile& T = tu[t % D.U]; head[t] = {(u32)(off / 8), T.meta}; std::copy(T.lens, T.lens + 4, lens.begin() + t * 4); std::copy(T.sched.begin(), T.sched.end(), sched.begin() + (size_t)t * sw); fo[t] = far.size(); far.insert(far.end(), T.far.begin(), T.far.end()); off += T.words.size(); } fo[nt] = far.size();
   std::vector<u32> words(off); { size_t o = 0; std::vector<size_t> os(nt); for (int t = 0; t < nt; t++) { os[t] = o; o += tu[t % D.U].words.size(); } parallel(nt, [&](int t) { auto& w = tu[t % D.U].words; std::copy(w.begin(), w.end(), words.begin() + os[t]); }); }
   std::vector<u8> planes((size_t)nt * S * 256 * R + 16); if (R) parallel(nt, [&](int t) { auto& p = tu[t % D.U].planes; std::copy(p.begin(), p.end(), planes.begin() + (size_t)t * p.size()); });
   std::vector<u32> tab((size_t)1 << (W + LR)); for (size_t i = 0; i < tab.size(); i++) tab[i] = B.lut[i >> LR];
@@ -462,7 +463,7 @@ static void row(const char* name, int N, int K, double ms, double bytes, const s
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
 
 template <int R, int NT, int TX = 0> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
-  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = ((wpb * 64 + 127) & ~127) + (size_t)wpb * RINGB; size_t sm = m.table_bytes + (NT > 1 ? (size_t)m.tc * NT + (((size_t)m.tc / 128 * 8 * NT + 127) & ~127ull) : 0) + rings; char nm[96];
+  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = ((wpb * 64 + 127) & ~127) + (size_t)wpb * RINGB; const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * NT * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
   snprintf(nm, 96, "%s NT%d wpb%d tx%d", tag, NT, wpb, TX);
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
@@ -497,7 +498,7 @@ template <int R> static void run(double H, int N, int K, int tc, int W, int LR, 
 
 int main(int argc, char** argv) {
   std::string what = argc > 1 ? argv[1] : "all"; if (getenv("SEED")) seed0 ^= strtoull(getenv("SEED"), 0, 10) * 0x9E3779B97F4A7C15ull; else seed0 ^= (u64)time(nullptr) * 0x9E3779B97F4A7C15ull;
-  if (what == "encode") { for (double H : {2.25, 3.0, 3.7}) for (int W : {12, 13, 14}) { int R = H > 3.5 ? 2 : H > 2.6; Data D = make_data(H, 4096, 8); std::vector<double> cnt(65536); for (size_t i = 0; i < D.q.size(); i += 4) { u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, D.q[i + k] >> R)) + 8) << (4 * k); cnt[key]++; } Book B = make_book(cnt, W, 9); size_t words = 0; u64 bits = 0; for (int u = 0; u < D.U; u++) { Tile T = encode_tile(&D.q[(size_t)u * 16 * 4096], 4096, R, B, 2, 9, 2); words += T.words.size(); bits += T.bits; } double w = D.q.size(); printf("H %.2f emp %.4f R %d W %d: code %.4f stream %.4f words %.4f +hdr %.4f (%+.2f%%) N %d esc %.4f\n", H, D.Hemp, R, W, B.bits / 4 + R, bits / w + R, words * 32 / w + R, words * 32 / w + R + 40 * 8 / 65536., ((words * 32 / w + R + 40 * 8 / 65536.) / D.Hemp - 1) * 100, B.N, B.pesc); } return 0; }
+  if (what == "encode") { for (double H : {2.25, 3.0, 3.7}) for (int W : {12, 13, 14}) { int R = H > 3.5 ? 2 : H > 2.6; Data D = make_data(H, 4096, 8); std::vector<double> cnt(65536); for (size_t i = 0; i < D.q.size(); i += 4) { u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, D.q[i + k] >> R)) + 8) << (4 * k); cnt[key]++; } Book B = make_book(cnt, W, 8); size_t words = 0; u64 bits = 0; for (int u = 0; u < D.U; u++) { Tile T = encode_tile(&D.q[(size_t)u * 16 * 4096], 4096, R, B, 2, 8, 2); words += T.words.size(); bits += T.bits; } double w = D.q.size(); printf("H %.2f emp %.4f R %d W %d: code %.4f stream %.4f words %.4f +hdr %.4f (%+.2f%%) N %d esc %.4f\n", H, D.Hemp, R, W, B.bits / 4 + R, bits / w + R, words * 32 / w + R, words * 32 / w + R + 56 * 8 / 65536., ((words * 32 / w + R + 56 * 8 / 65536.) / D.Hemp - 1) * 100, B.N, B.pesc); } return 0; }
   cudaDeviceProp pr; CK(cudaGetDeviceProperties(&pr, 0)); printf("# %s, %d multiprocessors, %zu KB shared memory per block\n", pr.name, pr.multiProcessorCount, pr.sharedMemPerBlockOptin >> 10);
   int U = getenv("UNIQ") ? atoi(getenv("UNIQ")) : 251;
   if (what == "smoke") { Data D = make_data(2.25, 1024, 61); run<0>(2.25, 1024, 4096, 1024, 13, 0, 61, {28, 16}, true, true, D); Data E = make_data(3.0, 1024, 61); run<1>(3.0, 1024, 4096, 1024, 13, 0, 61, {28}, false, false, E); run<2>(3.7, 1024, 4096, 1024, 12, 2, 61, {28}, false, false, make_data(3.7, 1024, 61)); time_plain<1>(1024, 4096, 1024); printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0; }
