@@ -7,7 +7,7 @@
 // Code.  A symbol is split into high = symbol >> R and R raw low bits (R = 0, 1, 2; a fine Gaussian grid loses 0.02-0.05 b by that,
 // and it keeps the entropy of `high` near 2 b, where four of them fit one table window).  Four consecutive highs = a quad.
 // Quads are Huffman coded, codes <= W bits (12..14), only the N likeliest have a code; the rest are sent as quad (0,0,0,0) and
-// listed at the end of the lane's stream as patches (position, four nibbles).  high outside -8..7: `far` list, 64 bits each.
+// listed per tile as patches (32 bits: position, four nibbles).  high outside -8..7: `far` list, 64 bits each.
 //
 // Layout.  Tile = 16 rows x TC columns, one warp.  Lane l: g = l/4, c = l%4 holds rows g and g+8 and columns c*8..c*8+7 (mod 32):
 // exactly the A fragment of mma.m16n8k32.s8, so tensor cores do the dot product and up to 8 tokens cost the same.
@@ -17,7 +17,7 @@
 // Each lane has two LSB-first bit streams, one per row: two independent chains; word w of stream s of lane l at row w, (s*32+l)*4.  Rows all streams have are stored whole (256 B);
 // of later rows only the words that exist (ballot and popc find them).  Rows arrive by bulk copies in a per-warp ring of GR groups of
 // 4 rows; the first group is stored twice, also behind the ring, so that inside a superstep (128 columns) the pointer never
-// wraps.  Whether a superstep fetches a group is simulated at encoding and stored (1 bit), so lanes need not vote.
+// wraps.  Whether a superstep fetches a group and whether it must wait for one is simulated at encoding and stored (2 bits): lanes need not vote.
 // The stream starts with 2+LR junk bits: (window & mask) is the byte address of the table entry; LR = log2 of the table's copies.
 // Table entry: bits 0..5 code length, bits 16..31 the quad's nibbles.
 //
@@ -39,10 +39,10 @@
 typedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t i64;
 
 // ------------------------------------------------------------------ device side
-struct Head { u32 off32; u32 meta; };              // start of the tile in units of 32 bytes; mr4 | patch supersteps << 16
+struct Head { u32 off32; u32 meta; };              // rows after the first GR groups, in units of 32 bytes; whole rows (multiple of 4) | number of patches << 16
 struct Mat {
-  const u8* words; const Head* head; const u64* lens; const u32* sched; const u32* far_off; const int2* far; const u8* planes;
-  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, sched_words, pos_bits, lens_bits_words;
+  const u8* words; const Head* head; const u64* lens; const u32* sched; const u32* far_off; const int2* far; const u32* patch_off; const u32* patches; const u8* planes;
+  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, sched_words;
 };
 struct Act { const uint4* frag; const int8_t* q; const int2* info; }; // frag: B fragments; q: [token][K]; info: [token][K/128] {m, 128*sum of even columns}
 constexpr int GROWS = 4, GB = GROWS * 256;          // rows (of 64 words) and bytes of a ring group
@@ -80,17 +80,9 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const u32 xs_b = smb + M.table_bytes;                                    // B fragments of the block's segments, then {m, 128*S}
   const u32 xbytes = MODE == FUSED ? (u32)M.tc * NT : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
   const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
-  const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 64, ring = inf_b + ((infbytes + 127) & ~127u) + ((wpb * 64 + 127) & ~127) + warp * RINGB;
-  // ---- prologue: table, activations, ring
-  for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) cp16(smb + i, (const u8*)M.table + i);
-  if (MODE == FUSED) {
-    const u8* fr = (const u8*)A.frag + (size_t)seg0 * M.tc * NT;
-    for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
-    for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); int2 v = A.info[(size_t)tk * (M.k / 128) + seg0 * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
-  }
-  commit();
-  const u8* src = nullptr; const u8* rag = nullptr; int mr4 = 0, psteps = 0, len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = 0;
-  const u32* sp = nullptr;
+  const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 192, ring = inf_b + ((infbytes + 127) & ~127u) + wpb * 192 + warp * RINGB;
+  // ---- prologue: the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
+  const u8* src = nullptr; const u8* rag = nullptr; int len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = GR, npatch = 0; u32 p0 = 0; u64 sched = 0;
   auto fill = [&]() {                                                      // one group of 8 rows (warp-uniform)
     if (gi < nbulk) {
       const u32 dst = ring + slot * GB, b = bars + slot * 8, n = slot == 0 ? 2 * GB : GB, first = slot == 0;
@@ -110,13 +102,22 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   };
   if (live) {
     if (lane == 0) { for (int i = 0; i < GR; i++) bar_init(bars + i * 8); asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-    const Head h = M.head[t]; mr4 = h.meta & 0xffff; psteps = h.meta >> 16; nbulk = mr4 / GROWS;
-    len_a = mr4 + (int)((M.lens[(size_t)t * 4 + (lane >> 4)] >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((M.lens[(size_t)t * 4 + 2 + (lane >> 4)] >> ((lane & 15) * 4)) & 15);
-    src = M.words + (size_t)h.off32 * 32; rag = src + nbulk * GB; sp = M.sched + (size_t)t * M.sched_words;
+    src = M.words + (size_t)t * GR * GB;
     __syncwarp();
 #pragma unroll 1
     for (int f = 0; f < GR; f++) fill();
+    const Head h = M.head[t]; const int mr4 = h.meta & 0xffff; npatch = h.meta >> 16; nbulk = mr4 / GROWS; sched = *(const u64*)(M.sched + (size_t)t * 2); p0 = M.patch_off[t];
+    len_a = mr4 + (int)((M.lens[(size_t)t * 4 + (lane >> 4)] >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((M.lens[(size_t)t * 4 + 2 + (lane >> 4)] >> ((lane & 15) * 4)) & 15);
+    src = M.words + ((size_t)h.off32 * 32 - GR * GB); rag = src + nbulk * GB;
   }
+  // ---- then table and activations
+  for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) cp16(smb + i, (const u8*)M.table + i);
+  if (MODE == FUSED) {
+    const u8* fr = (const u8*)A.frag + (size_t)seg0 * M.tc * NT;
+    for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
+    for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); int2 v = A.info[(size_t)tk * (M.k / 128) + seg0 * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
+  }
+  commit();
   wait_group<0>(); __syncthreads();
   if (!live) return;
   // ---- main loop
@@ -125,35 +126,31 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const u32 ring_end = ring + GR * GB;
   int wslot = 0; u32 wpar = 0;
   auto arrived = [&]() { bar_wait(bars + wslot * 8, wpar); if (++wslot == GR) { wslot = 0; wpar ^= 1; } };
-  const int pro = min(gi, nbulk);
-#pragma unroll 1
-  for (int i = 0; i < pro; i++) arrived();
-  bool due = false;                                                         // a group was asked for in the last superstep
-  struct Stream { u32 lo, hi, pos, sa; } st[2];                             // rows g and g+8
-  for (int i = 0; i < 2; i++) { const u32 a = ring + i * 128 + lane * 4; st[i] = {ldsv(a), ldsv(a + 256), 0, a + 512}; }
+  arrived(); arrived();                                                     // superstep 0 needs no more than rows 0..7
+  int got = 2;
+  struct Stream { u32 lo, hi, nx, pos, sa; } st[2];                         // rows g and g+8; nx keeps the load off the chain
+  for (int i = 0; i < 2; i++) { const u32 a = ring + i * 128 + lane * 4; st[i] = {ldsv(a), ldsv(a + 256), ldsv(a + 512), 0, a + 768}; }
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
   i64 y0[NY] = {}, y1[NY] = {};                                             // rows g and g+8; batch 1: valid where c = 0
   const u8* pl = M.planes + ((size_t)t * S) * 256 * R + lane * 8 * R;
   uint4 pw = {0, 0, 0, 0};
   if (R == 1) { uint2 v = *(const uint2*)pl; pw.x = v.x; pw.y = v.y; } if (R == 2) pw = *(const uint4*)pl;
-  u32 sched = 0;
   uint4* o4 = MODE == STORE4 ? out4 + ((size_t)t * S * 2) * 32 + lane : nullptr;
   const u32 xw = xs_b + (FLAT ? (seg - seg0) * M.tc + c * 16 : lane * 16), iw = inf_b + (FLAT ? (seg - seg0) * S * 8 : c * 16);
   auto refill = [&](Stream& q, u32 np) { // predicated in PTX: the compiler would load into a temporary and move
-    asm volatile("{ .reg .pred p; setp.ne.u32 p,%3,0; @p mov.u32 %0,%1; @p ld.shared.u32 %1,[%2]; @p add.u32 %2,%2,256; }" : "+r"(q.lo), "+r"(q.hi), "+r"(q.sa) : "r"((np ^ q.pos) & 32));
+    asm volatile("{ .reg .pred p; setp.ne.u32 p,%4,0; @p mov.u32 %0,%1; @p mov.u32 %1,%2; @p ld.shared.u32 %2,[%3]; @p add.u32 %3,%3,256; }" : "+r"(q.lo), "+r"(q.hi), "+r"(q.nx), "+r"(q.sa) : "r"((np ^ q.pos) & 32));
     q.pos = np; };
-  auto top_up = [&](int s) {                                                // what the last superstep asked for must be there; ask for more
-    if ((s & 31) == 0) sched = __ldg(sp++);
-    if (due) { if (gi <= nbulk) arrived(); else wait_group<0>(); }
+  auto top_up = [&]() {                                                     // schedule: bit 0 ask for a group, bit 1 one more must have arrived
+    if (sched & 2) { if (got < nbulk) arrived(); else wait_group<0>(); got++; }
     __syncwarp();
-    due = sched & 1; sched >>= 1;
-    if (due) fill();
+    if (sched & 1) fill();
+    sched >>= 2;
     for (int i = 0; i < 2; i++) if (st[i].sa >= ring_end) st[i].sa -= GR * GB;
   };
   uint4 xr = {};
 #pragma unroll 1
   for (int s = 0; s < S; s++) {
-    top_up(s);
+    top_up();
     uint4 pc = pw;
     if (R > 0 && s + 1 < S) { pl += 256 * R; if (R == 1) { uint2 v = __ldg((const uint2*)pl); pw.x = v.x; pw.y = v.y; } else pw = __ldg((const uint4*)pl); }
     int al[NTL][4] = {}, ah[NTL][4] = {}, bl[NTL][4] = {}, bh[NTL][4] = {};
@@ -215,44 +212,33 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
       }
     }
   }
-  if (FLAT && c != 0) { y0[0] = 0; y1[0] = 0; }                             // only column 0 of the fragment is token 0; patches add to any lane
-  // ---- patches: 1 bit "there is one", position, 16 bits
-  bool more[2] = {true, true}; const int pb = M.pos_bits; const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
+  // ---- patches {nibbles, lane << 9 | quad}, spread over the lanes; sums meet in shared memory, 16 + 32 bits each, exactly
+  const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
+  if (MODE == STORE4) {
+    __syncwarp();
 #pragma unroll 1
-  for (int s = 0; s < psteps; s++) {
-    top_up(S + s);
-    u32 pv[4]; int pq[4];                                                    // pq: quad in the order of the table loop (word u = bits 1, 2)
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int i = k & 1; const u32 w = __funnelshift_r(st[i].lo, st[i].hi, st[i].pos) >> M.junk; more[i] = more[i] && (w & 1);
-      const int q = (w >> 1) & ((1 << pb) - 1); pq[k] = more[i] ? (q >> 1) * 4 + i * 2 + (q & 1) : -1; pv[k] = w >> (1 + pb);
-      if (more[i]) refill(st[i], st[i].pos + 17 + pb);
-    }
-    if (MODE == STORE4) {
-#pragma unroll
-      for (int k = 0; k < 4; k++) if (pq[k] >= 0) { // same nibble order as a table entry: s0|s1<<4|s2<<8|s3<<12 with even ones biased
-        u8* o = (u8*)(out4 + ((size_t)t * S * 2 + (pq[k] >> 3)) * 32 + lane) + (pq[k] & 7) * 2;
-        *(uint16_t*)o = (uint16_t)pv[k]; }
-    } else {
+    for (int i = lane; i < npatch; i += 32) { const u32 v = M.patches[p0 + i], q = (v >> 16) & 511; // same nibble order as a table entry
+      *(uint16_t*)((u8*)(out4 + ((size_t)t * S * 2 + (q >> 3)) * 32 + (v >> 25)) + (q & 7) * 2) = (uint16_t)v; }
+  } else {
+    u32* acc = (u32*)(sm + (bars - smb) + 64);
 #pragma unroll 1
-      for (int tk = 0; tk < NT; tk++) {
-        i64 a0 = 0, a1 = 0;
-#pragma unroll
-        for (int k = 0; k < 4; k++) if (pq[k] >= 0) {
-          const int q = pq[k], col = (q >> 3) * 64 + ((q >> 2) & 1) * 32 + c * 8 + (q & 1) * 4;
-          const u32 v = pv[k] ^ 0x0808;                                      // to two's complement
-          const u32 b = ((v << 4) & 0xf0u) | ((v << 8) & 0xf000u) | ((v << 12) & 0xf00000u) | ((v << 16) & 0xf0000000u);
-          const int d = __dp4a((int)b, *(const int*)(xq + (size_t)tk * M.k + col), 0) << R; // 16 * sum
-          const i64 z = (i64)info[(size_t)tk * (M.k / 128) + (col >> 7)].x * d;
-          if (q & 2) a1 += z; else a0 += z;
-        }
-        if (FLAT) { y0[0] += a0; y1[0] += a1; }
-        else {                                                               // hand to the lane that owns token tk of row g
-          a0 += __shfl_xor_sync(~0u, a0, 1); a0 += __shfl_xor_sync(~0u, a0, 2); a1 += __shfl_xor_sync(~0u, a1, 1); a1 += __shfl_xor_sync(~0u, a1, 2);
-#pragma unroll
-          for (int j = 0; j < NY; j++) if (tk == (j >> 1) * 8 + c * 2 + (j & 1)) { y0[j] += a0; y1[j] += a1; }
-        }
+    for (int tk = 0; tk < NT; tk++) {
+      acc[lane] = 0; __syncwarp();
+#pragma unroll 1
+      for (int i = lane; i < npatch; i += 32) {
+        const u32 v = __ldg(M.patches + p0 + i) ^ 0x0808u, q = (v >> 16) & 511, pl_ = v >> 25, pc_ = pl_ & 3, h = (q & 1) * 16; // to two's complement
+        const u32 xo = (xs_b - smb) + (FLAT ? (seg - seg0) * M.tc + ((q >> 3) * 4 + pc_) * 16 : (((q >> 3) * NTL + (tk >> 3)) * 32 + (tk & 7) * 4 + pc_) * 16) + ((q >> 2) & 1) * 4;
+        const int d = __dp4a((int)(((v & 0x0f0fu) << 4) << h), *(const int*)(sm + xo), __dp4a((int)((v & 0xf0f0u) << h), *(const int*)(sm + xo + 8), 0)) << R; // 16 * sum
+        const i64 z = (i64)*(const int*)(sm + (inf_b - smb) + ((FLAT ? (seg - seg0) * S : 0) + (q >> 4)) * NT * 8 + tk * 8) * d;
+        const int r = (pl_ >> 2) + (q & 2) * 4; atomicAdd(acc + r, (u32)z & 0xffffu); atomicAdd(acc + 16 + r, (u32)(z >> 16));
       }
+      __syncwarp();
+      const i64 a0 = (i64)acc[g] + (i64)(int)acc[16 + g] * 65536, a1 = (i64)acc[g + 8] + (i64)(int)acc[24 + g] * 65536;
+      if (FLAT) { if (c == 0) { y0[0] += a0; y1[0] += a1; } }
+      else
+#pragma unroll
+        for (int j = 0; j < NY; j++) if (tk == (j >> 1) * 8 + c * 2 + (j & 1)) { y0[j] += a0; y1[j] += a1; }
+      __syncwarp();
     }
   }
   if (MODE == FUSED) {
@@ -271,8 +257,6 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
       }
     }
     if (FLAT) {
-      y0[0] += __shfl_xor_sync(~0u, y0[0], 1); y0[0] += __shfl_xor_sync(~0u, y0[0], 2);
-      y1[0] += __shfl_xor_sync(~0u, y1[0], 1); y1[0] += __shfl_xor_sync(~0u, y1[0], 2);
       if (c == 0) { i64* p = part + (size_t)seg * M.n + rt * 16 + g; p[0] = y0[0]; p[8] = y1[0]; }
     } else {
 #pragma unroll
@@ -364,13 +348,13 @@ static std::vector<int> package_merge(const std::vector<double>& p, int W) { // 
 
 struct Book { int W; std::vector<u8> len; std::vector<uint16_t> code; std::vector<u32> lut; double bits; double pesc; int N; };
 // key of a quad: nibbles n_i = h_i + 8, key = n0 | n1<<4 | n2<<8 | n3<<12
-static Book make_book(const std::vector<double>& cnt, int W, int pos_bits) {
+static Book make_book(const std::vector<double>& cnt, int W) {
   std::vector<int> o(65536); std::iota(o.begin(), o.end(), 0); std::stable_sort(o.begin(), o.end(), [&](int a, int b) { return cnt[a] > cnt[b]; });
   { int z = 0x8888; auto it = std::find(o.begin(), o.end(), z); std::rotate(o.begin(), it, it + 1); }
   double tot = 0; for (double c : cnt) tot += c; int nz = 0; for (double c : cnt) nz += c > 0;
   Book best; best.bits = 1e9;
   for (double b = 0.5; b < 5; b += 0.25) { int N = std::min(nz, std::max(2, (int)pow(2., W - b))); std::vector<double> p(N); double in = 0; for (int i = 0; i < N; i++) { p[i] = std::max(cnt[o[i]], 1e-3) / tot; in += cnt[o[i]] / tot; } double pe = 1 - in; p[0] += pe;
-    auto L = package_merge(p, W); double bits = pe * (17 + pos_bits); for (int i = 0; i < N; i++) bits += p[i] * L[i];
+    auto L = package_merge(p, W); double bits = pe * 32; for (int i = 0; i < N; i++) bits += p[i] * L[i];
     if (bits < best.bits) { best.bits = bits; best.pesc = pe; best.N = N; best.len.assign(65536, 0); for (int i = 0; i < N; i++) best.len[o[i]] = L[i]; } }
   best.W = W; best.code.assign(65536, 0); best.lut.assign(1u << W, 0);
   std::vector<int> s; for (int i = 0; i < 65536; i++) if (best.len[i]) s.push_back(i); std::stable_sort(s.begin(), s.end(), [&](int a, int b) { return best.len[a] < best.len[b]; });
@@ -387,57 +371,54 @@ static Data make_data(double H, int tc, int U) {
   parallel(U, [&](int u) { Rng r(1000 + u + (u64)(H * 1000)); for (size_t i = 0; i < (size_t)16 * tc; i += 2) { double a = sqrt(-2 * log(r.uni())), b = 6.283185307179586 * r.uni(); double z[2] = {a * cos(b), a * sin(b)}; for (int k = 0; k < 2; k++) { double v = z[k] / step; if ((r.next() >> 32) % 200000 == 0) v *= 100; d.q[(size_t)u * 16 * tc + i + k] = (int16_t)std::max(-30000., std::min(30000., rint(v))); } } });
   std::vector<double> c(65536); for (int16_t v : d.q) c[(uint16_t)v]++; d.Hemp = entropy(c); return d; }
 
-struct Tile { std::vector<u32> words; u32 meta; u64 lens[4]; std::vector<u32> sched; std::vector<u8> planes; std::vector<int2> far; u64 bits = 0; };
+struct Tile { std::vector<u32> words; u32 meta; u64 lens[4]; u64 sched = 0; std::vector<u32> patches; std::vector<u8> planes; std::vector<int2> far; u64 bits = 0; };
 // columns of lane c in stream order: quad q -> row g + 8*((q>>1)&1), col (q>>3)*64 + ((q>>2)&1)*32 + c*8 + (q&1)*4
-static Tile encode_tile(const int16_t* q, int tc, int R, const Book& B, int junk, int pos_bits, int sched_words) {
+static Tile encode_tile(const int16_t* q, int tc, int R, const Book& B, int junk) {
   Tile T; int Q = tc / 8, S = tc / 128; T.planes.assign((size_t)S * 256 * R, 0);
-  std::vector<std::vector<u32>> st(64); std::vector<std::vector<u32>> nr(64); int maxp = 0; // stream = lane + 32 * (row >= 8)
+  std::vector<std::vector<u32>> st(64); std::vector<std::vector<u32>> nr(64); // stream = lane + 32 * (row >= 8)
   for (int l = 0; l < 64; l++) { int g = (l & 31) >> 2, c = l & 3, rr = l >> 5; u64 buf = 0; int nb = junk; u64 total = 0; auto put = [&](u32 v, int n) { buf |= (u64)v << nb; nb += n; total += n; if (nb >= 32) { st[l].push_back((u32)buf); buf >>= 32; nb -= 32; } };
-    std::vector<std::pair<int, u32>> patches; nr[l].push_back(2);
+    nr[l].push_back(3);
     for (int z = 0; z < Q / 2; z++) { int k = (z >> 1) * 4 + rr * 2 + (z & 1), row = g + 8 * rr, col = (k >> 3) * 64 + ((k >> 2) & 1) * 32 + c * 8 + (k & 1) * 4; u32 key = 0;
       for (int i = 0; i < 4; i++) { int v = q[(size_t)row * tc + col + i], h = v >> R, hc = std::max(-8, std::min(7, h)), low = v & ((1 << R) - 1); key |= (u32)(hc + 8) << (4 * i);
         if (hc != h) T.far.push_back(make_int2((l & 31) | ((k * 4 + i) << 5), (h - hc) * (1 << R)));
         if (R) { // bit position in the plane words: block, kb, byte j = (k&1)*2 + i/2, half = i&1
           int blk = k >> 3, kb = (k >> 2) & 1, j = (k & 1) * 2 + (i >> 1), hf = i & 1; u8* p = &T.planes[((size_t)(blk >> 1) * 32 + (l & 31)) * 8 * R];
           if (R == 1) p[(blk & 1) * 4 + j] |= low << (hf * 2 + rr + 4 * kb); else p[((blk & 1) * 2 + hf) * 4 + j] |= low << (2 * rr + 4 * kb); } }
-      if (!B.len[key]) { patches.push_back({z, key ^ 0x8080}); key = 0x8888; }
-      put(B.code[key], B.len[key]); if (z % 8 == 7) nr[l].push_back(2 + total / 32); }
-    maxp = std::max(maxp, (int)patches.size());
-    int cnt = 0; for (auto& p : patches) { put(1u | (u32)p.first << 1, 1 + pos_bits); put(p.second, 16); if (++cnt % 2 == 0) nr[l].push_back(2 + total / 32); }
-    put(0, 1); nr[l].push_back(2 + total / 32);
+      if (!B.len[key]) { T.patches.push_back((key ^ 0x8080) | (u32)k << 16 | (u32)(l & 31) << 25); key = 0x8888; }
+      put(B.code[key], B.len[key]); if (z % 8 == 7) nr[l].push_back(3 + total / 32); }
     if (nb) st[l].push_back((u32)buf); T.bits += total; }
-  int PS = (maxp + 1) / 2; int steps = S + PS; for (auto& v : nr) while ((int)v.size() < steps + 1) v.push_back(v.back());
-  int mx = 0, mn = 1 << 30; for (auto& v : st) { mx = std::max(mx, (int)v.size()); mn = std::min(mn, (int)v.size()); } int mr4 = mn / 4 * 4; if (mx - mr4 > 15) mr4 = (mx - 15 + 3) / 4 * 4;
+  const int steps = S;
+  int mx = 0, mn = 1 << 30; for (auto& v : st) { mx = std::max(mx, (int)v.size()); mn = std::min(mn, (int)v.size()); } int mr4 = mn / 4 * 4; if (mx - mr4 > 15) mr4 = (mx - 15 + 3) / 4 * 4; mr4 = std::max(mr4, GR * GROWS); mx = std::max(mx, mr4);
   for (int l = 0; l < 64; l++) while ((int)st[l].size() < mr4) st[l].push_back(0);
   for (u64& v : T.lens) v = 0; for (int l = 0; l < 64; l++) T.lens[l >> 4] |= (u64)(st[l].size() - mr4) << ((l & 15) * 4);
   for (int r = 0; r < mx; r++) for (int l = 0; l < 64; l++) if (r < (int)st[l].size()) T.words.push_back(st[l][r]);
   while (T.words.size() % 8) T.words.push_back(0);
-  T.meta = mr4 | PS << 16; T.sched.assign(sched_words, 0);
-  int groups = (mx + GROWS - 1) / GROWS, issued = GR; if (steps > sched_words * 32) { printf("schedule too long %d\n", steps); exit(1); }
-  int avail = issued; // groups usable in superstep s: issued before it
-  for (int s = 0; s < steps; s++) { avail = issued; int f = 0; while (f < 1 && issued < groups) { int last = GROWS * (issued - GR) + GROWS - 1; bool ok = true; for (int l = 0; l < 64; l++) if ((int)nr[l][s] <= std::min(last, (int)st[l].size() - 1)) { ok = false; break; } if (!ok) break; f++; issued++; }
-    T.sched[s / 32] |= (u32)f << (s % 32);
-    for (int l = 0; l < 64; l++) if (std::min((int)nr[l][s + 1], (int)st[l].size()) > GROWS * avail) { printf("ring too small at superstep %d lane %d need %d have %d\n", s, l, nr[l][s + 1], GROWS * avail); exit(1); } }
+  T.meta = mr4 | (u32)T.patches.size() << 16; if (S > 32 || T.patches.size() > 65535) { printf("tile too small or too large\n"); exit(1); }
+  int groups = (mx + GROWS - 1) / GROWS, issued = GR, got = 2;
+  for (int s = 0; s < steps; s++) { // superstep s: wait for one more group if it is needed, then ask for one if its place is free
+    int need = 0; for (int l = 0; l < 64; l++) need = std::max(need, std::min((int)nr[l][s + 1], (int)st[l].size())); need = (need + GROWS - 1) / GROWS;
+    if (need > got) { T.sched |= 2ull << (2 * s); got++; } if (need > got || got > issued) { printf("ring too small at superstep %d: need %d have %d issued %d\n", s, need, got, issued); exit(1); }
+    if (issued < groups) { int last = GROWS * (issued - GR) + GROWS - 1; bool ok = true; for (int l = 0; l < 64; l++) ok = ok && (int)nr[l][s] > std::min(last, (int)st[l].size() - 1); if (ok) { T.sched |= 1ull << (2 * s); issued++; } } }
   return T; }
 
 static Dev encode_matrix(const Data& D, int N, int K, int R, int W, int LR, double* stats) {
-  Dev dv; int tc = D.tc, Q = tc / 8, S = tc / 128; int pb = 0; while ((1 << pb) < Q / 2) pb++;
+  Dev dv; int tc = D.tc, S = tc / 128;
   std::vector<double> cnt(65536); { std::vector<std::vector<double>> part(16, std::vector<double>(65536)); parallel(16, [&](int th) { for (int u = th; u < D.U; u += 16) for (size_t i = 0; i < (size_t)16 * tc; i += 4) { const int16_t* q = &D.q[(size_t)u * 16 * tc + i]; u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, q[k] >> R)) + 8) << (4 * k); part[th][key]++; } }); for (auto& p : part) for (int i = 0; i < 65536; i++) cnt[i] += p[i]; }
-  Book B = make_book(cnt, W, pb); int junk = 2 + LR; int sw = (S + 8 + 31) / 32;
-  std::vector<Tile> tu(D.U); parallel(D.U, [&](int u) { tu[u] = encode_tile(&D.q[(size_t)u * 16 * tc], tc, R, B, junk, pb, sw); });
-  int rtl = N / 16, segs = K / tc, nt = rtl * segs; std::vector<Head> head(nt); std::vector<u64> lens(nt * 4); std::vector<u32> sched((size_t)nt * sw), fo(nt + 1); std::vector<int2> far; size_t off = 0;
-  for (int t = 0; t < nt; t++) { Tile& T = tu[t % D.U]; head[t] = {(u32)(off / 8), T.meta}; std::copy(T.lens, T.lens + 4, lens.begin() + t * 4); std::copy(T.sched.begin(), T.sched.end(), sched.begin() + (size_t)t * sw); fo[t] = far.size(); far.insert(far.end(), T.far.begin(), T.far.end()); off += T.words.size(); } fo[nt] = far.size();
-  std::vector<u32> words(off); { size_t o = 0; std::vector<size_t> os(nt); for (int t = 0; t < nt; t++) { os[t] = o; o += tu[t % D.U].words.size(); } parallel(nt, [&](int t) { auto& w = tu[t % D.U].words; std::copy(w.begin(), w.end(), words.begin() + os[t]); }); }
+  Book B = make_book(cnt, W); int junk = 2 + LR;
+  std::vector<Tile> tu(D.U); parallel(D.U, [&](int u) { tu[u] = encode_tile(&D.q[(size_t)u * 16 * tc], tc, R, B, junk); });
+  int rtl = N / 16, segs = K / tc, nt = rtl * segs; std::vector<Head> head(nt); std::vector<u64> lens(nt * 4); std::vector<u64> sched(nt); std::vector<u32> fo(nt + 1), po(nt + 1), patches; std::vector<int2> far; const size_t first = GR * GB / 4; size_t off = first * nt;
+  for (int t = 0; t < nt; t++) { Tile& T = tu[t % D.U]; head[t] = {(u32)(off / 8), T.meta}; std::copy(T.lens, T.lens + 4, lens.begin() + t * 4); sched[t] = T.sched; po[t] = patches.size(); patches.insert(patches.end(), T.patches.begin(), T.patches.end()); fo[t] = far.size(); far.insert(far.end(), T.far.begin(), T.far.end()); off += T.words.size() - first; } fo[nt] = far.size(); po[nt] = patches.size();
+  std::vector<u32> words(off); { size_t o = first * nt; std::vector<size_t> os(nt); for (int t = 0; t < nt; t++) { os[t] = o; o += tu[t % D.U].words.size() - first; } parallel(nt, [&](int t) { auto& w = tu[t % D.U].words; std::copy(w.begin(), w.begin() + first, words.begin() + t * first); std::copy(w.begin() + first, w.end(), words.begin() + os[t]); }); }
   std::vector<u8> planes((size_t)nt * S * 256 * R + 16); if (R) parallel(nt, [&](int t) { auto& p = tu[t % D.U].planes; std::copy(p.begin(), p.end(), planes.begin() + (size_t)t * p.size()); });
   std::vector<u32> tab((size_t)1 << (W + LR)); for (size_t i = 0; i < tab.size(); i++) tab[i] = B.lut[i >> LR];
   auto up = [&](const void* p, size_t n) { void* d; CK(cudaMalloc(&d, std::max<size_t>(n, 16))); if (n) CK(cudaMemcpy(d, p, n, cudaMemcpyHostToDevice)); dv.allocs.push_back(d); return d; };
   if (far.empty()) far.push_back(make_int2(0, 0));
-  size_t nw = (size_t)N * K; dv.words_bytes = off * 4; size_t side = head.size() * 8 + lens.size() * 8 + sched.size() * 4 + (fo.size() * 4) + fo[nt] * 8 + (4u << W);
+  size_t nw = (size_t)N * K; dv.words_bytes = off * 4; size_t side = head.size() * 8 + lens.size() * 8 + nt * 2 /* supersteps used: 2 bits each */ * ((S + 7) / 8) + fo.size() * 4 + fo[nt] * 8 + po.size() * 4 + patches.size() * 4 + (4u << W);
   dv.bytes = dv.words_bytes + side + (R ? planes.size() - 16 : 0); dv.bpw = dv.bytes * 8.0 / nw; dv.code_bpw = B.bits / 4 + R; dv.tiles = nt;
   size_t gap = (dv.words_bytes + 255) / 256 * 256; int copies = std::max<size_t>(2, (size_t)350e6 / (gap + planes.size()) + 1);
   Mat& m = dv.m; u8* wd; CK(cudaMalloc(&wd, gap * copies)); for (int i = 0; i < copies; i++) CK(cudaMemcpy(wd + gap * i, words.data(), dv.words_bytes, cudaMemcpyHostToDevice)); dv.allocs.push_back(wd);
   u8* pd; CK(cudaMalloc(&pd, planes.size() * copies)); if (R) for (int i = 0; i < copies; i++) CK(cudaMemcpy(pd + (planes.size() - 16) * i, planes.data(), planes.size() - 16, cudaMemcpyHostToDevice)); dv.allocs.push_back(pd);
-  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 4), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, sw, pb, 0};
+  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 0};
   { std::vector<u32> t1((size_t)1 << W); for (size_t i = 0; i < t1.size(); i++) t1[i] = B.lut[i]; cudaResourceDesc rd = {}; rd.resType = cudaResourceTypeLinear; rd.res.linear.devPtr = up(t1.data(), t1.size() * 4); rd.res.linear.desc = cudaCreateChannelDesc<u32>(); rd.res.linear.sizeInBytes = t1.size() * 4; cudaTextureDesc td = {}; td.readMode = cudaReadModeElementType; CK(cudaCreateTextureObject(&dv.tex, &rd, &td, nullptr)); }
   stats[0] = copies; stats[1] = gap; stats[2] = planes.size() - 16; stats[3] = B.pesc; stats[4] = B.N; stats[5] = fo[nt]; return dv; }
 static void release(Dev& d) { CK(cudaDestroyTextureObject(d.tex)); for (void* p : d.allocs) CK(cudaFree(p)); }
@@ -463,7 +444,7 @@ static void row(const char* name, int N, int K, double ms, double bytes, const s
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
 
 template <int R, int NT, int TX = 0> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
-  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = ((wpb * 64 + 127) & ~127) + (size_t)wpb * RINGB; const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * NT * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
+  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = (size_t)wpb * (192 + RINGB); const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * NT * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
   snprintf(nm, 96, "%s NT%d wpb%d tx%d", tag, NT, wpb, TX);
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
@@ -498,7 +479,7 @@ template <int R> static void run(double H, int N, int K, int tc, int W, int LR, 
 
 int main(int argc, char** argv) {
   std::string what = argc > 1 ? argv[1] : "all"; if (getenv("SEED")) seed0 ^= strtoull(getenv("SEED"), 0, 10) * 0x9E3779B97F4A7C15ull; else seed0 ^= (u64)time(nullptr) * 0x9E3779B97F4A7C15ull;
-  if (what == "encode") { for (double H : {2.25, 3.0, 3.7}) for (int W : {12, 13, 14}) { int R = H > 3.5 ? 2 : H > 2.6; Data D = make_data(H, 4096, 8); std::vector<double> cnt(65536); for (size_t i = 0; i < D.q.size(); i += 4) { u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, D.q[i + k] >> R)) + 8) << (4 * k); cnt[key]++; } Book B = make_book(cnt, W, 8); size_t words = 0; u64 bits = 0; for (int u = 0; u < D.U; u++) { Tile T = encode_tile(&D.q[(size_t)u * 16 * 4096], 4096, R, B, 2, 8, 2); words += T.words.size(); bits += T.bits; } double w = D.q.size(); printf("H %.2f emp %.4f R %d W %d: code %.4f stream %.4f words %.4f +hdr %.4f (%+.2f%%) N %d esc %.4f\n", H, D.Hemp, R, W, B.bits / 4 + R, bits / w + R, words * 32 / w + R, words * 32 / w + R + 56 * 8 / 65536., ((words * 32 / w + R + 56 * 8 / 65536.) / D.Hemp - 1) * 100, B.N, B.pesc); } return 0; }
+  if (what == "encode") { for (double H : {2.25, 3.0, 3.7}) for (int W : {12, 13, 14}) { int R = H > 3.5 ? 2 : H > 2.6; Data D = make_data(H, 4096, 8); std::vector<double> cnt(65536); for (size_t i = 0; i < D.q.size(); i += 4) { u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, D.q[i + k] >> R)) + 8) << (4 * k); cnt[key]++; } Book B = make_book(cnt, W); size_t words = 0; u64 bits = 0; for (int u = 0; u < D.U; u++) { Tile T = encode_tile(&D.q[(size_t)u * 16 * 4096], 4096, R, B, 2); words += T.words.size() + T.patches.size(); bits += T.bits; } double w = D.q.size(); printf("H %.2f emp %.4f R %d W %d: code %.4f stream %.4f words %.4f +hdr %.4f (%+.2f%%) N %d esc %.4f\n", H, D.Hemp, R, W, B.bits / 4 + R, bits / w + R, words * 32 / w + R, words * 32 / w + R + 60 * 8 / 65536., ((words * 32 / w + R + 60 * 8 / 65536.) / D.Hemp - 1) * 100, B.N, B.pesc); } return 0; }
   cudaDeviceProp pr; CK(cudaGetDeviceProperties(&pr, 0)); printf("# %s, %d multiprocessors, %zu KB shared memory per block\n", pr.name, pr.multiProcessorCount, pr.sharedMemPerBlockOptin >> 10);
   int U = getenv("UNIQ") ? atoi(getenv("UNIQ")) : 251;
   if (what == "smoke") { Data D = make_data(2.25, 1024, 61); run<0>(2.25, 1024, 4096, 1024, 13, 0, 61, {28, 16}, true, true, D); Data E = make_data(3.0, 1024, 61); run<1>(3.0, 1024, 4096, 1024, 13, 0, 61, {28}, false, false, E); run<2>(3.7, 1024, 4096, 1024, 12, 2, 61, {28}, false, false, make_data(3.7, 1024, 61)); time_plain<1>(1024, 4096, 1024); printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0; }
