@@ -82,9 +82,10 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
   const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 192, ring = inf_b + ((infbytes + 127) & ~127u) + wpb * 192 + warp * RINGB;
   // ---- prologue: the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
-  const u8* src = nullptr; const u8* rag = nullptr; int len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = GR, npatch = 0; u32 p0 = 0; u64 sched = 0;
+  const u8* src = nullptr; const u8* later = nullptr; const u8* rag = nullptr; int len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = GR, npatch = 0; u32 p0 = 0; u64 sched = 0;
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");            // with programmatic launches the next kernel may begin its prologue
   auto fill = [&]() {                                                      // one group of 8 rows (warp-uniform)
-    if (gi < nbulk) {
+    if (gi < nbulk) {  // the first GR groups are always whole
       const u32 dst = ring + slot * GB, b = bars + slot * 8, n = slot == 0 ? 2 * GB : GB, first = slot == 0;
       asm volatile("{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.ne.and.u32 q,%4,0,p; @p mbarrier.arrive.expect_tx.shared.b64 _,[%2],%3;"
                    "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],1024,[%2];"
@@ -104,25 +105,75 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
     if (lane == 0) { for (int i = 0; i < GR; i++) bar_init(bars + i * 8); asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
     src = M.words + (size_t)t * GR * GB;
     __syncwarp();
-#pragma unroll 1
-    for (int f = 0; f < GR; f++) fill();
+    fill(); fill();
     const Head h = M.head[t]; const int mr4 = h.meta & 0xffff; npatch = h.meta >> 16; nbulk = mr4 / GROWS; sched = *(const u64*)(M.sched + (size_t)t * 2); p0 = M.patch_off[t];
     len_a = mr4 + (int)((M.lens[(size_t)t * 4 + (lane >> 4)] >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((M.lens[(size_t)t * 4 + 2 + (lane >> 4)] >> ((lane & 15) * 4)) & 15);
-    src = M.words + ((size_t)h.off32 * 32 - GR * GB); rag = src + nbulk * GB;
+    later = M.words + ((size_t)h.off32 * 32 - GR * GB);
   }
   // ---- then table and activations
   for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) cp16(smb + i, (const u8*)M.table + i);
+  asm volatile("griddepcontrol.wait;" ::: "memory");                         // weights above do not depend on the kernel before; activations do
   if (MODE == FUSED) {
     const u8* fr = (const u8*)A.frag + (size_t)seg0 * M.tc * NT;
     for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
     for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); int2 v = A.info[(size_t)tk * (M.k / 128) + seg0 * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
   }
   commit();
+  constexpr int PRE = 3; u32 pat[PRE]; u32 f0 = 0, f1 = 0;                   // the first patches and the bounds of the far list, on their way
+  if (live) {
+    fill(); fill(); src = later; rag = later + nbulk * GB;
+    if (MODE == FUSED) {
+#pragma unroll
+      for (int i = 0; i < PRE; i++) pat[i] = lane + 32 * i < npatch ? __ldg(M.patches + p0 + lane + 32 * i) : 0;
+      f0 = __ldg(M.far_off + t); f1 = __ldg(M.far_off + t + 1);
+    }
+  }
   wait_group<0>(); __syncthreads();
   if (!live) return;
+  const int g = lane >> 2, c = lane & 3;
+  constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
+  i64 y0[NY] = {}, y1[NY] = {};                                             // rows g and g+8; batch 1: valid where c = 0
+  // ---- while the ring fills: patches {nibbles, lane << 9 | quad}, spread over the lanes; sums meet in shared memory, 16 + 32 bits each, exactly
+  const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
+  if (MODE == FUSED) {
+    u32* acc = (u32*)(sm + (bars - smb) + 64);
+#pragma unroll 1
+    for (int tk = 0; tk < NT; tk++) {
+      acc[lane] = 0; __syncwarp();
+#pragma unroll 1
+      for (int i = lane, k = 0; i < npatch; i += 32, k++) {
+        const u32 v = (k == 0 ? pat[0] : k == 1 ? pat[1] : k == 2 ? pat[2] : __ldg(M.patches + p0 + i)) ^ 0x0808u, q = (v >> 16) & 511, pl_ = v >> 25, pc_ = pl_ & 3, h = (q & 1) * 16; // to two's complement
+        const u32 xo = (xs_b - smb) + (FLAT ? (seg - seg0) * M.tc + ((q >> 3) * 4 + pc_) * 16 : (((q >> 3) * NTL + (tk >> 3)) * 32 + (tk & 7) * 4 + pc_) * 16) + ((q >> 2) & 1) * 4;
+        const int d = __dp4a((int)(((v & 0x0f0fu) << 4) << h), *(const int*)(sm + xo), __dp4a((int)((v & 0xf0f0u) << h), *(const int*)(sm + xo + 8), 0)) << R; // 16 * sum
+        const i64 z = (i64)*(const int*)(sm + (inf_b - smb) + ((FLAT ? (seg - seg0) * S : 0) + (q >> 4)) * NT * 8 + tk * 8) * d;
+        const int r = (pl_ >> 2) + (q & 2) * 4; atomicAdd(acc + r, (u32)z & 0xffffu); atomicAdd(acc + 16 + r, (u32)(z >> 16));
+      }
+      __syncwarp();
+      const i64 a0 = (i64)acc[g] + (i64)(int)acc[16 + g] * 65536, a1 = (i64)acc[g + 8] + (i64)(int)acc[24 + g] * 65536;
+      if (FLAT) { if (c == 0) { y0[0] += a0; y1[0] += a1; } }
+      else
+#pragma unroll
+        for (int j = 0; j < NY; j++) if (tk == (j >> 1) * 8 + c * 2 + (j & 1)) { y0[j] += a0; y1[j] += a1; }
+      __syncwarp();
+    }
+  }
+  if (MODE == FUSED) {
+    // ---- far symbols, very rare: {lane | weight << 5, delta of the whole symbol}; weight index = quad * 4 + i
+#pragma unroll 1
+    for (u32 f = f0; f < f1; f++) {
+      const int2 e = M.far[f]; const int fl = e.x & 31, w = e.x >> 5, q = w >> 2, fc = fl & 3, fg = fl >> 2;
+      const int col = (q >> 3) * 64 + ((q >> 2) & 1) * 32 + fc * 8 + (w & 7);
+#pragma unroll
+      for (int j = 0; j < NY; j++) {
+        const int tk = FLAT ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
+        if (fg == g && (!FLAT || c == 0)) {
+          const i64 z = (i64)info[(size_t)tk * (M.k / 128) + (col >> 7)].x * (16ll * e.y * xq[(size_t)tk * M.k + col]);
+          if (q & 2) y1[j] += z; else y0[j] += z; }
+      }
+    }
+  }
   // ---- main loop
   const u32 mask = M.mask, lb = lane * 4 & M.lane_mask; // table at the start of sm
-  const int g = lane >> 2, c = lane & 3;
   const u32 ring_end = ring + GR * GB;
   int wslot = 0; u32 wpar = 0;
   auto arrived = [&]() { bar_wait(bars + wslot * 8, wpar); if (++wslot == GR) { wslot = 0; wpar ^= 1; } };
@@ -130,8 +181,6 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   int got = 2;
   struct Stream { u32 lo, hi, nx, pos, sa; } st[2];                         // rows g and g+8; nx keeps the load off the chain
   for (int i = 0; i < 2; i++) { const u32 a = ring + i * 128 + lane * 4; st[i] = {ldsv(a), ldsv(a + 256), ldsv(a + 512), 0, a + 768}; }
-  constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
-  i64 y0[NY] = {}, y1[NY] = {};                                             // rows g and g+8; batch 1: valid where c = 0
   const u8* pl = M.planes + ((size_t)t * S) * 256 * R + lane * 8 * R;
   uint4 pw = {0, 0, 0, 0};
   if (R == 1) { uint2 v = *(const uint2*)pl; pw.x = v.x; pw.y = v.y; } if (R == 2) pw = *(const uint4*)pl;
@@ -212,50 +261,13 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
       }
     }
   }
-  // ---- patches {nibbles, lane << 9 | quad}, spread over the lanes; sums meet in shared memory, 16 + 32 bits each, exactly
-  const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
   if (MODE == STORE4) {
     __syncwarp();
 #pragma unroll 1
     for (int i = lane; i < npatch; i += 32) { const u32 v = M.patches[p0 + i], q = (v >> 16) & 511; // same nibble order as a table entry
       *(uint16_t*)((u8*)(out4 + ((size_t)t * S * 2 + (q >> 3)) * 32 + (v >> 25)) + (q & 7) * 2) = (uint16_t)v; }
-  } else {
-    u32* acc = (u32*)(sm + (bars - smb) + 64);
-#pragma unroll 1
-    for (int tk = 0; tk < NT; tk++) {
-      acc[lane] = 0; __syncwarp();
-#pragma unroll 1
-      for (int i = lane; i < npatch; i += 32) {
-        const u32 v = __ldg(M.patches + p0 + i) ^ 0x0808u, q = (v >> 16) & 511, pl_ = v >> 25, pc_ = pl_ & 3, h = (q & 1) * 16; // to two's complement
-        const u32 xo = (xs_b - smb) + (FLAT ? (seg - seg0) * M.tc + ((q >> 3) * 4 + pc_) * 16 : (((q >> 3) * NTL + (tk >> 3)) * 32 + (tk & 7) * 4 + pc_) * 16) + ((q >> 2) & 1) * 4;
-        const int d = __dp4a((int)(((v & 0x0f0fu) << 4) << h), *(const int*)(sm + xo), __dp4a((int)((v & 0xf0f0u) << h), *(const int*)(sm + xo + 8), 0)) << R; // 16 * sum
-        const i64 z = (i64)*(const int*)(sm + (inf_b - smb) + ((FLAT ? (seg - seg0) * S : 0) + (q >> 4)) * NT * 8 + tk * 8) * d;
-        const int r = (pl_ >> 2) + (q & 2) * 4; atomicAdd(acc + r, (u32)z & 0xffffu); atomicAdd(acc + 16 + r, (u32)(z >> 16));
-      }
-      __syncwarp();
-      const i64 a0 = (i64)acc[g] + (i64)(int)acc[16 + g] * 65536, a1 = (i64)acc[g + 8] + (i64)(int)acc[24 + g] * 65536;
-      if (FLAT) { if (c == 0) { y0[0] += a0; y1[0] += a1; } }
-      else
-#pragma unroll
-        for (int j = 0; j < NY; j++) if (tk == (j >> 1) * 8 + c * 2 + (j & 1)) { y0[j] += a0; y1[j] += a1; }
-      __syncwarp();
-    }
   }
   if (MODE == FUSED) {
-    // ---- far symbols, very rare: {lane | weight << 5, delta of the whole symbol}; weight index = quad * 4 + i
-    const u32 f0 = M.far_off[t], f1 = M.far_off[t + 1];
-#pragma unroll 1
-    for (u32 f = f0; f < f1; f++) {
-      const int2 e = M.far[f]; const int fl = e.x & 31, w = e.x >> 5, q = w >> 2, fc = fl & 3, fg = fl >> 2;
-      const int col = (q >> 3) * 64 + ((q >> 2) & 1) * 32 + fc * 8 + (w & 7);
-#pragma unroll
-      for (int j = 0; j < NY; j++) {
-        const int tk = FLAT ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
-        if (fg == g && (!FLAT || c == 0)) {
-          const i64 z = (i64)info[(size_t)tk * (M.k / 128) + (col >> 7)].x * (16ll * e.y * xq[(size_t)tk * M.k + col]);
-          if (q & 2) y1[j] += z; else y0[j] += z; }
-      }
-    }
     if (FLAT) {
       if (c == 0) { i64* p = part + (size_t)seg * M.n + rt * 16 + g; p[0] = y0[0]; p[8] = y1[0]; }
     } else {
@@ -268,22 +280,32 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
 }
 
 // Plain 4-bit GEMV over the same fragment layout: [tile][64 columns][lane] uint4. Also: the reader of the decoded form.
+// U loads of 16 bytes per lane in flight while the previous U are multiplied; the first ones start before the wait for the kernel before.
 template <int NT, int U>
-__global__ void __launch_bounds__(256) plain4(const uint4* __restrict__ w4, Act A, i64* __restrict__ part, int row_tiles, int segs, int tc, int n, int k) {
+__global__ void __launch_bounds__(128) plain4(const uint4* __restrict__ w4, Act A, i64* __restrict__ part, int row_tiles, int segs, int tc, int n, int k) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
-  const int tile = blockIdx.x * 8 + warp; if (tile >= row_tiles * segs) return;
+  const int tile = blockIdx.x * 4 + warp; if (tile >= row_tiles * segs) return;
   const int seg = tile / row_tiles, rt = tile % row_tiles;
-  constexpr int NTL = (NT + 7) / 8;
+  constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
   const uint4* p = w4 + (size_t)tile * (tc / 64) * 32 + lane;
   const uint4* xf = A.frag + (size_t)seg * tc / 64 * (NT == 1 ? 4 : 32 * NTL) + (NT == 1 ? c : lane);
   const int2* info = A.info + (size_t)seg * (tc / 128);
-  i64 y0[NTL * (NT == 1 ? 1 : 2)] = {}, y1[NTL * (NT == 1 ? 1 : 2)] = {};
+  i64 y0[NY] = {}, y1[NY] = {};
+  uint4 nx[U];
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < U; i++) nx[i] = __ldcs(p + i * 32);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll 1
   for (int b = 0; b < tc / 64; b += U) {
     uint4 v[U];
 #pragma unroll
-    for (int i = 0; i < U; i++) v[i] = __ldcs(p + i * 32);
+    for (int i = 0; i < U; i++) v[i] = nx[i];
     p += U * 32;
+    if (b + U < tc / 64) {
+#pragma unroll
+      for (int i = 0; i < U; i++) nx[i] = __ldcs(p + i * 32);
+    }
 #pragma unroll
     for (int s = 0; s < U / 2; s++) {
       int al[NTL][4] = {}, ah[NTL][4] = {};
@@ -300,7 +322,7 @@ __global__ void __launch_bounds__(256) plain4(const uint4* __restrict__ w4, Act 
       if (NT == 1) { const int2 f = __ldg(info + ss); y0[0] += (i64)f.x * (al[0][0] * 16 + ah[0][0] - f.y); y1[0] += (i64)f.x * (al[0][2] * 16 + ah[0][2] - f.y); }
       else
 #pragma unroll
-        for (int j = 0; j < NTL * 2; j++) {
+        for (int j = 0; j < NY; j++) {
           const int2 f = __ldg(info + (size_t)((j >> 1) * 8 + c * 2 + (j & 1)) * (k / 128) + ss);
           y0[j] += (i64)f.x * (al[j >> 1][j & 1] * 16 + ah[j >> 1][j & 1] - f.y); y1[j] += (i64)f.x * (al[j >> 1][2 + (j & 1)] * 16 + ah[j >> 1][2 + (j & 1)] - f.y);
         }
@@ -309,7 +331,7 @@ __global__ void __launch_bounds__(256) plain4(const uint4* __restrict__ w4, Act 
   if (NT == 1) { if (c == 0) { i64* o = part + (size_t)seg * n + rt * 16 + g; o[0] = y0[0]; o[8] = y1[0]; } }
   else
 #pragma unroll
-    for (int j = 0; j < NTL * 2; j++) { i64* o = part + ((size_t)((j >> 1) * 8 + c * 2 + (j & 1)) * segs + seg) * n + rt * 16 + g; o[0] = y0[j]; o[8] = y1[j]; }
+    for (int j = 0; j < NY; j++) { i64* o = part + ((size_t)((j >> 1) * 8 + c * 2 + (j & 1)) * segs + seg) * n + rt * 16 + g; o[0] = y0[j]; o[8] = y1[j]; }
 }
 __global__ void read_only(const uint4* __restrict__ p, size_t n, u32* o) {
   u32 s = 0; size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, st = (size_t)gridDim.x * blockDim.x;
@@ -364,6 +386,9 @@ static Book make_book(const std::vector<double>& cnt, int W) {
     for (u32 h = 0; h < (1u << (W - l)); h++) best.lut[r | (h << l)] = (sym << 16) | (u32)l; }
   return best; }
 
+// programmatic: the next launch of the stream may begin (up to its griddepcontrol.wait) while this one drains
+template <class... P, class... A2> static void launch(bool programmatic, void (*k)(P...), int grid, int block, size_t sm, A2... a) {
+  cudaLaunchConfig_t c = {}; c.gridDim = dim3(grid); c.blockDim = dim3(block); c.dynamicSmemBytes = sm; cudaLaunchAttribute at; at.id = cudaLaunchAttributeProgrammaticStreamSerialization; at.val.programmaticStreamSerializationAllowed = 1; c.attrs = &at; c.numAttrs = programmatic; CK(cudaLaunchKernelEx(&c, k, P(a)...)); }
 struct Dev { Mat m; size_t bytes; double bpw, code_bpw; int tiles; u8* blob = nullptr; size_t words_bytes; std::vector<void*> allocs; cudaTextureObject_t tex = 0; };
 struct Data { int tc; int U; double H; std::vector<int16_t> q; double Hemp; };   // unique tiles: [U][16][tc]
 static Data make_data(double H, int tc, int U) {
@@ -438,7 +463,7 @@ static std::vector<i64> reference(const Data& D, const Acts& A, int N, int K) { 
   parallel(rtl, [&](int rt) { for (int tk = 0; tk < A.NT; tk++) for (int r = 0; r < 16; r++) { i64 a = 0; for (int sg = 0; sg < segs; sg++) { int t = sg * rtl + rt; const int16_t* q = &D.q[((size_t)(t % D.U) * 16 + r) * D.tc]; for (int s = 0; s < D.tc / 128; s++) { i64 is = 0; const int8_t* x = &A.q[(size_t)tk * K + sg * D.tc + s * 128]; for (int i = 0; i < 128; i++) is += (int)q[s * 128 + i] * x[i]; a += is * A.info[(size_t)tk * (K / 128) + (sg * D.tc) / 128 + s].x; } } y[(size_t)tk * N + rt * 16 + r] = 16 * a; } });
   return y; }
 
-static int fails = 0;
+static int fails = 0; static bool tex_too = false;
 static float median_ms(const std::function<void(int)>& f, int reps = 15, int inner = 6) { cudaEvent_t a, b; CK(cudaEventCreate(&a)); CK(cudaEventCreate(&b)); for (int i = 0; i < 3; i++) f(i); CK(cudaDeviceSynchronize()); std::vector<float> ts; for (int r = 0; r < reps; r++) { CK(cudaEventRecord(a)); for (int i = 0; i < inner; i++) f(r * inner + i); CK(cudaEventRecord(b)); CK(cudaEventSynchronize(b)); float ms; CK(cudaEventElapsedTime(&ms, a, b)); ts.push_back(ms / inner); } CK(cudaGetLastError()); CK(cudaEventDestroy(a)); CK(cudaEventDestroy(b)); std::sort(ts.begin(), ts.end()); return ts[reps / 2]; }
 static void row(const char* name, int N, int K, double ms, double bytes, const std::string& note) { printf("%-34s %5dx%-5d %8.4f ms %6.2f Tw/s %5.2f TB/s  %s\n", name, N, K, ms, (double)N * K / ms / 1e9, bytes / ms / 1e9, note.c_str()); fflush(stdout); }
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
@@ -449,31 +474,31 @@ template <int R, int NT, int TX = 0> static void time_fused(const char* tag, con
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
   i64* part; size_t pn = (size_t)NT * m.segs * m.n; CK(cudaMalloc(&part, pn * 8)); CK(cudaMemset(part, 0xAB, pn * 8));
-  int copies = (int)st[0]; auto go = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); x.planes += (size_t)st[2] * (i % copies); kf<<<grid, wpb * 32, sm>>>(x, A.d, part, nullptr, d.tex); };
+  int copies = (int)st[0]; bool pdl = false; auto go = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); x.planes += (size_t)st[2] * (i % copies); launch(pdl, kf, grid, wpb * 32, sm, x, A.d, part, (uint4*)nullptr, d.tex); };
   go(0); cudaError_t e = cudaDeviceSynchronize(); if (e != cudaSuccess) { printf("%s failed: %s\n", nm, cudaGetErrorString(e)); exit(1); }
-  std::string ok = check(ref, part, NT, m.segs, m.n); float ms = median_ms(go); char b[160]; snprintf(b, 160, "%s  %.4f b/w all (H %+.2f%%) grid %d smem %zuK", ok.c_str(), d.bpw, (d.bpw / st[6] - 1) * 100, grid, sm >> 10); row(nm, m.n, m.k, ms, d.bytes, b); CK(cudaFree(part));
+  std::string ok = check(ref, part, NT, m.segs, m.n); float ms = median_ms(go); char b[160]; snprintf(b, 160, "%s  %.4f b/w all (H %+.2f%%) grid %d smem %zuK", ok.c_str(), d.bpw, (d.bpw / st[6] - 1) * 100, grid, sm >> 10); row(nm, m.n, m.k, ms, d.bytes, b); pdl = true; CK(cudaMemset(part, 0xAB, pn * 8)); ms = median_ms(go); snprintf(nm + strlen(nm), 8, " pdl"); row(nm, m.n, m.k, ms, d.bytes, check(ref, part, NT, m.segs, m.n)); pdl = false; CK(cudaFree(part));
   if (bulk && R == 0) { auto kb = quad<R, 1, STORE4>; size_t sb = m.table_bytes + rings; CK(cudaFuncSetAttribute(kb, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sb)); uint4* o; size_t on = (size_t)m.n * m.k / 2; CK(cudaMalloc(&o, on)); CK(cudaMemset(o, 0xAB, on)); i64* p2; CK(cudaMalloc(&p2, (size_t)m.segs * m.n * 8)); CK(cudaMemset(p2, 0xAB, (size_t)m.segs * m.n * 8));
-    auto gb = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); kb<<<grid, wpb * 32, sb>>>(x, A.d, nullptr, o, d.tex); }; gb(0); CK(cudaDeviceSynchronize());
+    auto gb = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); launch(pdl, kb, grid, wpb * 32, sb, x, A.d, (i64*)nullptr, o, d.tex); }; gb(0); CK(cudaDeviceSynchronize());
     float mb = median_ms(gb); // checked through the plain kernel, far symbols excepted (they exist in the fused check)
     snprintf(nm, 96, "%s bulk decode to 4 bits", tag); std::string okb = "unchecked (tokens > 1)";
-    if (NT == 1) { plain4<1, 8><<<(m.row_tiles * m.segs + 7) / 8, 256>>>(o, A.d, p2, m.row_tiles, m.segs, m.tc, m.n, m.k); CK(cudaDeviceSynchronize()); std::vector<i64> p((size_t)m.segs * m.n); CK(cudaMemcpy(p.data(), p2, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int i = 0; i < m.n; i++) { i64 s = 0; for (int g2 = 0; g2 < m.segs; g2++) s += p[(size_t)g2 * m.n + i]; bad += s != ref[i]; } okb = std::to_string(bad) + " rows differ (rows with far symbols: <= " + std::to_string((long)st[5]) + ")"; if (bad > (size_t)st[5]) { fails++; okb = "WRONG " + okb; } }
+    if (NT == 1) { plain4<1, 4><<<(m.row_tiles * m.segs + 3) / 4, 128>>>(o, A.d, p2, m.row_tiles, m.segs, m.tc, m.n, m.k); CK(cudaDeviceSynchronize()); std::vector<i64> p((size_t)m.segs * m.n); CK(cudaMemcpy(p.data(), p2, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int i = 0; i < m.n; i++) { i64 s = 0; for (int g2 = 0; g2 < m.segs; g2++) s += p[(size_t)g2 * m.n + i]; bad += s != ref[i]; } okb = std::to_string(bad) + " rows differ (rows with far symbols: <= " + std::to_string((long)st[5]) + ")"; if (bad > (size_t)st[5]) { fails++; okb = "WRONG " + okb; } }
     row(nm, m.n, m.k, mb, d.bytes + on, okb); CK(cudaFree(o)); CK(cudaFree(p2)); } }
 
-template <int NT> static void time_plain(int N, int K, int tc) { // random nibbles, checked against a host sum on 64 rows
+template <int NT, int U = 4> static void time_plain(int N, int K, int tc, bool extra = false) { // random nibbles, checked against a host sum on 64 rows
   Acts A = make_acts(NT, K, 77); size_t nb = (size_t)N * K / 2; int copies = (int)(400e6 / nb) + 1; uint4* w; CK(cudaMalloc(&w, nb * copies)); std::vector<u64> h(nb / 8); parallel(16, [&](int t) { Rng r(5 + t); for (size_t i = t; i < h.size(); i += 16) h[i] = r.next(); }); for (int i = 0; i < copies; i++) CK(cudaMemcpy((u8*)w + nb * i, h.data(), nb, cudaMemcpyHostToDevice));
   int rtl = N / 16, segs = K / tc; i64* part; CK(cudaMalloc(&part, (size_t)NT * segs * N * 8)); CK(cudaMemset(part, 0xAB, (size_t)NT * segs * N * 8));
-  auto go = [&](int i) { plain4<NT, 8><<<(rtl * segs + 7) / 8, 256>>>(w + nb / 16 * (i % copies), A.d, part, rtl, segs, tc, N, K); };
+  bool pdl = false; auto go = [&](int i) { launch(pdl, plain4<NT, U>, (rtl * segs + 3) / 4, 128, 0, w + nb / 16 * (i % copies), A.d, part, rtl, segs, tc, N, K); };
   go(0); CK(cudaDeviceSynchronize()); std::vector<i64> ref((size_t)NT * N);
   parallel(rtl, [&](int rt) { for (int tk = 0; tk < NT; tk++) for (int r = 0; r < 16; r++) { i64 a = 0; for (int sg = 0; sg < segs; sg++) { const u32* p = (const u32*)h.data() + (size_t)(sg * rtl + rt) * (tc / 64) * 128; for (int b = 0; b < tc / 64; b++) { int is = 0; for (int kb = 0; kb < 2; kb++) for (int c = 0; c < 4; c++) { u32 v = p[(b * 32 + (r & 7) * 4 + c) * 4 + (r >> 3) + 2 * kb]; for (int k = 0; k < 8; k++) { int nib = v >> (4 * k) & 15; int s = k & 1 ? (nib ^ 8) - 8 : nib - 8; is += s * A.q[(size_t)tk * K + sg * tc + b * 64 + kb * 32 + c * 8 + k]; } } a += (i64)is * A.info[(size_t)tk * (K / 128) + (sg * tc + b * 64) / 128].x; } } ref[(size_t)tk * N + rt * 16 + r] = 16 * a; } });
-  std::string ok = check(ref, part, NT, segs, N); char nm[64]; snprintf(nm, 64, "plain 4-bit mma NT%d tc%d", NT, tc); row(nm, N, K, median_ms(go), nb, ok);
+  std::string ok = check(ref, part, NT, segs, N); char nm[64]; snprintf(nm, 64, "plain 4-bit mma NT%d tc%d U%d", NT, tc, U); row(nm, N, K, median_ms(go), nb, ok); pdl = true; CK(cudaMemset(part, 0xAB, (size_t)NT * segs * N * 8)); double mp = median_ms(go); strcat(nm, " pdl"); row(nm, N, K, mp, nb, check(ref, part, NT, segs, N)); if (extra) {
   if (NT == 1) { u32* o; CK(cudaMalloc(&o, 4)); row("read 4-bit bytes only", N, K, median_ms([&](int i) { read_only<<<132 * 8, 512>>>(w + nb / 16 * (i % copies), nb / 16, o); }), nb, ""); CK(cudaFree(o));
-    std::vector<float> sc(K / 128, 0.01f); float *ds, *y; CK(cudaMalloc(&ds, sc.size() * 4)); CK(cudaMemcpy(ds, sc.data(), sc.size() * 4, cudaMemcpyHostToDevice)); CK(cudaMalloc(&y, N * 4)); row("plain 4-bit dp4a (prototype)", N, K, median_ms([&](int i) { gemv4_dp4a<<<132 * 8, 128>>>(w + nb / 16 * (i % copies), A.d.q, ds, y, N / 32 * (K / 512), K / 512); }), nb, "yardstick"); CK(cudaFree(ds)); CK(cudaFree(y)); }
+    std::vector<float> sc(K / 128, 0.01f); float *ds, *y; CK(cudaMalloc(&ds, sc.size() * 4)); CK(cudaMemcpy(ds, sc.data(), sc.size() * 4, cudaMemcpyHostToDevice)); CK(cudaMalloc(&y, N * 4)); row("plain 4-bit dp4a (prototype)", N, K, median_ms([&](int i) { gemv4_dp4a<<<132 * 8, 128>>>(w + nb / 16 * (i % copies), A.d.q, ds, y, N / 32 * (K / 512), K / 512); }), nb, "yardstick"); CK(cudaFree(ds)); CK(cudaFree(y)); } }
   CK(cudaFree(w)); CK(cudaFree(part)); release(A); }
 
 template <int R> static void run(double H, int N, int K, int tc, int W, int LR, int U, std::vector<int> wpbs, bool bulk, bool multi, const Data& D) {
   double st[8]; Dev d = encode_matrix(D, N, K, R, W, LR, st); st[6] = D.Hemp; char tag[64]; snprintf(tag, 64, "quad H%.2f r%d W%d x%d", H, R, W, 1 << LR);
   printf("# %s tc%d: entropy of the sample %.4f, code %.4f b/w, %d quads, patches %.3f%% of quads, far %d, copies %d\n", tag, tc, D.Hemp, d.code_bpw, (int)st[4], st[3] * 100, (int)st[5], (int)st[0]);
-  { Acts A = make_acts(1, K, 3 + W); auto ref = reference(D, A, N, K); for (int w : wpbs) time_fused<R, 1>(tag, d, st, A, ref, w, bulk && w == wpbs[0]); if (R == 0 && LR == 0 && bulk) { time_fused<R, 1, 1>(tag, d, st, A, ref, wpbs[0], false); time_fused<R, 1, 2>(tag, d, st, A, ref, wpbs[0], false); time_fused<R, 1, 4>(tag, d, st, A, ref, wpbs[0], false); } release(A); }
+  { Acts A = make_acts(1, K, 3 + W); auto ref = reference(D, A, N, K); for (int w : wpbs) time_fused<R, 1>(tag, d, st, A, ref, w, bulk && w == wpbs[0]); if (R == 0 && W <= 13 && bulk && tex_too) time_fused<R, 1, 1>(tag, d, st, A, ref, wpbs[0], false); release(A); }
   if (multi) { { Acts A = make_acts(8, K, 4 + W); auto ref = reference(D, A, N, K); time_fused<R, 8>(tag, d, st, A, ref, wpbs[0], false); release(A); } { Acts A = make_acts(16, K, 5 + W); auto ref = reference(D, A, N, K); time_fused<R, 16>(tag, d, st, A, ref, std::min(wpbs[0], 24), false); release(A); } }
   release(d); }
 
@@ -482,12 +507,13 @@ int main(int argc, char** argv) {
   if (what == "encode") { for (double H : {2.25, 3.0, 3.7}) for (int W : {12, 13, 14}) { int R = H > 3.5 ? 2 : H > 2.6; Data D = make_data(H, 4096, 8); std::vector<double> cnt(65536); for (size_t i = 0; i < D.q.size(); i += 4) { u32 key = 0; for (int k = 0; k < 4; k++) key |= (u32)(std::max(-8, std::min(7, D.q[i + k] >> R)) + 8) << (4 * k); cnt[key]++; } Book B = make_book(cnt, W); size_t words = 0; u64 bits = 0; for (int u = 0; u < D.U; u++) { Tile T = encode_tile(&D.q[(size_t)u * 16 * 4096], 4096, R, B, 2); words += T.words.size() + T.patches.size(); bits += T.bits; } double w = D.q.size(); printf("H %.2f emp %.4f R %d W %d: code %.4f stream %.4f words %.4f +hdr %.4f (%+.2f%%) N %d esc %.4f\n", H, D.Hemp, R, W, B.bits / 4 + R, bits / w + R, words * 32 / w + R, words * 32 / w + R + 60 * 8 / 65536., ((words * 32 / w + R + 60 * 8 / 65536.) / D.Hemp - 1) * 100, B.N, B.pesc); } return 0; }
   cudaDeviceProp pr; CK(cudaGetDeviceProperties(&pr, 0)); printf("# %s, %d multiprocessors, %zu KB shared memory per block\n", pr.name, pr.multiProcessorCount, pr.sharedMemPerBlockOptin >> 10);
   int U = getenv("UNIQ") ? atoi(getenv("UNIQ")) : 251;
-  if (what == "smoke") { Data D = make_data(2.25, 1024, 61); run<0>(2.25, 1024, 4096, 1024, 13, 0, 61, {28, 16}, true, true, D); Data E = make_data(3.0, 1024, 61); run<1>(3.0, 1024, 4096, 1024, 13, 0, 61, {28}, false, false, E); run<2>(3.7, 1024, 4096, 1024, 12, 2, 61, {28}, false, false, make_data(3.7, 1024, 61)); time_plain<1>(1024, 4096, 1024); printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0; }
+  if (what == "smoke") { Data D = make_data(2.25, 1024, 61); run<0>(2.25, 1024, 4096, 1024, 13, 0, 61, {28, 16}, true, true, D); Data E = make_data(3.0, 1024, 61); run<1>(3.0, 1024, 4096, 1024, 13, 0, 61, {28}, false, false, E); run<2>(3.7, 1024, 4096, 1024, 12, 2, 61, {28}, false, false, make_data(3.7, 1024, 61)); time_plain<1>(1024, 4096, 1024, true); printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0; }
   if (what == "one") { Data D = make_data(2.25, 4096, U); run<0>(2.25, 28672, 8192, 4096, atoi(argv[2]), atoi(argv[3]), U, {atoi(argv[4])}, false, false, D); return 0; }
-  if (what == "all") { time_plain<1>(28672, 8192, 2048); time_plain<1>(8192, 28672, 2048); time_plain<1>(14336, 4096, 1024); time_plain<8>(28672, 8192, 2048); time_plain<16>(28672, 8192, 2048); }
+  for (int tc : {1024, 2048, 4096}) { time_plain<1, 4>(28672, 8192, tc, tc == 1024); time_plain<1, 8>(28672, 8192, tc); }
+  for (int tc : {1024, 2048}) { time_plain<1, 4>(8192, 28672, tc, tc == 1024); time_plain<1, 4>(14336, 4096, tc / 2, tc == 1024); time_plain<1, 8>(14336, 4096, tc / 2); }
+  if (what == "all") { time_plain<8>(28672, 8192, 2048); time_plain<16>(28672, 8192, 2048); }
   { Data D = make_data(2.25, 4096, U);
-    for (int W : {14, 13, 12}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28, 14}, true, W == 13, D);
-    run<0>(2.25, 28672, 8192, 4096, 12, 2, U, {28}, false, false, D);
+    tex_too = true; for (int W : {14, 13, 12}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28}, true, W == 13, D); tex_too = false;
     run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
   { Data D = make_data(2.25, 1024, U); run<0>(2.25, 14336, 4096, 1024, 14, 0, U, {28}, true, false, D); run<0>(2.25, 14336, 4096, 1024, 13, 0, U, {28}, true, false, D); }
   if (what == "all") { { Data D = make_data(3.0, 4096, U); run<1>(3.0, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); run<1>(3.0, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); }
