@@ -42,7 +42,10 @@ typedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t 
 struct Head { u32 off32; u32 meta; };              // rows after the first GR groups, in units of 32 bytes; whole rows (multiple of 4) | number of patches << 16
 struct Mat {
   const u8* words; const Head* head; const u64* lens; const u32* sched; const u32* far_off; const int2* far; const u32* patch_off; const u32* patches; const u8* planes;
-  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, sched_words;
+  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, one;
+#ifdef CLOCKS
+  long long* clk;
+#endif
 };
 struct Act { const uint4* frag; const int8_t* q; const int2* info; }; // frag: B fragments; q: [token][K]; info: [token][K/128] {m, 128*sum of even columns}
 constexpr int GROWS = 4, GB = GROWS * 256;          // rows (of 64 words) and bytes of a ring group
@@ -68,6 +71,9 @@ enum Mode { FUSED = 0, STORE4 = 1 };
 // TX: how many of the 8 lookups of a block go through the texture unit (a second path to the same data, to relieve shared memory).
 template <int R, int NT, int MODE, int TX = 0>
 __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ part, uint4* __restrict__ out4, cudaTextureObject_t tex) {
+#ifdef CLOCKS
+  long long c0 = clock64();
+#endif
   extern __shared__ __align__(1024) u8 sm[];
   const u32 smb = (u32)__cvta_generic_to_shared(sm);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, wpb = blockDim.x >> 5, S = M.tc / 128; // shfl: the compiler then knows it uniform
@@ -78,7 +84,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const bool live = FLAT ? t < M.row_tiles * M.segs : rt < M.row_tiles;
   const int seg0 = FLAT ? blockIdx.x * wpb / M.row_tiles : seg, nseg = FLAT ? min(2, M.segs - seg0) : 1; // a flat block spans at most two segments
   const u32 xs_b = smb + M.table_bytes;                                    // B fragments of the block's segments, then {m, 128*S}
-  const u32 xbytes = MODE == FUSED ? (u32)M.tc * NT : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
+  const u32 xbytes = MODE == FUSED ? (u32)M.tc * (FLAT ? 2 : NT) : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
   const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
   const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 192, ring = inf_b + ((infbytes + 127) & ~127u) + wpb * 192 + warp * RINGB;
   // ---- prologue: the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
@@ -114,7 +120,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) cp16(smb + i, (const u8*)M.table + i);
   asm volatile("griddepcontrol.wait;" ::: "memory");                         // weights above do not depend on the kernel before; activations do
   if (MODE == FUSED) {
-    const u8* fr = (const u8*)A.frag + (size_t)seg0 * M.tc * NT;
+    const u8* fr = (const u8*)A.frag + (size_t)seg0 * xbytes;
     for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
     for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); int2 v = A.info[(size_t)tk * (M.k / 128) + seg0 * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
   }
@@ -129,6 +135,9 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
     }
   }
   wait_group<0>(); __syncthreads();
+#ifdef CLOCKS
+  long long cs = clock64();
+#endif
   if (!live) return;
   const int g = lane >> 2, c = lane & 3;
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
@@ -143,7 +152,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
 #pragma unroll 1
       for (int i = lane, k = 0; i < npatch; i += 32, k++) {
         const u32 v = (k == 0 ? pat[0] : k == 1 ? pat[1] : k == 2 ? pat[2] : __ldg(M.patches + p0 + i)) ^ 0x0808u, q = (v >> 16) & 511, pl_ = v >> 25, pc_ = pl_ & 3, h = (q & 1) * 16; // to two's complement
-        const u32 xo = (xs_b - smb) + (FLAT ? (seg - seg0) * M.tc + ((q >> 3) * 4 + pc_) * 16 : (((q >> 3) * NTL + (tk >> 3)) * 32 + (tk & 7) * 4 + pc_) * 16) + ((q >> 2) & 1) * 4;
+        const u32 xo = (xs_b - smb) + (FLAT ? (seg - seg0) * M.tc * 2 + ((q >> 3) * 8 + pc_) * 16 : (((q >> 3) * NTL + (tk >> 3)) * 32 + (tk & 7) * 4 + pc_) * 16) + ((q >> 2) & 1) * 4;
         const int d = __dp4a((int)(((v & 0x0f0fu) << 4) << h), *(const int*)(sm + xo), __dp4a((int)((v & 0xf0f0u) << h), *(const int*)(sm + xo + 8), 0)) << R; // 16 * sum
         const i64 z = (i64)*(const int*)(sm + (inf_b - smb) + ((FLAT ? (seg - seg0) * S : 0) + (q >> 4)) * NT * 8 + tk * 8) * d;
         const int r = (pl_ >> 2) + (q & 2) * 4; atomicAdd(acc + r, (u32)z & 0xffffu); atomicAdd(acc + 16 + r, (u32)(z >> 16));
@@ -172,6 +181,9 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
       }
     }
   }
+#ifdef CLOCKS
+  long long c1 = clock64();
+#endif
   // ---- main loop
   const u32 mask = M.mask, lb = lane * 4 & M.lane_mask; // table at the start of sm
   const u32 ring_end = ring + GR * GB;
@@ -185,9 +197,10 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   uint4 pw = {0, 0, 0, 0};
   if (R == 1) { uint2 v = *(const uint2*)pl; pw.x = v.x; pw.y = v.y; } if (R == 2) pw = *(const uint4*)pl;
   uint4* o4 = MODE == STORE4 ? out4 + ((size_t)t * S * 2) * 32 + lane : nullptr;
-  const u32 xw = xs_b + (FLAT ? (seg - seg0) * M.tc + c * 16 : lane * 16), iw = inf_b + (FLAT ? (seg - seg0) * S * 8 : c * 16);
+  const u32 xw = xs_b + (FLAT ? (seg - seg0) * M.tc * 2 + (lane & 7) * 16 : lane * 16), iw = inf_b + (FLAT ? (seg - seg0) * S * 8 : c * 16);
+  const u32 one = M.one;                                                    // 1, unknown to the compiler: moves and adds as multiply-adds, off the integer pipe
   auto refill = [&](Stream& q, u32 np) { // predicated in PTX: the compiler would load into a temporary and move
-    asm volatile("{ .reg .pred p; setp.ne.u32 p,%4,0; @p mov.u32 %0,%1; @p mov.u32 %1,%2; @p ld.shared.u32 %2,[%3]; @p add.u32 %3,%3,256; }" : "+r"(q.lo), "+r"(q.hi), "+r"(q.nx), "+r"(q.sa) : "r"((np ^ q.pos) & 32));
+    asm volatile("{ .reg .pred p; setp.ne.u32 p,%4,0; @p mad.lo.u32 %0,%1,%5,0; @p mad.lo.u32 %1,%2,%5,0; @p ld.shared.u32 %2,[%3]; @p mad.lo.u32 %3,%5,256,%3; }" : "+r"(q.lo), "+r"(q.hi), "+r"(q.nx), "+r"(q.sa) : "r"((np ^ q.pos) & 32), "r"(one));
     q.pos = np; };
   auto top_up = [&]() {                                                     // schedule: bit 0 ask for a group, bit 1 one more must have arrived
     if (sched & 2) { if (got < nbulk) arrived(); else wait_group<0>(); got++; }
@@ -220,8 +233,8 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
 #pragma unroll
         for (int i = 0; i < 2; i++) { refill(st[i], st[i].pos + e0[i] + e1[i]); n[u + i] = __byte_perm(e0[i], e1[i], 0x7632); }
       }
-      if (MODE == FUSED && FLAT) // only column 0 of B matters: lanes 0..3 load, the others keep what they have
-        asm volatile("{ .reg .pred p; setp.lt.u32 p,%4,4; @p ld.shared.v4.u32 {%0,%1,%2,%3},[%5]; }" : "+r"(xr.x), "+r"(xr.y), "+r"(xr.z), "+r"(xr.w) : "r"(lane), "r"(xw + (s * 2 + hb) * 64));
+      if (MODE == FUSED && FLAT) // only columns 0 (lanes 0..3) and 1 (lanes 4..7) of B matter; the other lanes keep what they have
+        asm volatile("{ .reg .pred p; setp.lt.u32 p,%4,8; @p ld.shared.v4.u32 {%0,%1,%2,%3},[%5]; }" : "+r"(xr.x), "+r"(xr.y), "+r"(xr.z), "+r"(xr.w) : "r"(lane), "r"(xw + (s * 2 + hb) * 128));
       if (MODE == STORE4) { *o4 = make_uint4(n[0], n[1], n[2], n[3]); o4 += 32; }
       else {
 #pragma unroll
@@ -229,7 +242,8 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
           const uint4 x = FLAT ? xr : lds128(xw + ((s * 2 + hb) * NTL + j) * 512);
           const u32 L = 0x0f0f0f0f, Hm = 0xf0f0f0f0;
           mma8(al[j], n[0] & L, n[1] & L, n[2] & L, n[3] & L, x.x, x.y);
-          mma8(ah[j], n[0] & Hm, n[1] & Hm, n[2] & Hm, n[3] & Hm, x.z, x.w);
+          // batch 1: whole bytes 16*hi + lo against the high x; column 1 of the first product holds lo against the high x, to be taken off
+          if (FLAT) mma8(ah[j], n[0], n[1], n[2], n[3], x.z, x.w); else mma8(ah[j], n[0] & Hm, n[1] & Hm, n[2] & Hm, n[3] & Hm, x.z, x.w);
           if (R == 1) {
             const u32 p = hb ? pc.y : pc.x, p4 = p >> 4;
             mma8(bl[j], p & 0x01010101, p & 0x02020202, p4 & 0x01010101, p4 & 0x02020202, x.x, x.y);
@@ -245,7 +259,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
     }
     if (MODE == FUSED) {
       auto total = [&](int j, int i, int S128) {                            // i: element of the C fragment; 16 * isum
-        int v = ((al[j][i] * 16 + ah[j][i]) - S128) << R;
+        int v = (al[j][i] * 16 + ah[j][i] - (FLAT ? al[j][i + 1] : 0) - S128) << R;
         if (R == 1) v += i < 2 ? 16 * bl[j][i] + 4 * bh[j][i] : 8 * bl[j][i] + 2 * bh[j][i];
         if (R == 2) v += i < 2 ? 16 * bl[j][i] : 4 * bl[j][i];
         return v;
@@ -267,6 +281,9 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
     for (int i = lane; i < npatch; i += 32) { const u32 v = M.patches[p0 + i], q = (v >> 16) & 511; // same nibble order as a table entry
       *(uint16_t*)((u8*)(out4 + ((size_t)t * S * 2 + (q >> 3)) * 32 + (v >> 25)) + (q & 7) * 2) = (uint16_t)v; }
   }
+#ifdef CLOCKS
+  long long c2 = clock64(); if (lane == 0) { M.clk[t * 4] = c0; M.clk[t * 4 + 1] = cs; M.clk[t * 4 + 2] = c1; M.clk[t * 4 + 3] = c2; }
+#endif
   if (MODE == FUSED) {
     if (FLAT) {
       if (c == 0) { i64* p = part + (size_t)seg * M.n + rt * 16 + g; p[0] = y0[0]; p[8] = y1[0]; }
@@ -288,7 +305,7 @@ __global__ void __launch_bounds__(128) plain4(const uint4* __restrict__ w4, Act 
   const int seg = tile / row_tiles, rt = tile % row_tiles;
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
   const uint4* p = w4 + (size_t)tile * (tc / 64) * 32 + lane;
-  const uint4* xf = A.frag + (size_t)seg * tc / 64 * (NT == 1 ? 4 : 32 * NTL) + (NT == 1 ? c : lane);
+  const uint4* xf = A.frag + (size_t)seg * tc / 64 * (NT == 1 ? 8 : 32 * NTL) + (NT == 1 ? c : lane);
   const int2* info = A.info + (size_t)seg * (tc / 128);
   i64 y0[NY] = {}, y1[NY] = {};
   uint4 nx[U];
@@ -314,7 +331,7 @@ __global__ void __launch_bounds__(128) plain4(const uint4* __restrict__ w4, Act 
 #pragma unroll
         for (int j = 0; j < NTL; j++) {
           const uint4 a = v[s * 2 + hb]; const u32 L = 0x0f0f0f0f, Hm = 0xf0f0f0f0;
-          const uint4 x = __ldg(xf + (size_t)(b + s * 2 + hb) * (NT == 1 ? 4 : 32 * NTL) + j * 32);
+          const uint4 x = __ldg(xf + (size_t)(b + s * 2 + hb) * (NT == 1 ? 8 : 32 * NTL) + j * 32);
           mma8(al[j], a.x & L, a.y & L, a.z & L, a.w & L, x.x, x.y);
           mma8(ah[j], a.x & Hm, a.y & Hm, a.z & Hm, a.w & Hm, x.z, x.w);
         }
@@ -443,7 +460,7 @@ static Dev encode_matrix(const Data& D, int N, int K, int R, int W, int LR, doub
   size_t gap = (dv.words_bytes + 255) / 256 * 256; int copies = std::max<size_t>(2, (size_t)350e6 / (gap + planes.size()) + 1);
   Mat& m = dv.m; u8* wd; CK(cudaMalloc(&wd, gap * copies)); for (int i = 0; i < copies; i++) CK(cudaMemcpy(wd + gap * i, words.data(), dv.words_bytes, cudaMemcpyHostToDevice)); dv.allocs.push_back(wd);
   u8* pd; CK(cudaMalloc(&pd, planes.size() * copies)); if (R) for (int i = 0; i < copies; i++) CK(cudaMemcpy(pd + (planes.size() - 16) * i, planes.data(), planes.size() - 16, cudaMemcpyHostToDevice)); dv.allocs.push_back(pd);
-  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 0};
+  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 1};
   { std::vector<u32> t1((size_t)1 << W); for (size_t i = 0; i < t1.size(); i++) t1[i] = B.lut[i]; cudaResourceDesc rd = {}; rd.resType = cudaResourceTypeLinear; rd.res.linear.devPtr = up(t1.data(), t1.size() * 4); rd.res.linear.desc = cudaCreateChannelDesc<u32>(); rd.res.linear.sizeInBytes = t1.size() * 4; cudaTextureDesc td = {}; td.readMode = cudaReadModeElementType; CK(cudaCreateTextureObject(&dv.tex, &rd, &td, nullptr)); }
   stats[0] = copies; stats[1] = gap; stats[2] = planes.size() - 16; stats[3] = B.pesc; stats[4] = B.N; stats[5] = fo[nt]; return dv; }
 static void release(Dev& d) { CK(cudaDestroyTextureObject(d.tex)); for (void* p : d.allocs) CK(cudaFree(p)); }
@@ -452,8 +469,8 @@ struct Acts { std::vector<int8_t> q; std::vector<int2> info; int NT, K; Act d; s
 static Acts make_acts(int NT, int K, u64 seed) { Acts A; A.NT = NT; A.K = K; A.q.resize((size_t)NT * K); A.info.resize((size_t)NT * K / 128); Rng r(seed); for (auto& v : A.q) v = (int8_t)((int)(r.next() % 255) - 127);
   for (int t = 0; t < NT; t++) for (int s = 0; s < K / 128; s++) { int e = 0; for (int i = 0; i < 128; i += 2) e += A.q[(size_t)t * K + s * 128 + i]; A.info[(size_t)t * (K / 128) + s] = make_int2(1 + r.next() % 4095, 128 * e); }
   // even columns are the low nibbles. fragment of a block of 64: lane (n = token, c): b0,b1 = low nibbles' x of kb 0,1; then high ones
-  int NTL = (NT + 7) / 8; std::vector<u32> fr((size_t)K / 64 * (NT == 1 ? 4 : NTL * 32) * 4);
-  for (int b = 0; b < K / 64; b++) for (int j = 0; j < NTL; j++) for (int l = 0; l < (NT == 1 ? 4 : 32); l++) { int c = l & 3, tk = NT == 1 ? 0 : j * 8 + (l >> 2); for (int w = 0; w < 4; w++) { int hf = w >> 1, kb = w & 1; u32 v = 0; for (int k = 0; k < 4; k++) v |= (u32)(u8)A.q[(size_t)tk * K + b * 64 + kb * 32 + c * 8 + 2 * k + hf] << (8 * k); fr[(((size_t)b * NTL + j) * (NT == 1 ? 4 : 32) + l) * 4 + w] = v; } }
+  int NTL = (NT + 7) / 8, LW = NT == 1 ? 8 : 32; std::vector<u32> fr((size_t)K / 64 * NTL * LW * 4); // batch 1: lanes 4..7 = column 1 = the high words first
+  for (int b = 0; b < K / 64; b++) for (int j = 0; j < NTL; j++) for (int l = 0; l < LW; l++) { int c = l & 3, tk = NT == 1 ? 0 : j * 8 + (l >> 2); for (int w = 0; w < 4; w++) { int hf = NT == 1 && l >= 4 ? 1 : w >> 1, kb = w & 1; u32 v = 0; for (int k = 0; k < 4; k++) v |= (u32)(u8)A.q[(size_t)tk * K + b * 64 + kb * 32 + c * 8 + 2 * k + hf] << (8 * k); fr[(((size_t)b * NTL + j) * LW + l) * 4 + w] = v; } }
   auto up = [&](const void* p, size_t n) { void* d; CK(cudaMalloc(&d, n)); CK(cudaMemcpy(d, p, n, cudaMemcpyHostToDevice)); A.a.push_back(d); return d; };
   A.d = {(uint4*)up(fr.data(), fr.size() * 4), (int8_t*)up(A.q.data(), A.q.size()), (int2*)up(A.info.data(), A.info.size() * 8)}; return A; }
 static void release(Acts& A) { for (void* p : A.a) CK(cudaFree(p)); }
@@ -469,12 +486,15 @@ static void row(const char* name, int N, int K, double ms, double bytes, const s
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
 
 template <int R, int NT, int TX = 0> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
-  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = (size_t)wpb * (192 + RINGB); const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * NT * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
+  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = (size_t)wpb * (192 + RINGB); const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
   snprintf(nm, 96, "%s NT%d wpb%d tx%d", tag, NT, wpb, TX);
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
   i64* part; size_t pn = (size_t)NT * m.segs * m.n; CK(cudaMalloc(&part, pn * 8)); CK(cudaMemset(part, 0xAB, pn * 8));
   int copies = (int)st[0]; bool pdl = false; auto go = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); x.planes += (size_t)st[2] * (i % copies); launch(pdl, kf, grid, wpb * 32, sm, x, A.d, part, (uint4*)nullptr, d.tex); };
+#ifdef CLOCKS
+  CK(cudaMalloc(&m.clk, d.tiles * 32)); go(0); go(1); CK(cudaDeviceSynchronize()); { std::vector<long long> c(d.tiles * 4); CK(cudaMemcpy(c.data(), m.clk, d.tiles * 32, cudaMemcpyDeviceToHost)); double a[8] = {}; int nb = 0; for (int b = 0; b + wpb <= d.tiles; b += wpb) { long long z = 1ll << 62, e0 = 0, e1 = 1ll << 62, s1 = 0, m0 = 1ll << 62, m1 = 0; for (int w = 0; w < wpb; w++) { long long* q = &c[(b + w) * 4]; z = std::min(z, q[0]); s1 = std::max(s1, q[1]); m0 = std::min(m0, q[2]); m1 = std::max(m1, q[2]); e0 = std::max(e0, q[3]); e1 = std::min(e1, q[3]); } a[0] += s1 - z; a[1] += m0 - z; a[2] += m1 - z; a[3] += e1 - z; a[4] += e0 - z; nb++; } printf("clocks from block start: table there %.0f, first warp in main loop %.0f, last %.0f, first warp done %.0f, last %.0f\n", a[0] / nb, a[1] / nb, a[2] / nb, a[3] / nb, a[4] / nb); }
+#endif
   go(0); cudaError_t e = cudaDeviceSynchronize(); if (e != cudaSuccess) { printf("%s failed: %s\n", nm, cudaGetErrorString(e)); exit(1); }
   std::string ok = check(ref, part, NT, m.segs, m.n); float ms = median_ms(go); char b[160]; snprintf(b, 160, "%s  %.4f b/w all (H %+.2f%%) grid %d smem %zuK", ok.c_str(), d.bpw, (d.bpw / st[6] - 1) * 100, grid, sm >> 10); row(nm, m.n, m.k, ms, d.bytes, b); pdl = true; CK(cudaMemset(part, 0xAB, pn * 8)); ms = median_ms(go); snprintf(nm + strlen(nm), 8, " pdl"); row(nm, m.n, m.k, ms, d.bytes, check(ref, part, NT, m.segs, m.n)); pdl = false; CK(cudaFree(part));
   if (bulk && R == 0) { auto kb = quad<R, 1, STORE4>; size_t sb = m.table_bytes + rings; CK(cudaFuncSetAttribute(kb, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sb)); uint4* o; size_t on = (size_t)m.n * m.k / 2; CK(cudaMalloc(&o, on)); CK(cudaMemset(o, 0xAB, on)); i64* p2; CK(cudaMalloc(&p2, (size_t)m.segs * m.n * 8)); CK(cudaMemset(p2, 0xAB, (size_t)m.segs * m.n * 8));
