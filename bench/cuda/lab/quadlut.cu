@@ -58,6 +58,7 @@ __device__ __forceinline__ void mma8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3
 }
 __device__ __forceinline__ void cp16(u32 dst, const void* src) { asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(dst), "l"(src) : "memory"); }
 __device__ __forceinline__ void cp4(u32 dst, const void* src) { asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(dst), "l"(src) : "memory"); }
+__device__ __forceinline__ void cp8(u32 dst, const void* src) { asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(dst), "l"(src) : "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 __device__ __forceinline__ u32 ldsv(u32 a) { u32 v; asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(a) : "memory"); return v; }
@@ -66,13 +67,18 @@ __device__ __forceinline__ uint4 lds128(u32 a) { uint4 v; asm("ld.shared.v4.u32 
 __device__ __forceinline__ void bar_init(u32 b) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(b) : "memory"); }
 __device__ __forceinline__ void bar_wait(u32 b, u32 parity) { asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory"); }
 
+#ifdef CLOCKS
+#define MARK(i) mk[i] = clock64();
+#else
+#define MARK(i)
+#endif
 enum Mode { FUSED = 0, STORE4 = 1 };
 // NT tokens (1 or a multiple of 8). NT = 1: a block is wpb consecutive tiles. NT > 1: wpb tiles of one column segment, whose x sits in shared memory.
 // TX: how many of the 8 lookups of a block go through the texture unit (a second path to the same data, to relieve shared memory).
 template <int R, int NT, int MODE, int TX = 0>
 __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ part, uint4* __restrict__ out4, cudaTextureObject_t tex) {
 #ifdef CLOCKS
-  long long c0 = clock64();
+  long long c0 = clock64(), mk[8] = {};
 #endif
   extern __shared__ __align__(1024) u8 sm[];
   const u32 smb = (u32)__cvta_generic_to_shared(sm);
@@ -87,15 +93,22 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const u32 xbytes = MODE == FUSED ? (u32)M.tc * (FLAT ? 2 : NT) : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
   const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
   const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 192, ring = inf_b + ((infbytes + 127) & ~127u) + wpb * 192 + warp * RINGB;
-  // ---- prologue: the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
-  const u8* src = nullptr; const u8* later = nullptr; const u8* rag = nullptr; int len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = GR, npatch = 0; u32 p0 = 0; u64 sched = 0;
+  // ---- prologue, small and cold things first: behind the ring's megabytes they would wait for them
+  // the table; blocks start at different places of it, lest all ask the same L2 slice at once
+  for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) { const u32 j = (i + blockIdx.x * 1536) & (M.table_bytes - 1); cp16(smb + j, (const u8*)M.table + j); }
+  const int tt = live ? t : 0; const Head h = M.head[tt]; u64 sched = *(const u64*)(M.sched + (size_t)tt * 2); const u32 p0 = M.patch_off[tt], f0 = M.far_off[tt], f1 = M.far_off[tt + 1];
+  const u64 lens_a = M.lens[(size_t)tt * 4 + (lane >> 4)], lens_b = M.lens[(size_t)tt * 4 + 2 + (lane >> 4)];
+MARK(0)
+  // the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
+  const u8* src = nullptr; const u8* rag = nullptr; int len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = GR;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");            // with programmatic launches the next kernel may begin its prologue
+  u64 stream; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(stream)); // the weights pass once: do not let them push tables and activations out
   auto fill = [&]() {                                                      // one group of 8 rows (warp-uniform)
     if (gi < nbulk) {  // the first GR groups are always whole
       const u32 dst = ring + slot * GB, b = bars + slot * 8, n = slot == 0 ? 2 * GB : GB, first = slot == 0;
       asm volatile("{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.ne.and.u32 q,%4,0,p; @p mbarrier.arrive.expect_tx.shared.b64 _,[%2],%3;"
-                   "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],1024,[%2];"
-                   "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%5],[%1],1024,[%2]; }" ::"r"(dst), "l"(src + gi * GB), "r"(b), "r"(n), "r"(first), "r"(dst + GR * GB) : "memory");
+                   "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],1024,[%2],%6;"
+                   "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%5],[%1],1024,[%2],%6; }" ::"r"(dst), "l"(src + gi * GB), "r"(b), "r"(n), "r"(first), "r"(dst + GR * GB), "l"(stream) : "memory");
     } else {
 #pragma unroll 1
       for (int r = 0; r < GROWS * 2; r++) {
@@ -112,33 +125,33 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
     src = M.words + (size_t)t * GR * GB;
     __syncwarp();
     fill(); fill();
-    const Head h = M.head[t]; const int mr4 = h.meta & 0xffff; npatch = h.meta >> 16; nbulk = mr4 / GROWS; sched = *(const u64*)(M.sched + (size_t)t * 2); p0 = M.patch_off[t];
-    len_a = mr4 + (int)((M.lens[(size_t)t * 4 + (lane >> 4)] >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((M.lens[(size_t)t * 4 + 2 + (lane >> 4)] >> ((lane & 15) * 4)) & 15);
-    later = M.words + ((size_t)h.off32 * 32 - GR * GB);
   }
-  // ---- then table and activations
-  for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) cp16(smb + i, (const u8*)M.table + i);
+MARK(1)
+MARK(2)
   asm volatile("griddepcontrol.wait;" ::: "memory");                         // weights above do not depend on the kernel before; activations do
   if (MODE == FUSED) {
     const u8* fr = (const u8*)A.frag + (size_t)seg0 * xbytes;
     for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
-    for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); int2 v = A.info[(size_t)tk * (M.k / 128) + seg0 * S + s]; *(int2*)(sm + (inf_b - smb) + (s * NT + tk) * 8) = v; }
+    for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); cp8(inf_b + (s * NT + tk) * 8, A.info + (size_t)tk * (M.k / 128) + seg0 * S + s); }
   }
   commit();
-  constexpr int PRE = 3; u32 pat[PRE]; u32 f0 = 0, f1 = 0;                   // the first patches and the bounds of the far list, on their way
-  if (live) {
-    fill(); fill(); src = later; rag = later + nbulk * GB;
-    if (MODE == FUSED) {
+MARK(3)
+  constexpr int PRE = 3; u32 pat[PRE]; const int npatch = h.meta >> 16;      // the first patches, on their way
+  if (MODE == FUSED)
 #pragma unroll
-      for (int i = 0; i < PRE; i++) pat[i] = lane + 32 * i < npatch ? __ldg(M.patches + p0 + lane + 32 * i) : 0;
-      f0 = __ldg(M.far_off + t); f1 = __ldg(M.far_off + t + 1);
-    }
-  }
-  wait_group<0>(); __syncthreads();
+    for (int i = 0; i < PRE; i++) pat[i] = lane + 32 * i < npatch ? __ldg(M.patches + p0 + lane + 32 * i) : 0;
+MARK(5)
+  wait_group<0>();
+MARK(6)
+ __syncthreads();
 #ifdef CLOCKS
   long long cs = clock64();
 #endif
   if (!live) return;
+  fill(); fill();                                                           // only now: the first two groups were more urgent
+  const int mr4 = h.meta & 0xffff; nbulk = mr4 / GROWS;
+  len_a = mr4 + (int)((lens_a >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((lens_b >> ((lane & 15) * 4)) & 15);
+  src = M.words + ((size_t)h.off32 * 32 - GR * GB); rag = src + nbulk * GB;
   const int g = lane >> 2, c = lane & 3;
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
   i64 y0[NY] = {}, y1[NY] = {};                                             // rows g and g+8; batch 1: valid where c = 0
@@ -165,8 +178,6 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
         for (int j = 0; j < NY; j++) if (tk == (j >> 1) * 8 + c * 2 + (j & 1)) { y0[j] += a0; y1[j] += a1; }
       __syncwarp();
     }
-  }
-  if (MODE == FUSED) {
     // ---- far symbols, very rare: {lane | weight << 5, delta of the whole symbol}; weight index = quad * 4 + i
 #pragma unroll 1
     for (u32 f = f0; f < f1; f++) {
@@ -282,7 +293,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
       *(uint16_t*)((u8*)(out4 + ((size_t)t * S * 2 + (q >> 3)) * 32 + (v >> 25)) + (q & 7) * 2) = (uint16_t)v; }
   }
 #ifdef CLOCKS
-  long long c2 = clock64(); if (lane == 0) { M.clk[t * 4] = c0; M.clk[t * 4 + 1] = cs; M.clk[t * 4 + 2] = c1; M.clk[t * 4 + 3] = c2; }
+  long long c2 = clock64(); if (lane == 0) { M.clk[t * 4] = c0; if (warp == 0) for (int i = 0; i < 8; i++) M.clk[M.row_tiles * M.segs * 4 + blockIdx.x * 8 + i] = mk[i] - c0; M.clk[t * 4 + 1] = cs; M.clk[t * 4 + 2] = c1; M.clk[t * 4 + 3] = c2; }
 #endif
   if (MODE == FUSED) {
     if (FLAT) {
@@ -493,7 +504,7 @@ template <int R, int NT, int TX = 0> static void time_fused(const char* tag, con
   i64* part; size_t pn = (size_t)NT * m.segs * m.n; CK(cudaMalloc(&part, pn * 8)); CK(cudaMemset(part, 0xAB, pn * 8));
   int copies = (int)st[0]; bool pdl = false; auto go = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); x.planes += (size_t)st[2] * (i % copies); launch(pdl, kf, grid, wpb * 32, sm, x, A.d, part, (uint4*)nullptr, d.tex); };
 #ifdef CLOCKS
-  CK(cudaMalloc(&m.clk, d.tiles * 32)); go(0); go(1); CK(cudaDeviceSynchronize()); { std::vector<long long> c(d.tiles * 4); CK(cudaMemcpy(c.data(), m.clk, d.tiles * 32, cudaMemcpyDeviceToHost)); double a[8] = {}; int nb = 0; for (int b = 0; b + wpb <= d.tiles; b += wpb) { long long z = 1ll << 62, e0 = 0, e1 = 1ll << 62, s1 = 0, m0 = 1ll << 62, m1 = 0; for (int w = 0; w < wpb; w++) { long long* q = &c[(b + w) * 4]; z = std::min(z, q[0]); s1 = std::max(s1, q[1]); m0 = std::min(m0, q[2]); m1 = std::max(m1, q[2]); e0 = std::max(e0, q[3]); e1 = std::min(e1, q[3]); } a[0] += s1 - z; a[1] += m0 - z; a[2] += m1 - z; a[3] += e1 - z; a[4] += e0 - z; nb++; } printf("clocks from block start: table there %.0f, first warp in main loop %.0f, last %.0f, first warp done %.0f, last %.0f\n", a[0] / nb, a[1] / nb, a[2] / nb, a[3] / nb, a[4] / nb); }
+  CK(cudaMalloc(&m.clk, d.tiles * 32 + 64 * grid)); go(0); go(1); CK(cudaDeviceSynchronize()); { std::vector<long long> c(d.tiles * 4); CK(cudaMemcpy(c.data(), m.clk, d.tiles * 32, cudaMemcpyDeviceToHost)); double a[8] = {}; int nb = 0; std::vector<long long> mm(grid * 8); CK(cudaMemcpy(mm.data(), m.clk + d.tiles * 4, grid * 64, cudaMemcpyDeviceToHost)); for (int k = 0; k < 8; k++) { double q = 0; for (int b = 0; b < grid; b++) q += mm[b * 8 + k]; printf("mark %d: %.0f\n", k, q / grid); } for (int b = 0; b + wpb <= d.tiles; b += wpb) { long long z = 1ll << 62, e0 = 0, e1 = 1ll << 62, s1 = 0, m0 = 1ll << 62, m1 = 0; for (int w = 0; w < wpb; w++) { long long* q = &c[(b + w) * 4]; z = std::min(z, q[0]); s1 = std::max(s1, q[1]); m0 = std::min(m0, q[2]); m1 = std::max(m1, q[2]); e0 = std::max(e0, q[3]); e1 = std::min(e1, q[3]); } a[0] += s1 - z; a[1] += m0 - z; a[2] += m1 - z; a[3] += e1 - z; a[4] += e0 - z; nb++; } printf("clocks from block start: table there %.0f, first warp in main loop %.0f, last %.0f, first warp done %.0f, last %.0f\n", a[0] / nb, a[1] / nb, a[2] / nb, a[3] / nb, a[4] / nb); }
 #endif
   go(0); cudaError_t e = cudaDeviceSynchronize(); if (e != cudaSuccess) { printf("%s failed: %s\n", nm, cudaGetErrorString(e)); exit(1); }
   std::string ok = check(ref, part, NT, m.segs, m.n); float ms = median_ms(go); char b[160]; snprintf(b, 160, "%s  %.4f b/w all (H %+.2f%%) grid %d smem %zuK", ok.c_str(), d.bpw, (d.bpw / st[6] - 1) * 100, grid, sm >> 10); row(nm, m.n, m.k, ms, d.bytes, b); pdl = true; CK(cudaMemset(part, 0xAB, pn * 8)); ms = median_ms(go); snprintf(nm + strlen(nm), 8, " pdl"); row(nm, m.n, m.k, ms, d.bytes, check(ref, part, NT, m.segs, m.n)); pdl = false; CK(cudaFree(part));
@@ -519,7 +530,7 @@ template <int R> static void run(double H, int N, int K, int tc, int W, int LR, 
   double st[8]; Dev d = encode_matrix(D, N, K, R, W, LR, st); st[6] = D.Hemp; char tag[64]; snprintf(tag, 64, "quad H%.2f r%d W%d x%d", H, R, W, 1 << LR);
   printf("# %s tc%d: entropy of the sample %.4f, code %.4f b/w, %d quads, patches %.3f%% of quads, far %d, copies %d\n", tag, tc, D.Hemp, d.code_bpw, (int)st[4], st[3] * 100, (int)st[5], (int)st[0]);
   { Acts A = make_acts(1, K, 3 + W); auto ref = reference(D, A, N, K); for (int w : wpbs) time_fused<R, 1>(tag, d, st, A, ref, w, bulk && w == wpbs[0]); if (R == 0 && W <= 13 && bulk && tex_too) time_fused<R, 1, 1>(tag, d, st, A, ref, wpbs[0], false); release(A); }
-  if (multi) { { Acts A = make_acts(8, K, 4 + W); auto ref = reference(D, A, N, K); time_fused<R, 8>(tag, d, st, A, ref, wpbs[0], false); release(A); } { Acts A = make_acts(16, K, 5 + W); auto ref = reference(D, A, N, K); time_fused<R, 16>(tag, d, st, A, ref, std::min(wpbs[0], 24), false); release(A); } }
+  if (multi && W == 13) { { Acts A = make_acts(8, K, 4 + W); auto ref = reference(D, A, N, K); time_fused<R, 8>(tag, d, st, A, ref, wpbs[0], false); release(A); } if (tc <= 2048) { Acts A = make_acts(16, K, 5 + W); auto ref = reference(D, A, N, K); time_fused<R, 16>(tag, d, st, A, ref, wpbs[0], false); release(A); } }
   release(d); }
 
 int main(int argc, char** argv) {
@@ -535,6 +546,7 @@ int main(int argc, char** argv) {
   { Data D = make_data(2.25, 4096, U);
     tex_too = true; for (int W : {14, 13, 12}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28}, true, W == 13, D); tex_too = false;
     run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
+  { Data D = make_data(2.25, 2048, U); run<0>(2.25, 28672, 8192, 2048, 13, 0, U, {28}, false, true, D); run<0>(2.25, 14336, 4096, 2048, 14, 0, U, {14}, false, false, D); }
   { Data D = make_data(2.25, 1024, U); run<0>(2.25, 14336, 4096, 1024, 14, 0, U, {28}, true, false, D); run<0>(2.25, 14336, 4096, 1024, 13, 0, U, {28}, true, false, D); }
   if (what == "all") { { Data D = make_data(3.0, 4096, U); run<1>(3.0, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); run<1>(3.0, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); }
     { Data D = make_data(3.7, 4096, U); run<2>(3.7, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); run<1>(3.7, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); } }
