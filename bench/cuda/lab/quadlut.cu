@@ -43,9 +43,6 @@ struct Head { u32 off32; u32 meta; };              // rows after the first GR gr
 struct Mat {
   const u8* words; const Head* head; const u64* lens; const u32* sched; const u32* far_off; const int2* far; const u32* patch_off; const u32* patches; const u8* planes;
   const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, one;
-#ifdef CLOCKS
-  long long* clk;
-#endif
 };
 struct Act { const uint4* frag; const int8_t* q; const int2* info; }; // frag: B fragments; q: [token][K]; info: [token][K/128] {m, 128*sum of even columns}
 constexpr int GROWS = 4, GB = GROWS * 256;          // rows (of 64 words) and bytes of a ring group
@@ -67,19 +64,10 @@ __device__ __forceinline__ uint4 lds128(u32 a) { uint4 v; asm("ld.shared.v4.u32 
 __device__ __forceinline__ void bar_init(u32 b) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(b) : "memory"); }
 __device__ __forceinline__ void bar_wait(u32 b, u32 parity) { asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory"); }
 
-#ifdef CLOCKS
-#define MARK(i) mk[i] = clock64();
-#else
-#define MARK(i)
-#endif
 enum Mode { FUSED = 0, STORE4 = 1 };
 // NT tokens (1 or a multiple of 8). NT = 1: a block is wpb consecutive tiles. NT > 1: wpb tiles of one column segment, whose x sits in shared memory.
-// TX: how many of the 8 lookups of a block go through the texture unit (a second path to the same data, to relieve shared memory).
-template <int R, int NT, int MODE, int TX = 0>
-__global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ part, uint4* __restrict__ out4, cudaTextureObject_t tex) {
-#ifdef CLOCKS
-  long long c0 = clock64(), mk[8] = {};
-#endif
+template <int R, int NT, int MODE>
+__global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ part, uint4* __restrict__ out4) {
   extern __shared__ __align__(1024) u8 sm[];
   const u32 smb = (u32)__cvta_generic_to_shared(sm);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, wpb = blockDim.x >> 5, S = M.tc / 128; // shfl: the compiler then knows it uniform
@@ -98,12 +86,11 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) { const u32 j = (i + blockIdx.x * 1536) & (M.table_bytes - 1); cp16(smb + j, (const u8*)M.table + j); }
   const int tt = live ? t : 0; const Head h = M.head[tt]; u64 sched = *(const u64*)(M.sched + (size_t)tt * 2); const u32 p0 = M.patch_off[tt], f0 = M.far_off[tt], f1 = M.far_off[tt + 1];
   const u64 lens_a = M.lens[(size_t)tt * 4 + (lane >> 4)], lens_b = M.lens[(size_t)tt * 4 + 2 + (lane >> 4)];
-MARK(0)
   // the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
   const u8* src = nullptr; const u8* rag = nullptr; int len_a = 0, len_b = 0, gi = 0, slot = 0, nbulk = GR;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");            // with programmatic launches the next kernel may begin its prologue
   u64 stream; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(stream)); // the weights pass once: do not let them push tables and activations out
-  auto fill = [&]() {                                                      // one group of 8 rows (warp-uniform)
+  auto fill = [&]() {                                                      // one group of 4 rows (warp-uniform)
     if (gi < nbulk) {  // the first GR groups are always whole
       const u32 dst = ring + slot * GB, b = bars + slot * 8, n = slot == 0 ? 2 * GB : GB, first = slot == 0;
       asm volatile("{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.ne.and.u32 q,%4,0,p; @p mbarrier.arrive.expect_tx.shared.b64 _,[%2],%3;"
@@ -126,8 +113,6 @@ MARK(0)
     __syncwarp();
     fill(); fill();
   }
-MARK(1)
-MARK(2)
   asm volatile("griddepcontrol.wait;" ::: "memory");                         // weights above do not depend on the kernel before; activations do
   if (MODE == FUSED) {
     const u8* fr = (const u8*)A.frag + (size_t)seg0 * xbytes;
@@ -135,49 +120,47 @@ MARK(2)
     for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); cp8(inf_b + (s * NT + tk) * 8, A.info + (size_t)tk * (M.k / 128) + seg0 * S + s); }
   }
   commit();
-MARK(3)
   constexpr int PRE = 3; u32 pat[PRE]; const int npatch = h.meta >> 16;      // the first patches, on their way
-  if (MODE == FUSED)
 #pragma unroll
-    for (int i = 0; i < PRE; i++) pat[i] = lane + 32 * i < npatch ? __ldg(M.patches + p0 + lane + 32 * i) : 0;
-MARK(5)
+  for (int i = 0; i < PRE; i++) pat[i] = live && lane + 32 * i < npatch ? __ldg(M.patches + p0 + lane + 32 * i) : ~0u << 16;
   wait_group<0>();
-MARK(6)
- __syncthreads();
-#ifdef CLOCKS
-  long long cs = clock64();
-#endif
+  __syncthreads();
   if (!live) return;
-  fill(); fill();                                                           // only now: the first two groups were more urgent
   const int mr4 = h.meta & 0xffff; nbulk = mr4 / GROWS;
   len_a = mr4 + (int)((lens_a >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((lens_b >> ((lane & 15) * 4)) & 15);
-  src = M.words + ((size_t)h.off32 * 32 - GR * GB); rag = src + nbulk * GB;
+  rag = M.words + ((size_t)h.off32 * 32 - GR * GB) + nbulk * GB;
   const int g = lane >> 2, c = lane & 3;
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2);
   i64 y0[NY] = {}, y1[NY] = {};                                             // rows g and g+8; batch 1: valid where c = 0
   // ---- while the ring fills: patches {nibbles, lane << 9 | quad}, spread over the lanes; sums meet in shared memory, 16 + 32 bits each, exactly
   const int8_t* xq = A.q + (size_t)seg * M.tc; const int2* info = A.info + (size_t)seg * S;
   if (MODE == FUSED) {
-    u32* acc = (u32*)(sm + (bars - smb) + 64);
+    u32* acc = (u32*)(sm + (ring - smb) + 2 * GB);                           // [token][32] in the two groups that are not asked for yet
+    for (int tk = 0; tk < NT; tk++) acc[tk * 32 + lane] = 0;
+    __syncwarp();
 #pragma unroll 1
-    for (int tk = 0; tk < NT; tk++) {
-      acc[lane] = 0; __syncwarp();
+    for (int i = lane, k = 0; i < npatch; i += 32, k++) {
+      const u32 v = (k == 0 ? pat[0] : k == 1 ? pat[1] : k == 2 ? pat[2] : __ldg(M.patches + p0 + i)) ^ 0x0808u, q = (v >> 16) & 511, pl_ = v >> 25, pc_ = pl_ & 3, h = (q & 1) * 16; // to two's complement
+      const int vl = (int)(((v & 0x0f0fu) << 4) << h), vh = (int)((v & 0xf0f0u) << h), r = (pl_ >> 2) + (q & 2) * 4;
 #pragma unroll 1
-      for (int i = lane, k = 0; i < npatch; i += 32, k++) {
-        const u32 v = (k == 0 ? pat[0] : k == 1 ? pat[1] : k == 2 ? pat[2] : __ldg(M.patches + p0 + i)) ^ 0x0808u, q = (v >> 16) & 511, pl_ = v >> 25, pc_ = pl_ & 3, h = (q & 1) * 16; // to two's complement
+      for (int tk = 0; tk < NT; tk++) {
         const u32 xo = (xs_b - smb) + (FLAT ? (seg - seg0) * M.tc * 2 + ((q >> 3) * 8 + pc_) * 16 : (((q >> 3) * NTL + (tk >> 3)) * 32 + (tk & 7) * 4 + pc_) * 16) + ((q >> 2) & 1) * 4;
-        const int d = __dp4a((int)(((v & 0x0f0fu) << 4) << h), *(const int*)(sm + xo), __dp4a((int)((v & 0xf0f0u) << h), *(const int*)(sm + xo + 8), 0)) << R; // 16 * sum
+        const int d = __dp4a(vl, *(const int*)(sm + xo), __dp4a(vh, *(const int*)(sm + xo + 8), 0)) << R; // 16 * sum
         const i64 z = (i64)*(const int*)(sm + (inf_b - smb) + ((FLAT ? (seg - seg0) * S : 0) + (q >> 4)) * NT * 8 + tk * 8) * d;
-        const int r = (pl_ >> 2) + (q & 2) * 4; atomicAdd(acc + r, (u32)z & 0xffffu); atomicAdd(acc + 16 + r, (u32)(z >> 16));
+        atomicAdd(acc + tk * 32 + r, (u32)z & 0xffffu); atomicAdd(acc + tk * 32 + 16 + r, (u32)(z >> 16));
       }
-      __syncwarp();
-      const i64 a0 = (i64)acc[g] + (i64)(int)acc[16 + g] * 65536, a1 = (i64)acc[g + 8] + (i64)(int)acc[24 + g] * 65536;
-      if (FLAT) { if (c == 0) { y0[0] += a0; y1[0] += a1; } }
-      else
-#pragma unroll
-        for (int j = 0; j < NY; j++) if (tk == (j >> 1) * 8 + c * 2 + (j & 1)) { y0[j] += a0; y1[j] += a1; }
-      __syncwarp();
     }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < NY; j++) {
+      const u32* a = acc + (FLAT ? 0 : (j >> 1) * 8 + c * 2 + (j & 1)) * 32;
+      if (!FLAT || c == 0) { y0[j] = (i64)a[g] + (i64)(int)a[16 + g] * 65536; y1[j] = (i64)a[g + 8] + (i64)(int)a[24 + g] * 65536; }
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); __syncwarp();
+  }
+  fill(); fill();
+  src = M.words + ((size_t)h.off32 * 32 - GR * GB);                           // what follows the first GR groups
+  if (MODE == FUSED) {
     // ---- far symbols, very rare: {lane | weight << 5, delta of the whole symbol}; weight index = quad * 4 + i
 #pragma unroll 1
     for (u32 f = f0; f < f1; f++) {
@@ -192,9 +175,6 @@ MARK(6)
       }
     }
   }
-#ifdef CLOCKS
-  long long c1 = clock64();
-#endif
   // ---- main loop
   const u32 mask = M.mask, lb = lane * 4 & M.lane_mask; // table at the start of sm
   const u32 ring_end = ring + GR * GB;
@@ -220,6 +200,7 @@ MARK(6)
     sched >>= 2;
     for (int i = 0; i < 2; i++) if (st[i].sa >= ring_end) st[i].sa -= GR * GB;
   };
+  auto patch = [&](u32 v) { const u32 q = (v >> 16) & 511; *(uint16_t*)((u8*)(out4 + ((size_t)t * S * 2 + (q >> 3)) * 32 + (v >> 25)) + (q & 7) * 2) = (uint16_t)v; }; // same nibble order as a table entry
   uint4 xr = {};
 #pragma unroll 1
   for (int s = 0; s < S; s++) {
@@ -238,8 +219,7 @@ MARK(6)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           w1[i] = __funnelshift_r(w0[i], 0u, e0[i]);
-          const bool tx = TX == 1 ? u == 2 && i == 1 : TX == 2 ? i == 1 : TX == 4;
-          e1[i] = tx ? tex1Dfetch<u32>(tex, (int)((w1[i] & mask) >> 2)) : *(const u32*)(sm + ((w1[i] & mask) | lb));
+          e1[i] = *(const u32*)(sm + ((w1[i] & mask) | lb));
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) { refill(st[i], st[i].pos + e0[i] + e1[i]); n[u + i] = __byte_perm(e0[i], e1[i], 0x7632); }
@@ -268,6 +248,11 @@ MARK(6)
         }
       }
     }
+    if (MODE == STORE4) { // patches right behind the stores of their superstep, while those are in the L2
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < PRE; i++) if (((pat[i] >> 20) & 31) == (u32)s && lane + 32 * i < npatch) patch(pat[i]);
+    }
     if (MODE == FUSED) {
       auto total = [&](int j, int i, int S128) {                            // i: element of the C fragment; 16 * isum
         int v = (al[j][i] * 16 + ah[j][i] - (FLAT ? al[j][i + 1] : 0) - S128) << R;
@@ -287,14 +272,9 @@ MARK(6)
     }
   }
   if (MODE == STORE4) {
-    __syncwarp();
 #pragma unroll 1
-    for (int i = lane; i < npatch; i += 32) { const u32 v = M.patches[p0 + i], q = (v >> 16) & 511; // same nibble order as a table entry
-      *(uint16_t*)((u8*)(out4 + ((size_t)t * S * 2 + (q >> 3)) * 32 + (v >> 25)) + (q & 7) * 2) = (uint16_t)v; }
+    for (int i = lane + 32 * PRE; i < npatch; i += 32) patch(M.patches[p0 + i]);
   }
-#ifdef CLOCKS
-  long long c2 = clock64(); if (lane == 0) { M.clk[t * 4] = c0; if (warp == 0) for (int i = 0; i < 8; i++) M.clk[M.row_tiles * M.segs * 4 + blockIdx.x * 8 + i] = mk[i] - c0; M.clk[t * 4 + 1] = cs; M.clk[t * 4 + 2] = c1; M.clk[t * 4 + 3] = c2; }
-#endif
   if (MODE == FUSED) {
     if (FLAT) {
       if (c == 0) { i64* p = part + (size_t)seg * M.n + rt * 16 + g; p[0] = y0[0]; p[8] = y1[0]; }
@@ -408,6 +388,8 @@ static Book make_book(const std::vector<double>& cnt, int W) {
     if (bits < best.bits) { best.bits = bits; best.pesc = pe; best.N = N; best.len.assign(65536, 0); for (int i = 0; i < N; i++) best.len[o[i]] = L[i]; } }
   best.W = W; best.code.assign(65536, 0); best.lut.assign(1u << W, 0);
   std::vector<int> s; for (int i = 0; i < 65536; i++) if (best.len[i]) s.push_back(i); std::stable_sort(s.begin(), s.end(), [&](int a, int b) { return best.len[a] < best.len[b]; });
+  // codes of one length are handed out in a scattered order: the first five bits of a code choose the bank, and should be equally likely
+  for (size_t i = 0; i < s.size();) { size_t j = i; while (j < s.size() && best.len[s[j]] == best.len[s[i]]) j++; std::vector<int> v(s.begin() + i, s.begin() + j); std::sort(v.begin(), v.end(), [&](int a, int b) { return cnt[a] > cnt[b]; }); Rng r(j); for (size_t k = v.size(); k > 1; k--) std::swap(v[k - 1], v[r.next() % k]); std::copy(v.begin(), v.end(), s.begin() + i); i = j; }
   u32 c = 0; int pl = best.len[s[0]];
   for (int q : s) { int l = best.len[q]; c <<= l - pl; pl = l; u32 r = 0; for (int b = 0; b < l; b++) if (c >> b & 1) r |= 1u << (l - 1 - b); best.code[q] = r; c++;
     u32 sym = q ^ 0x8080; // odd positions to two's complement: h & 15 = n ^ 8
@@ -417,7 +399,7 @@ static Book make_book(const std::vector<double>& cnt, int W) {
 // programmatic: the next launch of the stream may begin (up to its griddepcontrol.wait) while this one drains
 template <class... P, class... A2> static void launch(bool programmatic, void (*k)(P...), int grid, int block, size_t sm, A2... a) {
   cudaLaunchConfig_t c = {}; c.gridDim = dim3(grid); c.blockDim = dim3(block); c.dynamicSmemBytes = sm; cudaLaunchAttribute at; at.id = cudaLaunchAttributeProgrammaticStreamSerialization; at.val.programmaticStreamSerializationAllowed = 1; c.attrs = &at; c.numAttrs = programmatic; CK(cudaLaunchKernelEx(&c, k, P(a)...)); }
-struct Dev { Mat m; size_t bytes; double bpw, code_bpw; int tiles; u8* blob = nullptr; size_t words_bytes; std::vector<void*> allocs; cudaTextureObject_t tex = 0; };
+struct Dev { Mat m; size_t bytes; double bpw, code_bpw; int tiles; u8* blob = nullptr; size_t words_bytes; std::vector<void*> allocs; };
 struct Data { int tc; int U; double H; std::vector<int16_t> q; double Hemp; };   // unique tiles: [U][16][tc]
 static Data make_data(double H, int tc, int U) {
   Data d; d.tc = tc; d.U = U; d.H = H; double step = solve_step(H); d.q.resize((size_t)U * 16 * tc);
@@ -472,9 +454,8 @@ static Dev encode_matrix(const Data& D, int N, int K, int R, int W, int LR, doub
   Mat& m = dv.m; u8* wd; CK(cudaMalloc(&wd, gap * copies)); for (int i = 0; i < copies; i++) CK(cudaMemcpy(wd + gap * i, words.data(), dv.words_bytes, cudaMemcpyHostToDevice)); dv.allocs.push_back(wd);
   u8* pd; CK(cudaMalloc(&pd, planes.size() * copies)); if (R) for (int i = 0; i < copies; i++) CK(cudaMemcpy(pd + (planes.size() - 16) * i, planes.data(), planes.size() - 16, cudaMemcpyHostToDevice)); dv.allocs.push_back(pd);
   m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 1};
-  { std::vector<u32> t1((size_t)1 << W); for (size_t i = 0; i < t1.size(); i++) t1[i] = B.lut[i]; cudaResourceDesc rd = {}; rd.resType = cudaResourceTypeLinear; rd.res.linear.devPtr = up(t1.data(), t1.size() * 4); rd.res.linear.desc = cudaCreateChannelDesc<u32>(); rd.res.linear.sizeInBytes = t1.size() * 4; cudaTextureDesc td = {}; td.readMode = cudaReadModeElementType; CK(cudaCreateTextureObject(&dv.tex, &rd, &td, nullptr)); }
   stats[0] = copies; stats[1] = gap; stats[2] = planes.size() - 16; stats[3] = B.pesc; stats[4] = B.N; stats[5] = fo[nt]; return dv; }
-static void release(Dev& d) { CK(cudaDestroyTextureObject(d.tex)); for (void* p : d.allocs) CK(cudaFree(p)); }
+static void release(Dev& d) { for (void* p : d.allocs) CK(cudaFree(p)); }
 
 struct Acts { std::vector<int8_t> q; std::vector<int2> info; int NT, K; Act d; std::vector<void*> a; };
 static Acts make_acts(int NT, int K, u64 seed) { Acts A; A.NT = NT; A.K = K; A.q.resize((size_t)NT * K); A.info.resize((size_t)NT * K / 128); Rng r(seed); for (auto& v : A.q) v = (int8_t)((int)(r.next() % 255) - 127);
@@ -491,25 +472,22 @@ static std::vector<i64> reference(const Data& D, const Acts& A, int N, int K) { 
   parallel(rtl, [&](int rt) { for (int tk = 0; tk < A.NT; tk++) for (int r = 0; r < 16; r++) { i64 a = 0; for (int sg = 0; sg < segs; sg++) { int t = sg * rtl + rt; const int16_t* q = &D.q[((size_t)(t % D.U) * 16 + r) * D.tc]; for (int s = 0; s < D.tc / 128; s++) { i64 is = 0; const int8_t* x = &A.q[(size_t)tk * K + sg * D.tc + s * 128]; for (int i = 0; i < 128; i++) is += (int)q[s * 128 + i] * x[i]; a += is * A.info[(size_t)tk * (K / 128) + (sg * D.tc) / 128 + s].x; } } y[(size_t)tk * N + rt * 16 + r] = 16 * a; } });
   return y; }
 
-static int fails = 0; static bool tex_too = false;
+static int fails = 0;
 static float median_ms(const std::function<void(int)>& f, int reps = 15, int inner = 6) { cudaEvent_t a, b; CK(cudaEventCreate(&a)); CK(cudaEventCreate(&b)); for (int i = 0; i < 3; i++) f(i); CK(cudaDeviceSynchronize()); std::vector<float> ts; for (int r = 0; r < reps; r++) { CK(cudaEventRecord(a)); for (int i = 0; i < inner; i++) f(r * inner + i); CK(cudaEventRecord(b)); CK(cudaEventSynchronize(b)); float ms; CK(cudaEventElapsedTime(&ms, a, b)); ts.push_back(ms / inner); } CK(cudaGetLastError()); CK(cudaEventDestroy(a)); CK(cudaEventDestroy(b)); std::sort(ts.begin(), ts.end()); return ts[reps / 2]; }
 static void row(const char* name, int N, int K, double ms, double bytes, const std::string& note) { printf("%-34s %5dx%-5d %8.4f ms %6.2f Tw/s %5.2f TB/s  %s\n", name, N, K, ms, (double)N * K / ms / 1e9, bytes / ms / 1e9, note.c_str()); fflush(stdout); }
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
 
-template <int R, int NT, int TX = 0> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
-  Mat m = d.m; auto kf = quad<R, NT, FUSED, TX>; const size_t rings = (size_t)wpb * (192 + RINGB); const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
-  snprintf(nm, 96, "%s NT%d wpb%d tx%d", tag, NT, wpb, TX);
+template <int R, int NT> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
+  Mat m = d.m; auto kf = quad<R, NT, FUSED>; const size_t rings = (size_t)wpb * (192 + RINGB); const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
+  snprintf(nm, 96, "%s NT%d wpb%d", tag, NT, wpb);
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
   i64* part; size_t pn = (size_t)NT * m.segs * m.n; CK(cudaMalloc(&part, pn * 8)); CK(cudaMemset(part, 0xAB, pn * 8));
-  int copies = (int)st[0]; bool pdl = false; auto go = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); x.planes += (size_t)st[2] * (i % copies); launch(pdl, kf, grid, wpb * 32, sm, x, A.d, part, (uint4*)nullptr, d.tex); };
-#ifdef CLOCKS
-  CK(cudaMalloc(&m.clk, d.tiles * 32 + 64 * grid)); go(0); go(1); CK(cudaDeviceSynchronize()); { std::vector<long long> c(d.tiles * 4); CK(cudaMemcpy(c.data(), m.clk, d.tiles * 32, cudaMemcpyDeviceToHost)); double a[8] = {}; int nb = 0; std::vector<long long> mm(grid * 8); CK(cudaMemcpy(mm.data(), m.clk + d.tiles * 4, grid * 64, cudaMemcpyDeviceToHost)); for (int k = 0; k < 8; k++) { double q = 0; for (int b = 0; b < grid; b++) q += mm[b * 8 + k]; printf("mark %d: %.0f\n", k, q / grid); } for (int b = 0; b + wpb <= d.tiles; b += wpb) { long long z = 1ll << 62, e0 = 0, e1 = 1ll << 62, s1 = 0, m0 = 1ll << 62, m1 = 0; for (int w = 0; w < wpb; w++) { long long* q = &c[(b + w) * 4]; z = std::min(z, q[0]); s1 = std::max(s1, q[1]); m0 = std::min(m0, q[2]); m1 = std::max(m1, q[2]); e0 = std::max(e0, q[3]); e1 = std::min(e1, q[3]); } a[0] += s1 - z; a[1] += m0 - z; a[2] += m1 - z; a[3] += e1 - z; a[4] += e0 - z; nb++; } printf("clocks from block start: table there %.0f, first warp in main loop %.0f, last %.0f, first warp done %.0f, last %.0f\n", a[0] / nb, a[1] / nb, a[2] / nb, a[3] / nb, a[4] / nb); }
-#endif
+  int copies = (int)st[0]; bool pdl = false; auto go = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); x.planes += (size_t)st[2] * (i % copies); launch(pdl, kf, grid, wpb * 32, sm, x, A.d, part, (uint4*)nullptr); };
   go(0); cudaError_t e = cudaDeviceSynchronize(); if (e != cudaSuccess) { printf("%s failed: %s\n", nm, cudaGetErrorString(e)); exit(1); }
   std::string ok = check(ref, part, NT, m.segs, m.n); float ms = median_ms(go); char b[160]; snprintf(b, 160, "%s  %.4f b/w all (H %+.2f%%) grid %d smem %zuK", ok.c_str(), d.bpw, (d.bpw / st[6] - 1) * 100, grid, sm >> 10); row(nm, m.n, m.k, ms, d.bytes, b); pdl = true; CK(cudaMemset(part, 0xAB, pn * 8)); ms = median_ms(go); snprintf(nm + strlen(nm), 8, " pdl"); row(nm, m.n, m.k, ms, d.bytes, check(ref, part, NT, m.segs, m.n)); pdl = false; CK(cudaFree(part));
   if (bulk && R == 0) { auto kb = quad<R, 1, STORE4>; size_t sb = m.table_bytes + rings; CK(cudaFuncSetAttribute(kb, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sb)); uint4* o; size_t on = (size_t)m.n * m.k / 2; CK(cudaMalloc(&o, on)); CK(cudaMemset(o, 0xAB, on)); i64* p2; CK(cudaMalloc(&p2, (size_t)m.segs * m.n * 8)); CK(cudaMemset(p2, 0xAB, (size_t)m.segs * m.n * 8));
-    auto gb = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); launch(pdl, kb, grid, wpb * 32, sb, x, A.d, (i64*)nullptr, o, d.tex); }; gb(0); CK(cudaDeviceSynchronize());
+    auto gb = [&](int i) { Mat x = m; x.words += (size_t)st[1] * (i % copies); launch(pdl, kb, grid, wpb * 32, sb, x, A.d, (i64*)nullptr, o); }; gb(0); CK(cudaDeviceSynchronize());
     float mb = median_ms(gb); // checked through the plain kernel, far symbols excepted (they exist in the fused check)
     snprintf(nm, 96, "%s bulk decode to 4 bits", tag); std::string okb = "unchecked (tokens > 1)";
     if (NT == 1) { plain4<1, 4><<<(m.row_tiles * m.segs + 3) / 4, 128>>>(o, A.d, p2, m.row_tiles, m.segs, m.tc, m.n, m.k); CK(cudaDeviceSynchronize()); std::vector<i64> p((size_t)m.segs * m.n); CK(cudaMemcpy(p.data(), p2, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int i = 0; i < m.n; i++) { i64 s = 0; for (int g2 = 0; g2 < m.segs; g2++) s += p[(size_t)g2 * m.n + i]; bad += s != ref[i]; } okb = std::to_string(bad) + " rows differ (rows with far symbols: <= " + std::to_string((long)st[5]) + ")"; if (bad > (size_t)st[5]) { fails++; okb = "WRONG " + okb; } }
@@ -529,7 +507,7 @@ template <int NT, int U = 4> static void time_plain(int N, int K, int tc, bool e
 template <int R> static void run(double H, int N, int K, int tc, int W, int LR, int U, std::vector<int> wpbs, bool bulk, bool multi, const Data& D) {
   double st[8]; Dev d = encode_matrix(D, N, K, R, W, LR, st); st[6] = D.Hemp; char tag[64]; snprintf(tag, 64, "quad H%.2f r%d W%d x%d", H, R, W, 1 << LR);
   printf("# %s tc%d: entropy of the sample %.4f, code %.4f b/w, %d quads, patches %.3f%% of quads, far %d, copies %d\n", tag, tc, D.Hemp, d.code_bpw, (int)st[4], st[3] * 100, (int)st[5], (int)st[0]);
-  { Acts A = make_acts(1, K, 3 + W); auto ref = reference(D, A, N, K); for (int w : wpbs) time_fused<R, 1>(tag, d, st, A, ref, w, bulk && w == wpbs[0]); if (R == 0 && W <= 13 && bulk && tex_too) time_fused<R, 1, 1>(tag, d, st, A, ref, wpbs[0], false); release(A); }
+  { Acts A = make_acts(1, K, 3 + W); auto ref = reference(D, A, N, K); for (int w : wpbs) time_fused<R, 1>(tag, d, st, A, ref, w, bulk && w == wpbs[0]); release(A); }
   if (multi && W == 13) { { Acts A = make_acts(8, K, 4 + W); auto ref = reference(D, A, N, K); time_fused<R, 8>(tag, d, st, A, ref, wpbs[0], false); release(A); } if (tc <= 2048) { Acts A = make_acts(16, K, 5 + W); auto ref = reference(D, A, N, K); time_fused<R, 16>(tag, d, st, A, ref, wpbs[0], false); release(A); } }
   release(d); }
 
@@ -540,15 +518,13 @@ int main(int argc, char** argv) {
   int U = getenv("UNIQ") ? atoi(getenv("UNIQ")) : 251;
   if (what == "smoke") { Data D = make_data(2.25, 1024, 61); run<0>(2.25, 1024, 4096, 1024, 13, 0, 61, {28, 16}, true, true, D); Data E = make_data(3.0, 1024, 61); run<1>(3.0, 1024, 4096, 1024, 13, 0, 61, {28}, false, false, E); run<2>(3.7, 1024, 4096, 1024, 12, 2, 61, {28}, false, false, make_data(3.7, 1024, 61)); time_plain<1>(1024, 4096, 1024, true); printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0; }
   if (what == "one") { Data D = make_data(2.25, 4096, U); run<0>(2.25, 28672, 8192, 4096, atoi(argv[2]), atoi(argv[3]), U, {atoi(argv[4])}, false, false, D); return 0; }
-  for (int tc : {1024, 2048, 4096}) { time_plain<1, 4>(28672, 8192, tc, tc == 1024); time_plain<1, 8>(28672, 8192, tc); }
-  for (int tc : {1024, 2048}) { time_plain<1, 4>(8192, 28672, tc, tc == 1024); time_plain<1, 4>(14336, 4096, tc / 2, tc == 1024); time_plain<1, 8>(14336, 4096, tc / 2); }
-  if (what == "all") { time_plain<8>(28672, 8192, 2048); time_plain<16>(28672, 8192, 2048); }
-  { Data D = make_data(2.25, 4096, U);
-    tex_too = true; for (int W : {14, 13, 12}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28}, true, W == 13, D); tex_too = false;
-    run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
-  { Data D = make_data(2.25, 2048, U); run<0>(2.25, 28672, 8192, 2048, 13, 0, U, {28}, false, true, D); run<0>(2.25, 14336, 4096, 2048, 14, 0, U, {14}, false, false, D); }
-  { Data D = make_data(2.25, 1024, U); run<0>(2.25, 14336, 4096, 1024, 14, 0, U, {28}, true, false, D); run<0>(2.25, 14336, 4096, 1024, 13, 0, U, {28}, true, false, D); }
-  if (what == "all") { { Data D = make_data(3.0, 4096, U); run<1>(3.0, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); run<1>(3.0, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); }
-    { Data D = make_data(3.7, 4096, U); run<2>(3.7, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); run<1>(3.7, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); } }
+  time_plain<1>(28672, 8192, 2048, true); time_plain<1>(8192, 28672, 2048, true); time_plain<1>(14336, 4096, 1024, true); time_plain<8>(28672, 8192, 2048); time_plain<16>(28672, 8192, 2048);
+  { Data D = make_data(2.25, 4096, U); for (int W : {14, 13}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28}, true, W == 13, D); run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
+  { Data D = make_data(2.25, 2048, U); run<0>(2.25, 14336, 4096, 2048, 14, 0, U, {14}, true, false, D); run<0>(2.25, 28672, 8192, 2048, 13, 0, U, {28}, false, true, D); }
+  { Data D = make_data(2.25, 1024, U); run<0>(2.25, 14336, 4096, 1024, 14, 0, U, {28}, true, false, D); }
+  { Data D = make_data(2.0, 4096, U); run<0>(2.0, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); }
+  { Data D = make_data(2.5, 4096, U); run<0>(2.5, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); }
+  { Data D = make_data(3.0, 4096, U); run<1>(3.0, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); run<1>(3.0, 8192, 28672, 4096, 14, 0, U, {28}, false, false, D); }
+  { Data D = make_data(3.7, 4096, U); run<2>(3.7, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); run<2>(3.7, 8192, 28672, 4096, 13, 0, U, {28}, false, false, D); run<1>(3.7, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); }
   printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0;
 }
