@@ -42,7 +42,7 @@ typedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t 
 struct Head { u32 off32; u32 meta; };              // rows after the first GR groups, in units of 32 bytes; whole rows (multiple of 4) | number of patches << 16
 struct Mat {
   const u8* words; const Head* head; const u64* lens; const u32* sched; const u32* far_off; const int2* far; const u32* patch_off; const u32* patches; const u8* planes;
-  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, one;
+  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, one; u32 magic; // magic: division by row_tiles
 };
 struct Act { const uint4* frag; const int8_t* q; const int2* info; }; // frag: B fragments; q: [token][K]; info: [token][K/128] {m, 128*sum of even columns}
 constexpr int GROWS = 4, GB = GROWS * 256;          // rows (of 64 words) and bytes of a ring group
@@ -53,7 +53,6 @@ __device__ __forceinline__ void mma8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void cp16(u32 dst, const void* src) { asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(dst), "l"(src) : "memory"); }
 __device__ __forceinline__ void cp4(u32 dst, const void* src) { asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(dst), "l"(src) : "memory"); }
 __device__ __forceinline__ void cp8(u32 dst, const void* src) { asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(dst), "l"(src) : "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -62,6 +61,8 @@ __device__ __forceinline__ u32 ldsv(u32 a) { u32 v; asm volatile("ld.shared.u32 
 __device__ __forceinline__ uint4 lds128(u32 a) { uint4 v; asm("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a)); return v; }
 
 __device__ __forceinline__ void bar_init(u32 b) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(b) : "memory"); }
+__device__ __forceinline__ void bar_expect(u32 b, u32 n) { asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(b), "r"(n) : "memory"); }
+__device__ __forceinline__ void bulk(u32 dst, const void* src, u32 n, u32 b) { asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(dst), "l"(src), "r"(n), "r"(b) : "memory"); }
 __device__ __forceinline__ void bar_wait(u32 b, u32 parity) { asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory"); }
 
 enum Mode { FUSED = 0, STORE4 = 1 };
@@ -74,16 +75,20 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   constexpr bool FLAT = NT == 1;
   const int bps = FLAT ? 1 : (M.row_tiles + wpb - 1) / wpb;
   const int t = FLAT ? blockIdx.x * wpb + warp : (blockIdx.x / bps) * M.row_tiles + (blockIdx.x % bps) * wpb + warp;
-  const int seg = FLAT ? t / M.row_tiles : blockIdx.x / bps, rt = t - seg * M.row_tiles;
+  const int seg = FLAT ? (int)__umulhi(t, M.magic) : blockIdx.x / bps, rt = t - seg * M.row_tiles;
   const bool live = FLAT ? t < M.row_tiles * M.segs : rt < M.row_tiles;
-  const int seg0 = FLAT ? blockIdx.x * wpb / M.row_tiles : seg, nseg = FLAT ? min(2, M.segs - seg0) : 1; // a flat block spans at most two segments
+  const int seg0 = FLAT ? (int)__umulhi(blockIdx.x * wpb, M.magic) : seg, nseg = FLAT ? min(2, M.segs - seg0) : 1; // a flat block spans at most two segments
   const u32 xs_b = smb + M.table_bytes;                                    // B fragments of the block's segments, then {m, 128*S}
   const u32 xbytes = MODE == FUSED ? (u32)M.tc * (FLAT ? 2 : NT) : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
   const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
-  const u32 bars = inf_b + ((infbytes + 127) & ~127u) + warp * 192, ring = inf_b + ((infbytes + 127) & ~127u) + wpb * 192 + warp * RINGB;
+  const u32 common = inf_b + ((infbytes + 127) & ~127u), bars = common + 128 + warp * 64, ring = common + 128 + ((wpb * 64 + 127) & ~127) + warp * RINGB; // barriers: block's, warp's
   // ---- prologue, small and cold things first: behind the ring's megabytes they would wait for them
-  // the table; blocks start at different places of it, lest all ask the same L2 slice at once
-  for (u32 i = threadIdx.x * 16; i < M.table_bytes; i += blockDim.x * 16) { const u32 j = (i + blockIdx.x * 1536) & (M.table_bytes - 1); cp16(smb + j, (const u8*)M.table + j); }
+  if (threadIdx.x == 0) { // the table, by 8 bulk copies; blocks start at different places of it, lest all ask the same L2 slice at once
+    bar_init(common); asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    bar_expect(common, M.table_bytes + (MODE == FUSED ? xbytes * nseg + (FLAT ? S * nseg * 8 : 0) : 0)); const u32 part8 = M.table_bytes / 8;
+#pragma unroll 1
+    for (u32 i = 0; i < 8; i++) { const u32 j = ((i + blockIdx.x) & 7) * part8; bulk(smb + j, (const u8*)M.table + j, part8, common); }
+  }
   const int tt = live ? t : 0; const Head h = M.head[tt]; u64 sched = *(const u64*)(M.sched + (size_t)tt * 2); const u32 p0 = M.patch_off[tt], f0 = M.far_off[tt], f1 = M.far_off[tt + 1];
   const u64 lens_a = M.lens[(size_t)tt * 4 + (lane >> 4)], lens_b = M.lens[(size_t)tt * 4 + 2 + (lane >> 4)];
   // the first GR groups of a tile lie at a fixed stride, so the ring starts without waiting for the header
@@ -115,9 +120,8 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");                         // weights above do not depend on the kernel before; activations do
   if (MODE == FUSED) {
-    const u8* fr = (const u8*)A.frag + (size_t)seg0 * xbytes;
-    for (u32 i = threadIdx.x * 16; i < xbytes * nseg; i += blockDim.x * 16) cp16(xs_b + i, fr + i);
-    for (int i = threadIdx.x; i < S * nseg * NT; i += blockDim.x) { int tk = i / (S * nseg), s = i % (S * nseg); cp8(inf_b + (s * NT + tk) * 8, A.info + (size_t)tk * (M.k / 128) + seg0 * S + s); }
+    if (threadIdx.x == 0) { bulk(xs_b, (const u8*)A.frag + (size_t)seg0 * xbytes, xbytes * nseg, common); if (FLAT) bulk(inf_b, A.info + seg0 * S, S * nseg * 8, common); }
+    if (!FLAT) for (int i = threadIdx.x; i < S * NT; i += blockDim.x) { int tk = i / S, s = i % S; cp8(inf_b + (s * NT + tk) * 8, A.info + (size_t)tk * (M.k / 128) + seg0 * S + s); }
   }
   commit();
   constexpr int PRE = 3; u32 pat[PRE]; const int npatch = h.meta >> 16;      // the first patches, on their way
@@ -126,6 +130,7 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   wait_group<0>();
   __syncthreads();
   if (!live) return;
+  bar_wait(common, 0);
   const int mr4 = h.meta & 0xffff; nbulk = mr4 / GROWS;
   len_a = mr4 + (int)((lens_a >> ((lane & 15) * 4)) & 15); len_b = mr4 + (int)((lens_b >> ((lane & 15) * 4)) & 15);
   rag = M.words + ((size_t)h.off32 * 32 - GR * GB) + nbulk * GB;
@@ -453,7 +458,7 @@ static Dev encode_matrix(const Data& D, int N, int K, int R, int W, int LR, doub
   size_t gap = (dv.words_bytes + 255) / 256 * 256; int copies = std::max<size_t>(2, (size_t)350e6 / (gap + planes.size()) + 1);
   Mat& m = dv.m; u8* wd; CK(cudaMalloc(&wd, gap * copies)); for (int i = 0; i < copies; i++) CK(cudaMemcpy(wd + gap * i, words.data(), dv.words_bytes, cudaMemcpyHostToDevice)); dv.allocs.push_back(wd);
   u8* pd; CK(cudaMalloc(&pd, planes.size() * copies)); if (R) for (int i = 0; i < copies; i++) CK(cudaMemcpy(pd + (planes.size() - 16) * i, planes.data(), planes.size() - 16, cudaMemcpyHostToDevice)); dv.allocs.push_back(pd);
-  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 1};
+  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 1, (u32)(((1ull << 32) + rtl - 1) / rtl)};
   stats[0] = copies; stats[1] = gap; stats[2] = planes.size() - 16; stats[3] = B.pesc; stats[4] = B.N; stats[5] = fo[nt]; return dv; }
 static void release(Dev& d) { for (void* p : d.allocs) CK(cudaFree(p)); }
 
@@ -478,7 +483,7 @@ static void row(const char* name, int N, int K, double ms, double bytes, const s
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
 
 template <int R, int NT> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
-  Mat m = d.m; auto kf = quad<R, NT, FUSED>; const size_t rings = (size_t)wpb * (192 + RINGB); const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
+  Mat m = d.m; auto kf = quad<R, NT, FUSED>; const size_t rings = 128 + ((wpb * 64 + 127) & ~127) + (size_t)wpb * RINGB; const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
   snprintf(nm, 96, "%s NT%d wpb%d", tag, NT, wpb);
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
