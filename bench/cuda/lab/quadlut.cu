@@ -1,28 +1,37 @@
-// quadlut: GEMV that decodes entropy-coded weights on the fly, next to the plain 4-bit GEMV and a bulk decoder.
+// quadlut: a GEMV that decodes entropy-coded weights on the fly, beside the plain 4-bit GEMV and a bulk decoder. Lab code for one H200.
 //
-// What it computes.  Y16[t][row] = 16 * sum over segments s of m[t][s] * (sum over the 128 columns of s of symbol * xq[t][col]),
-// exact in int64 (xq: int8 activations, m: integer multiple of the token's unit of scale), hence independent of the order of
-// summation: fused, decoded and plain paths give the same bits.  Real result = Y16/16 * unit * rowscale.  Symbols are unbounded.
+// Build and run: ./run.sh   (modes: quadlut smoke | all | one W LR warps | encode; SEED=n fixes the random inputs)
 //
-// Code.  A symbol is split into high = symbol >> R and R raw low bits (R = 0, 1, 2; a fine Gaussian grid loses 0.02-0.05 b by that,
-// and it keeps the entropy of `high` near 2 b, where four of them fit one table window).  Four consecutive highs = a quad.
-// Quads are Huffman coded, codes <= W bits (12..14), only the N likeliest have a code; the rest are sent as quad (0,0,0,0) and
+// What it computes.  Y16[token][row] = 16 * sum over segments s of m[token][s] * (sum over the 128 columns of s of symbol * xq[token][col]),
+// exact in int64 (xq: int8 activations; m: the segment's scale as an integer multiple of the token's unit), hence independent of the
+// order of summation: fused, decoded and plain paths give the same bits.  Real result = Y16 / 16 * unit * rowscale, left to the
+// consumer, as is the sum over the column segments (part[token][segment][row]).  Symbols are unbounded.
+//
+// Code.  A symbol is split into high = symbol >> R and R raw low bits (R = 0, 1, 2: a fine Gaussian grid loses little by that, see
+// NOTES.md, and it keeps the entropy of `high` near 2 b, where four of them fit one table window).  Four consecutive highs = a quad.
+// Quads are Huffman coded, codes <= W bits (12..14); only the N likeliest have a code.  The others are sent as quad (0,0,0,0) and
 // listed per tile as patches (32 bits: position, four nibbles).  high outside -8..7: `far` list, 64 bits each.
 //
-// Layout.  Tile = 16 rows x TC columns, one warp.  Lane l: g = l/4, c = l%4 holds rows g and g+8 and columns c*8..c*8+7 (mod 32):
-// exactly the A fragment of mma.m16n8k32.s8, so tensor cores do the dot product and up to 8 tokens cost the same.
+// Layout.  Tile = 16 rows x TC columns = one warp.  Lane l: g = l/4, c = l%4 holds rows g and g+8 and columns c*8..c*8+7 (mod 32):
+// the A fragment of mma.m16n8k32.s8, so the tensor cores do the dot product and up to 8 tokens cost nearly the same.
 // Per block of 64 columns a lane decodes 4 words (rows g, g+8, then g, g+8 of the other 32 columns) of two quads each:
-// 8 table lookups = 32 weights.  A word holds 8 nibbles: low nibbles biased by 8 (columns 0,2,4,6), high ones two's
-// complement (columns 1,3,5,7); `word & 0x0f0f0f0f` and `word & 0xf0f0f0f0` are A registers as they stand.
-// Each lane has two LSB-first bit streams, one per row: two independent chains; word w of stream s of lane l at row w, (s*32+l)*4.  Rows all streams have are stored whole (256 B);
-// of later rows only the words that exist (ballot and popc find them).  Rows arrive by bulk copies in a per-warp ring of GR groups of
-// 4 rows; the first group is stored twice, also behind the ring, so that inside a superstep (128 columns) the pointer never
-// wraps.  Whether a superstep fetches a group and whether it must wait for one is simulated at encoding and stored (2 bits): lanes need not vote.
+// 8 table lookups = 32 weights.  A word holds 8 nibbles: low nibbles biased by 8 (columns 0,2,4,6), high ones two's complement
+// (columns 1,3,5,7); `word & 0x0f0f0f0f` is an A register as it stands, and so is the word itself (bytes 16*high + low) when the low
+// part's product with the high columns is subtracted, which column 1 of the first product yields for nothing at batch 1.
+// Each lane has two LSB-first bit streams, one per row: two independent chains.  Word w of stream s of lane l: row w, (s*32+l)*4.
+// Rows all streams have are stored whole (256 B); of later rows only the words that exist (ballot and popc find them).  Rows arrive by
+// bulk copies in a per-warp ring of GR groups of 4 rows; the first group is stored twice, also behind the ring, so that inside a
+// superstep (128 columns) the pointer never wraps.  Whether a superstep must wait for a group and whether it may ask for one is
+// simulated at encoding and stored (2 bits): lanes need not vote.  The first GR groups of every tile lie at a fixed stride.
 // The stream starts with 2+LR junk bits: (window & mask) is the byte address of the table entry; LR = log2 of the table's copies.
 // Table entry: bits 0..5 code length, bits 16..31 the quad's nibbles.
 //
-// Cost per 8 weights and lane: 3 SHF-class, 2 address LOP, 2 table LDS, refill 1 test + 3 predicated, 1 PRMT, 2 LOP, 1/4 mma pair.
-// Measured figures: NOTES.md beside this file.
+// Cost per 8 weights and lane: 2 window shifts, 2 address LOP, 2 table LDS, IADD3, refill (LOP, 2 moves, LDS, add), PRMT, LOP, 1/4 of a
+// pair of mma.  The limit is shared memory: 32 random lookups in 32 banks take 3.66 passes, 1.10 passes per weight and warp in all;
+// the main loop runs at 97 % of that (measured), table loading and launch take the rest.
+//
+// Measured (NOTES.md has the table): 28672x8192, H = 2.25, 2.309 b/weight everything counted: 5.2 T weights/s, 5.46 with programmatic
+// launches; torch int4pack 3.6, bf16 2.1, plain 4 bits 7.5 (8.0).  Loses to plain 4 bits (0.69) and on small matrices (prologue 4 us).
 #include <cstdio>
 #include <cstdlib>
 #include <cstdint>
@@ -522,6 +531,7 @@ int main(int argc, char** argv) {
   cudaDeviceProp pr; CK(cudaGetDeviceProperties(&pr, 0)); printf("# %s, %d multiprocessors, %zu KB shared memory per block\n", pr.name, pr.multiProcessorCount, pr.sharedMemPerBlockOptin >> 10);
   int U = getenv("UNIQ") ? atoi(getenv("UNIQ")) : 251;
   if (what == "smoke") { Data D = make_data(2.25, 1024, 61); run<0>(2.25, 1024, 4096, 1024, 13, 0, 61, {28, 16}, true, true, D); Data E = make_data(3.0, 1024, 61); run<1>(3.0, 1024, 4096, 1024, 13, 0, 61, {28}, false, false, E); run<2>(3.7, 1024, 4096, 1024, 12, 2, 61, {28}, false, false, make_data(3.7, 1024, 61)); time_plain<1>(1024, 4096, 1024, true); printf("%s\n", fails ? "FAILED" : "all exact"); return fails != 0; }
+  if (what == "plain") { for (int tc : {1024, 2048, 4096}) { time_plain<1, 2>(28672, 8192, tc, tc == 1024); time_plain<1, 4>(28672, 8192, tc); time_plain<1, 2>(14336, 4096, tc / 2, tc == 1024); time_plain<1, 4>(14336, 4096, tc / 2); } return fails != 0; }
   if (what == "one") { Data D = make_data(2.25, 4096, U); run<0>(2.25, 28672, 8192, 4096, atoi(argv[2]), atoi(argv[3]), U, {atoi(argv[4])}, false, false, D); return 0; }
   time_plain<1>(28672, 8192, 2048, true); time_plain<1>(8192, 28672, 2048, true); time_plain<1>(14336, 4096, 1024, true); time_plain<8>(28672, 8192, 2048); time_plain<16>(28672, 8192, 2048);
   { Data D = make_data(2.25, 4096, U); for (int W : {14, 13}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28}, true, W == 13, D); run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
