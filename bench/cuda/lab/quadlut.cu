@@ -30,8 +30,8 @@
 // pair of mma.  The limit is shared memory: 32 random lookups in 32 banks take 3.66 passes, 1.10 passes per weight and warp in all;
 // the main loop runs at 97 % of that (measured), table loading and launch take the rest.
 //
-// Measured (NOTES.md has the table): 28672x8192, H = 2.25, 2.309 b/weight everything counted: 5.2 T weights/s, 5.46 with programmatic
-// launches; torch int4pack 3.6, bf16 2.1, plain 4 bits 7.5 (8.0).  Loses to plain 4 bits (0.69) and on small matrices (prologue 4 us).
+// Measured (NOTES.md has the table): 28672x8192, H = 2.25, 2.309 b/weight everything counted: 5.25 T weights/s, 5.45 with programmatic
+// launches; torch int4pack 3.6, bf16 2.1, plain 4 bits 7.5 (7.9).  Loses to plain 4 bits (0.69) and on small matrices (prologue 4 us).
 #include <cstdio>
 #include <cstdlib>
 #include <cstdint>
@@ -51,7 +51,7 @@ typedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t 
 struct Head { u32 off32; u32 meta; };              // rows after the first GR groups, in units of 32 bytes; whole rows (multiple of 4) | number of patches << 16
 struct Mat {
   const u8* words; const Head* head; const u64* lens; const u32* sched; const u32* far_off; const int2* far; const u32* patch_off; const u32* patches; const u8* planes;
-  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, one; u32 magic; // magic: division by row_tiles
+  const u32* table; u32 table_bytes, mask, lane_mask; int junk, row_tiles, segs, tc, n, k, one, block_segs; u32 magic; // magic: division by row_tiles
 };
 struct Act { const uint4* frag; const int8_t* q; const int2* info; }; // frag: B fragments; q: [token][K]; info: [token][K/128] {m, 128*sum of even columns}
 constexpr int GROWS = 4, GB = GROWS * 256;          // rows (of 64 words) and bytes of a ring group
@@ -86,10 +86,10 @@ __global__ void __launch_bounds__(896, 1) quad(Mat M, Act A, i64* __restrict__ p
   const int t = FLAT ? blockIdx.x * wpb + warp : (blockIdx.x / bps) * M.row_tiles + (blockIdx.x % bps) * wpb + warp;
   const int seg = FLAT ? (int)__umulhi(t, M.magic) : blockIdx.x / bps, rt = t - seg * M.row_tiles;
   const bool live = FLAT ? t < M.row_tiles * M.segs : rt < M.row_tiles;
-  const int seg0 = FLAT ? (int)__umulhi(blockIdx.x * wpb, M.magic) : seg, nseg = FLAT ? min(2, M.segs - seg0) : 1; // a flat block spans at most two segments
+  const int seg0 = FLAT ? (int)__umulhi(blockIdx.x * wpb, M.magic) : seg, nseg = min((int)M.block_segs, M.segs - seg0); // a flat block may span two segments
   const u32 xs_b = smb + M.table_bytes;                                    // B fragments of the block's segments, then {m, 128*S}
-  const u32 xbytes = MODE == FUSED ? (u32)M.tc * (FLAT ? 2 : NT) : 0u, inf_b = xs_b + xbytes * (FLAT ? 2 : 1);
-  const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * (FLAT ? 2 : 1) : 0u;
+  const u32 xbytes = MODE == FUSED ? (u32)M.tc * (FLAT ? 2 : NT) : 0u, inf_b = xs_b + xbytes * M.block_segs;
+  const u32 infbytes = MODE == FUSED ? (u32)S * 8 * NT * M.block_segs : 0u;
   const u32 common = inf_b + ((infbytes + 127) & ~127u), bars = common + 128 + warp * 64, ring = common + 128 + ((wpb * 64 + 127) & ~127) + warp * RINGB; // barriers: block's, warp's
   // ---- prologue, small and cold things first: behind the ring's megabytes they would wait for them
   if (threadIdx.x == 0) { // the table, by 8 bulk copies; blocks start at different places of it, lest all ask the same L2 slice at once
@@ -467,7 +467,7 @@ static Dev encode_matrix(const Data& D, int N, int K, int R, int W, int LR, doub
   size_t gap = (dv.words_bytes + 255) / 256 * 256; int copies = std::max<size_t>(2, (size_t)350e6 / (gap + planes.size()) + 1);
   Mat& m = dv.m; u8* wd; CK(cudaMalloc(&wd, gap * copies)); for (int i = 0; i < copies; i++) CK(cudaMemcpy(wd + gap * i, words.data(), dv.words_bytes, cudaMemcpyHostToDevice)); dv.allocs.push_back(wd);
   u8* pd; CK(cudaMalloc(&pd, planes.size() * copies)); if (R) for (int i = 0; i < copies; i++) CK(cudaMemcpy(pd + (planes.size() - 16) * i, planes.data(), planes.size() - 16, cudaMemcpyHostToDevice)); dv.allocs.push_back(pd);
-  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 1, (u32)(((1ull << 32) + rtl - 1) / rtl)};
+  m = {wd, (Head*)up(head.data(), head.size() * 8), (u64*)up(lens.data(), lens.size() * 8), (u32*)up(sched.data(), sched.size() * 8), (u32*)up(fo.data(), fo.size() * 4), (int2*)up(far.data(), far.size() * 8), (u32*)up(po.data(), po.size() * 4), (u32*)up(patches.data(), patches.size() * 4), pd, (u32*)up(tab.data(), tab.size() * 4), (u32)tab.size() * 4, ((1u << W) - 1) << junk, ((1u << LR) - 1) * 4, junk, rtl, segs, tc, N, K, 1, 1, (u32)(((1ull << 32) + rtl - 1) / rtl)};
   stats[0] = copies; stats[1] = gap; stats[2] = planes.size() - 16; stats[3] = B.pesc; stats[4] = B.N; stats[5] = fo[nt]; return dv; }
 static void release(Dev& d) { for (void* p : d.allocs) CK(cudaFree(p)); }
 
@@ -492,7 +492,7 @@ static void row(const char* name, int N, int K, double ms, double bytes, const s
 static std::string check(const std::vector<i64>& ref, const i64* dpart, int NT, int segs, int N) { std::vector<i64> p((size_t)NT * segs * N); CK(cudaMemcpy(p.data(), dpart, p.size() * 8, cudaMemcpyDeviceToHost)); size_t bad = 0; for (int t = 0; t < NT; t++) for (int i = 0; i < N; i++) { i64 s = 0; for (int g = 0; g < segs; g++) s += p[((size_t)t * segs + g) * N + i]; bad += s != ref[(size_t)t * N + i]; } if (bad) { fails++; return "WRONG " + std::to_string(bad) + "/" + std::to_string((size_t)NT * N); } return "exact"; }
 
 template <int R, int NT> static void time_fused(const char* tag, const Dev& d, const double* st, const Acts& A, const std::vector<i64>& ref, int wpb, bool bulk) {
-  Mat m = d.m; auto kf = quad<R, NT, FUSED>; const size_t rings = 128 + ((wpb * 64 + 127) & ~127) + (size_t)wpb * RINGB; const int ns = NT > 1 ? 1 : 2; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
+  Mat m = d.m; auto kf = quad<R, NT, FUSED>; const size_t rings = 128 + ((wpb * 64 + 127) & ~127) + (size_t)wpb * RINGB; const int ns = NT > 1 || m.row_tiles % wpb == 0 ? 1 : 2; m.block_segs = ns; size_t sm = m.table_bytes + (size_t)m.tc * (NT == 1 ? 2 : NT) * ns + (((size_t)m.tc / 128 * 8 * NT * ns + 127) & ~127ull) + rings; char nm[96];
   snprintf(nm, 96, "%s NT%d wpb%d", tag, NT, wpb);
   int optin; CK(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)); if (sm > (size_t)optin) { printf("%-34s needs %zu bytes of shared memory\n", nm, sm); return; }
   CK(cudaFuncSetAttribute(kf, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sm)); int grid = NT == 1 ? (m.segs * m.row_tiles + wpb - 1) / wpb : m.segs * ((m.row_tiles + wpb - 1) / wpb);
@@ -534,10 +534,10 @@ int main(int argc, char** argv) {
   if (what == "plain") { for (int tc : {1024, 2048, 4096}) { time_plain<1, 2>(28672, 8192, tc, tc == 1024); time_plain<1, 4>(28672, 8192, tc); time_plain<1, 2>(14336, 4096, tc / 2, tc == 1024); time_plain<1, 4>(14336, 4096, tc / 2); } return fails != 0; }
   if (what == "one") { Data D = make_data(2.25, 4096, U); run<0>(2.25, 28672, 8192, 4096, atoi(argv[2]), atoi(argv[3]), U, {atoi(argv[4])}, false, false, D); return 0; }
   time_plain<1>(28672, 8192, 2048, true); time_plain<1>(8192, 28672, 2048, true); time_plain<1>(14336, 4096, 1024, true); time_plain<8>(28672, 8192, 2048); time_plain<16>(28672, 8192, 2048);
-  { Data D = make_data(2.25, 4096, U); for (int W : {14, 13}) run<0>(2.25, 28672, 8192, 4096, W, 0, U, {28}, true, W == 13, D); run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
+  { Data D = make_data(2.25, 4096, U); run<0>(2.25, 28672, 8192, 4096, 14, 0, U, {28}, true, false, D); run<0>(2.25, 28672, 8192, 4096, 13, 0, U, {28, 14}, true, true, D); run<0>(2.25, 8192, 28672, 4096, 14, 0, U, {28}, true, false, D); }
   { Data D = make_data(2.25, 2048, U); run<0>(2.25, 14336, 4096, 2048, 14, 0, U, {14}, true, false, D); run<0>(2.25, 28672, 8192, 2048, 13, 0, U, {28}, false, true, D); }
   { Data D = make_data(2.25, 1024, U); run<0>(2.25, 14336, 4096, 1024, 14, 0, U, {28}, true, false, D); }
-  { Data D = make_data(2.0, 4096, U); run<0>(2.0, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); }
+  { Data D = make_data(2.0, 4096, U); run<0>(2.0, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); }
   { Data D = make_data(2.5, 4096, U); run<0>(2.5, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); }
   { Data D = make_data(3.0, 4096, U); run<1>(3.0, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); run<1>(3.0, 8192, 28672, 4096, 14, 0, U, {28}, false, false, D); }
   { Data D = make_data(3.7, 4096, U); run<2>(3.7, 28672, 8192, 4096, 13, 0, U, {28}, false, false, D); run<2>(3.7, 8192, 28672, 4096, 13, 0, U, {28}, false, false, D); run<1>(3.7, 28672, 8192, 4096, 14, 0, U, {28}, false, false, D); }
