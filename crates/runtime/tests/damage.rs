@@ -78,7 +78,8 @@ fn sampled_bytes_of_the_demo_model() {
     // Every 31st byte of the JSON header's first part, then evenly through the file by a step that is coprime to every alignment.
     let positions = (0..2000).step_by(31).chain((0..bytes.len()).step_by(bytes.len() / 61));
     for at in positions {
-        let (verified, computed) = with_flip(&file, &mut bytes, at, || (verify(&path, &mut |_| ()).is_ok(), logits(&path, Strategy::Cached)));
+        let (verified, computed) =
+            with_flip(&file, &mut bytes, at, || (verify(&path, &mut |_| ()).is_ok(), logits(&path, Strategy::Cached)));
         assert!(!verified, "byte {at}: verify accepts a changed file");
         if let Ok(logits) = computed {
             assert_eq!(logits, whole, "byte {at}: computed with damaged weights");
