@@ -1,0 +1,171 @@
+use std::arch::x86_64::*;
+
+use tersor_codec::rans;
+
+use super::avx512_wide::{self, BORDERS_MAX, Registers, Step};
+use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, store_group};
+use crate::source::FarAt;
+use crate::{Avx512, TILE_ROWS};
+
+const LANES: usize = 32;
+
+/// A tensor's table.
+pub(crate) struct Tables {
+    token: Avx512,
+    params: rans::Params,
+    wide: avx512_wide::Tables,
+}
+
+impl Tables {
+    /// `None` if this kernel was not made for the table.
+    pub(crate) fn new(token: Avx512, table: &rans::Table) -> Option<Tables> {
+        let params = table.params();
+        (params == rans::Params::PRECISE).then_some(())?;
+        Some(Tables { token, params, wide: avx512_wide::Tables::new(table.entries())? })
+    }
+}
+
+/// `N` streams in flight, of a table with at most `K` borders in a bucket.
+struct Streams<const K: usize, const N: usize> {
+    table: Registers<K>,
+    low: [__m512i; N],
+    high: [__m512i; N],
+    words: Cursors<N>,
+    escapes: Cursors<N>,
+}
+
+impl<const K: usize, const N: usize> Decoder<N> for Streams<K, N> {
+    type Isa = Avx512;
+    type Tables = Tables;
+
+    #[inline(always)]
+    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
+        // SAFETY: all loads are of whole arrays.
+        unsafe {
+            let mut s = Streams {
+                table: Registers::new(&tables.wide),
+                low: [_mm512_setzero_si512(); N],
+                high: [_mm512_setzero_si512(); N],
+                words: Cursors::words(streams),
+                escapes: Cursors::escapes(streams),
+            };
+            for i in 0..N {
+                let states = streams[i].states.as_chunks::<4>().0;
+                let (mut low, mut high) = ([0u16; LANES], [0u16; LANES]);
+                for (lane, state) in states[..LANES].iter().enumerate() {
+                    let state = u32::from_le_bytes(*state);
+                    (low[lane], high[lane]) = (state as u16, (state >> 16) as u16);
+                }
+                s.low[i] = _mm512_loadu_si512(low.as_ptr().cast());
+                s.high[i] = _mm512_loadu_si512(high.as_ptr().cast());
+            }
+            s
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn next(&mut self, i: usize) -> __m512i {
+        // SAFETY: the loads begin at or before the end of their part of the chunk, behind which 64
+        // bytes are readable.
+        unsafe {
+            let mut entries = [_mm512_setzero_si512(); 2];
+            for entries in &mut entries {
+                let Step { entry, low, high, hungry } = self.table.step(self.low[i], self.high[i]);
+                *entries = entry;
+                let words = _mm512_loadu_si512(self.words.readable(i).cast());
+                self.high[i] = _mm512_mask_mov_epi16(high, hungry, low);
+                self.low[i] = _mm512_mask_expand_epi16(low, hungry, words);
+                self.words.advance(i, 2 * hungry.count_ones() as usize);
+            }
+            _mm_prefetch::<_MM_HINT_T0>(self.words.ahead(i).cast());
+            let even = _mm512_loadu_si512(EVEN.as_ptr().cast());
+            let symbol = self.table.symbols(_mm512_permutex2var_epi8(entries[0], even, entries[1]));
+            let escaped = _mm512_testn_epi8_mask(symbol, symbol);
+            let escapes = _mm512_loadu_si512(self.escapes.readable(i).cast());
+            self.escapes.advance(i, escaped.count_ones() as usize);
+            _mm512_mask_expand_epi8(symbol, escaped, escapes)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn valid(&self) -> bool {
+        // SAFETY: registers only.
+        (0..N).all(|i| unsafe {
+            _mm512_test_epi16_mask(self.low[i], self.low[i]) == 0 && _mm512_cmpneq_epi16_mask(self.high[i], _mm512_set1_epi16(1)) == 0
+        }) && self.words.at_end()
+            && self.escapes.at_end()
+    }
+}
+
+/// The even bytes of two registers.
+static EVEN: [u8; 64] = {
+    let mut table = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        table[i] = 2 * i as u8;
+        i += 1;
+    }
+    table
+};
+
+/// Calls `$f::<K, N>(...)` with the least `K` that will do for the tables.
+macro_rules! by_shape {
+    ($borders:expr, $n:expr, $f:ident($($arg:expr),*)) => {{
+        macro_rules! by_n {
+            ($k:expr) => {
+                match $n {
+                    1 => $f::<{ $k }, 1>($($arg),*),
+                    2 => $f::<{ $k }, 2>($($arg),*),
+                    3 => $f::<{ $k }, 3>($($arg),*),
+                    _ => $f::<{ $k }, 4>($($arg),*),
+                }
+            };
+        }
+        match $borders {
+            ..=3 => by_n!(3),
+            ..=5 => by_n!(5),
+            _ => by_n!(BORDERS_MAX),
+        }
+    }};
+}
+
+impl Kernel for Tables {
+    fn params(&self) -> rans::Params {
+        self.params
+    }
+
+    fn width(&self) -> usize {
+        4
+    }
+
+    fn store(&self, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
+        // SAFETY: the token proves the features that the function enables.
+        unsafe { by_shape!(self.wide.borders, group.chunks, store(self, group, out, far)) }
+    }
+
+    fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+        // SAFETY: as above.
+        unsafe { by_shape!(self.wide.borders, group.chunks, dot(self, group, factor, sums)) }
+    }
+}
+
+/// # Safety
+/// Only for the target features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
+unsafe fn store<const K: usize, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
+    // SAFETY: the features are enabled.
+    unsafe { store_group::<Streams<K, N>, N>(tables.token, tables, group, out, far) }
+}
+
+/// # Safety
+/// Only for the target features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
+unsafe fn dot<const K: usize, const N: usize>(
+    tables: &Tables,
+    group: Group<'_>,
+    factor: Factor<'_>,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
+    // SAFETY: the features are enabled.
+    unsafe { dot_group::<Streams<K, N>, N>(tables.token, tables, group, factor, sums) }
+}
