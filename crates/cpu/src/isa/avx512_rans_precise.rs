@@ -2,7 +2,7 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans;
 
-use super::avx512_wide::{self, BORDERS_MAX, Registers, Step};
+use super::avx512_wide::{self, Registers, Step};
 use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, store_group};
 use crate::source::FarAt;
 use crate::{Avx512, TILE_ROWS};
@@ -25,16 +25,16 @@ impl Tables {
     }
 }
 
-/// `N` streams in flight, of a table with at most `K` borders in a bucket.
-struct Streams<const K: usize, const N: usize> {
-    table: Registers<K>,
+/// `N` streams in flight, of a table with at most `2 * B` borders in a bucket.
+struct Streams<const B: usize, const N: usize> {
+    table: Registers<B>,
     low: [__m512i; N],
     high: [__m512i; N],
     words: Cursors<N>,
     escapes: Cursors<N>,
 }
 
-impl<const K: usize, const N: usize> Decoder<N> for Streams<K, N> {
+impl<const B: usize, const N: usize> Decoder<N> for Streams<B, N> {
     type Isa = Avx512;
     type Tables = Tables;
 
@@ -68,15 +68,7 @@ impl<const K: usize, const N: usize> Decoder<N> for Streams<K, N> {
         // SAFETY: the loads begin at or before the end of their part of the chunk, behind which 64
         // bytes are readable.
         unsafe {
-            let mut entries = [_mm512_setzero_si512(); 2];
-            for entries in &mut entries {
-                let Step { entry, low, high, hungry } = self.table.step(self.low[i], self.high[i]);
-                *entries = entry;
-                let words = _mm512_loadu_si512(self.words.readable(i).cast());
-                self.high[i] = _mm512_mask_mov_epi16(high, hungry, low);
-                self.low[i] = _mm512_mask_expand_epi16(low, hungry, words);
-                self.words.advance(i, 2 * hungry.count_ones() as usize);
-            }
+            let entries = [self.half(i), self.half(i)];
             _mm_prefetch::<_MM_HINT_T0>(self.words.ahead(i).cast());
             let even = _mm512_loadu_si512(EVEN.as_ptr().cast());
             let symbol = self.table.symbols(_mm512_permutex2var_epi8(entries[0], even, entries[1]));
@@ -97,6 +89,22 @@ impl<const K: usize, const N: usize> Decoder<N> for Streams<K, N> {
     }
 }
 
+impl<const B: usize, const N: usize> Streams<B, N> {
+    /// The entries, (32) u16, of the next half tile of chunk `i`.
+    #[inline(always)]
+    unsafe fn half(&mut self, i: usize) -> __m512i {
+        // SAFETY: as in `next`.
+        unsafe {
+            let Step { entry, low, high, hungry } = self.table.step(self.low[i], self.high[i]);
+            let words = _mm512_loadu_si512(self.words.readable(i).cast());
+            self.high[i] = _mm512_mask_mov_epi16(high, hungry, low);
+            self.low[i] = _mm512_mask_expand_epi16(low, hungry, words);
+            self.words.advance(i, 2 * hungry.count_ones() as usize);
+            entry
+        }
+    }
+}
+
 /// The even bytes of two registers.
 static EVEN: [u8; 64] = {
     let mut table = [0; 64];
@@ -108,23 +116,23 @@ static EVEN: [u8; 64] = {
     table
 };
 
-/// Calls `$f::<K, N>(...)` with the least `K` that will do for the tables.
+/// Calls `$f::<B, N>(...)` with the least `B` that will do for the tables.
 macro_rules! by_shape {
     ($borders:expr, $n:expr, $f:ident($($arg:expr),*)) => {{
         macro_rules! by_n {
-            ($k:expr) => {
+            ($b:literal) => {
                 match $n {
-                    1 => $f::<{ $k }, 1>($($arg),*),
-                    2 => $f::<{ $k }, 2>($($arg),*),
-                    3 => $f::<{ $k }, 3>($($arg),*),
-                    _ => $f::<{ $k }, 4>($($arg),*),
+                    1 => $f::<$b, 1>($($arg),*),
+                    2 => $f::<$b, 2>($($arg),*),
+                    3 => $f::<$b, 3>($($arg),*),
+                    _ => $f::<$b, 4>($($arg),*),
                 }
             };
         }
         match $borders {
-            ..=3 => by_n!(3),
-            ..=5 => by_n!(5),
-            _ => by_n!(BORDERS_MAX),
+            ..=2 => by_n!(1),
+            ..=4 => by_n!(2),
+            _ => by_n!(4),
         }
     }};
 }
@@ -152,20 +160,20 @@ impl Kernel for Tables {
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn store<const K: usize, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
+unsafe fn store<const B: usize, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     // SAFETY: the features are enabled.
-    unsafe { store_group::<Streams<K, N>, N>(tables.token, tables, group, out, far) }
+    unsafe { store_group::<Streams<B, N>, N>(tables.token, tables, group, out, far) }
 }
 
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn dot<const K: usize, const N: usize>(
+unsafe fn dot<const B: usize, const N: usize>(
     tables: &Tables,
     group: Group<'_>,
     factor: Factor<'_>,
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
     // SAFETY: the features are enabled.
-    unsafe { dot_group::<Streams<K, N>, N>(tables.token, tables, group, factor, sums) }
+    unsafe { dot_group::<Streams<B, N>, N>(tables.token, tables, group, factor, sums) }
 }

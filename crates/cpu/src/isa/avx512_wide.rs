@@ -28,7 +28,7 @@ const ENTRIES_MAX: usize = 64;
 const PROB_BITS: u32 = 12;
 const BUCKET_SLOTS: usize = (1 << PROB_BITS) / BUCKETS;
 /// Entries that may begin within a bucket.
-pub(super) const BORDERS_MAX: usize = 8;
+const BORDERS_MAX: usize = 8;
 
 /// The table as permutes want it.
 pub(super) struct Tables {
@@ -36,15 +36,18 @@ pub(super) struct Tables {
     pub borders: usize,
     /// By bucket: the entry of its first slot.
     first: [u16; BUCKETS],
-    /// By bucket: the first slot of the next entry that begins within it, of the one after that, and
-    /// so forth; 2^16 - 1 if there is none.
-    border: [[u16; BUCKETS]; BORDERS_MAX],
+    /// By bucket, two bytes for two of the entries that begin within it: the slot before, counted from
+    /// the bucket's first; 255 if there is none.
+    border: [[[u8; 2]; BUCKETS]; BORDERS_MAX / 2],
     /// By entry: 16 times the frequency.
     freq: [u16; ENTRIES_MAX],
     /// By entry: the first slot.
     cum: [u16; ENTRIES_MAX],
     /// By entry: the symbol byte.
     symbol: [u8; ENTRIES_MAX],
+    /// Ones that the compiler does not see: it would make comparisons into masks of the minimum with a
+    /// constant 1, and masks are slow.
+    ones: [u8; 64],
 }
 
 impl Tables {
@@ -56,10 +59,11 @@ impl Tables {
         let mut tables = Tables {
             borders: 0,
             first: [0; BUCKETS],
-            border: [[u16::MAX; BUCKETS]; BORDERS_MAX],
+            border: [[[255; 2]; BUCKETS]; BORDERS_MAX / 2],
             freq: [0; ENTRIES_MAX],
             cum: [0; ENTRIES_MAX],
             symbol: [0; ENTRIES_MAX],
+            ones: [1; 64],
         };
         let mut borders = [0; BUCKETS];
         let mut cum = 0usize;
@@ -67,7 +71,7 @@ impl Tables {
             (tables.freq[entry], tables.cum[entry], tables.symbol[entry]) = (freq << 4, cum as u16, symbol);
             if !cum.is_multiple_of(BUCKET_SLOTS) {
                 let bucket = cum / BUCKET_SLOTS;
-                tables.border.get_mut(borders[bucket])?[bucket] = cum as u16;
+                tables.border.get_mut(borders[bucket] / 2)?[bucket][borders[bucket] % 2] = (cum % BUCKET_SLOTS - 1) as u8;
                 borders[bucket] += 1;
             }
             let end = cum + usize::from(freq);
@@ -80,14 +84,15 @@ impl Tables {
     }
 }
 
-/// The table in registers, with room for `K` borders.
+/// The table in registers, with room for `2 * B` borders in a bucket.
 #[derive(Clone, Copy)]
-pub(super) struct Registers<const K: usize> {
+pub(super) struct Registers<const B: usize> {
     first: [__m512i; 2],
-    border: [[__m512i; 2]; K],
+    border: [[__m512i; 2]; B],
     freq: [__m512i; 2],
     cum: [__m512i; 2],
     symbol: __m512i,
+    ones: __m512i,
 }
 
 /// What a step leaves of 32 lanes.
@@ -100,24 +105,25 @@ pub(super) struct Step {
     pub hungry: u32,
 }
 
-impl<const K: usize> Registers<K> {
+impl<const B: usize> Registers<B> {
     /// # Safety
     /// AVX-512 BW and VBMI, here and below.
     #[inline(always)]
-    pub(super) unsafe fn new(tables: &Tables) -> Registers<K> {
-        const { assert!(K <= BORDERS_MAX) }
+    pub(super) unsafe fn new(tables: &Tables) -> Registers<B> {
+        const { assert!(2 * B <= BORDERS_MAX) }
         // SAFETY: all loads are of whole arrays.
         unsafe {
             let zero = [_mm512_setzero_si512(); 2];
             let mut registers = Registers {
                 first: load(&tables.first),
-                border: [zero; K],
+                border: [zero; B],
                 freq: load(&tables.freq),
                 cum: load(&tables.cum),
                 symbol: _mm512_loadu_si512(tables.symbol.as_ptr().cast()),
+                ones: _mm512_loadu_si512(tables.ones.as_ptr().cast()),
             };
-            for k in 0..K {
-                registers.border[k] = load(&tables.border[k]);
+            for b in 0..B {
+                registers.border[b] = load(&tables.border[b]);
             }
             registers
         }
@@ -130,20 +136,26 @@ impl<const K: usize> Registers<K> {
         unsafe {
             let bucket = _mm512_srli_epi16::<6>(low);
             let slot = _mm512_and_si512(low, _mm512_set1_epi16((1 << PROB_BITS) - 1));
-            let mut entry = lookup(&self.first, bucket);
+            // The slot in its bucket, in both bytes; then, in each byte, how many borders it passed.
+            let twice = _mm512_shuffle_epi8(_mm512_and_si512(low, _mm512_set1_epi16(63)), _mm512_loadu_si512(TWICE.as_ptr().cast()));
+            let mut passed = _mm512_setzero_si512();
             for border in &self.border {
-                let reached = _mm512_cmpge_epu16_mask(slot, lookup(border, bucket));
-                entry = _mm512_mask_sub_epi16(entry, reached, entry, _mm512_set1_epi16(-1));
+                let beyond = _mm512_subs_epu8(twice, lookup(border, bucket));
+                passed = _mm512_add_epi8(passed, _mm512_min_epu8(beyond, self.ones));
             }
+            let passed = _mm512_maddubs_epi16(passed, self.ones);
+            let entry = _mm512_add_epi16(lookup(&self.first, bucket), passed);
             let freq = lookup(&self.freq, entry);
             let offset = _mm512_sub_epi16(slot, lookup(&self.cum, entry));
             // 16 freq times the upper 4 bits as they stand, divided by 2^16.
             let upper = _mm512_and_si512(low, _mm512_set1_epi16(0xf000u16 as i16));
             let rest = _mm512_add_epi16(_mm512_mulhi_epu16(freq, upper), offset);
-            let low = _mm512_add_epi16(_mm512_mullo_epi16(freq, high), rest);
-            let carry = _mm512_cmplt_epu16_mask(low, rest);
-            let product = _mm512_mulhi_epu16(freq, high);
-            let high = _mm512_mask_sub_epi16(product, carry, product, _mm512_set1_epi16(-1));
+            let product = _mm512_mullo_epi16(freq, high);
+            let low = _mm512_add_epi16(product, rest);
+            // The carry of an addition is the upper bit of a & b | (a | b) & !sum. (Comparisons would
+            // do, but a mask takes many cycles from the vector units and back.)
+            let carry = _mm512_srli_epi16::<15>(_mm512_ternarylogic_epi32::<0xd4>(product, rest, low));
+            let high = _mm512_add_epi16(_mm512_mulhi_epu16(freq, high), carry);
             Step { entry, low, high, hungry: _mm512_testn_epi16_mask(high, high) }
         }
     }
@@ -156,8 +168,20 @@ impl<const K: usize> Registers<K> {
     }
 }
 
+/// The low byte of each word, twice, by the bytes of 128 bits.
+static TWICE: [u8; 64] = {
+    let mut table = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        table[i] = (i % 16 / 2 * 2) as u8;
+        i += 1;
+    }
+    table
+};
+
 #[inline(always)]
-unsafe fn load(table: &[u16; 64]) -> [__m512i; 2] {
+unsafe fn load<T>(table: &[T; 64]) -> [__m512i; 2] {
+    const { assert!(size_of::<T>() == 2) }
     // SAFETY: 128 readable bytes.
     unsafe { [_mm512_loadu_si512(table.as_ptr().cast()), _mm512_loadu_si512(table.as_ptr().add(32).cast())] }
 }

@@ -189,6 +189,20 @@ pub(crate) fn dot(
     })
 }
 
+/// `body` for the chunks 0..N of at most eight. Not a loop: the compiler leaves loops of so long a
+/// body as they are, and then keeps all states in memory.
+macro_rules! each_chunk {
+    ($n:ident, |$i:ident| $body:expr) => {
+        each_chunk!(@ $n $i $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $n:ident $i:ident $body:expr, $($value:literal)*) => {
+        $(if $value < $n {
+            let $i = $value;
+            $body
+        })*
+    };
+}
+
 /// The sink that stores.
 ///
 /// # Safety
@@ -212,10 +226,10 @@ pub(super) unsafe fn store_group<D: Decoder<N>, const N: usize>(
     let valid = unsafe {
         let mut decoder = D::new(tables, &streams);
         for step in 0..steps {
-            for i in 0..N {
+            each_chunk!(N, |i| {
                 let tile = decoder.next(i);
                 isa.store(tile, tiles.get_unchecked_mut(i * steps + step));
-            }
+            });
         }
         decoder.valid()
     };
@@ -258,10 +272,10 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
                 let mut dots = [isa.zero(); N];
                 for q in q {
-                    for (i, dot) in dots.iter_mut().enumerate() {
+                    each_chunk!(N, |i| {
                         let tile = decoder.next(i);
-                        *dot = isa.dot(*dot, tile, q);
-                    }
+                        dots[i] = isa.dot(dots[i], tile, q);
+                    });
                 }
                 for i in 0..N {
                     let isum = isa.finish(dots[i], xsums[segment]);
