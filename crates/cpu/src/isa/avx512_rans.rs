@@ -1,7 +1,6 @@
 //! `rans` with 16-bit states, 8-bit words, 6 to 8 bits of probability and 64 lanes, for AVX-512.
 //!
-//! Computes: symbol bytes of up to four chunks, either stored  or multiplied with one
-//! token's activations at once (`streams.rs`).
+//! Computes: tiles of up to four chunks side by side, for the sinks of `streams.rs`.
 //!
 //! Layout: a chunk's 64 states are two registers, one of low and one of high bytes, so that one
 //! step yields the 64 symbols of a tile in tile order. The tables (frequency, offset in the entry,
@@ -11,16 +10,18 @@
 //! filled in by a second one.
 //!
 //! Needs: VBMI for the permutes, VBMI2 for the expands, VNNI for the dot. Frequencies below 256,
-//! 64 readable bytes behind each chunk.
+//! far symbols only where tiles are stored, 64 readable bytes behind each chunk.
 //!
 //! Cost: about 30 instructions for 64 symbols, but one step of a stream waits some 40 cycles for
 //! the one before. Four streams side by side hide that.
 //!
 //! Measured (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
-//! gemv`): 25.5 to 27 G weights/s fused with the dot with 64 and 128 slots, 19 with 256, at every
+//! gemv`): 25.5 to 27 G weights/s fused with the dot with 64 and 128 slots, 22.5 with 256, at every
 //! entropy from 1.5 to 3.8 bits; in bulk 25 to 27, with 256 slots 23; from memory 20 to 22 (before
 //! the software prefetch 9 to 17). With two or three streams it loses a third or more, so matrices
-//! of fewer chunks than threads times four do not reach these figures.
+//! of fewer chunks than threads times four do not reach these figures. Tried without gain: six or
+//! eight streams (27, in bulk 30: the sums no longer fit the registers), and words by unpacking and
+//! packing instead of shifts (26).
 
 use std::arch::x86_64::*;
 

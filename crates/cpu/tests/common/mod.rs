@@ -31,6 +31,7 @@ pub fn codecs() -> Vec<Codec> {
         small(8),
         Codec::Rans(rans::Params { state_bits: 16, word_bits: 8, prob_bits: 7, lanes: 32 }),
         Codec::Rans(rans::Params::PRECISE),
+        Codec::Rans(rans::Params { lanes: 64, ..rans::Params::PRECISE }),
         Codec::Huffman(huffman::Params::DEFAULT),
         Codec::BlockAns(block_ans::Params::DEFAULT),
         Codec::Fixed(fixed::Params { bits: 2 }),
