@@ -106,6 +106,7 @@ pub(crate) fn decode_chunks(
 
 /// A kernel for `rans`, with a table's slots as it wants them.
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::large_enum_variant)] // One lives on the stack while chunks are decoded; a box would allocate in every task.
 pub(crate) enum RansKernel {
     Avx2(avx2_rans::Tables),
     Avx512(avx512_rans::Tables),

@@ -106,9 +106,8 @@ impl Tables {
         tables.borders = borders.into_iter().max().unwrap_or(0);
         for table in [&mut tables.freq, &mut tables.cum, &mut tables.symbol] {
             for block in (1..BLOCKS_MAX).rev() {
-                for i in 0..BLOCK {
-                    table[block][i] ^= table[block - 1][i];
-                }
+                let before = table[block - 1];
+                table[block].iter_mut().zip(before).for_each(|(value, before)| *value ^= before);
             }
         }
         Some(tables)
@@ -180,8 +179,8 @@ impl<const P: i32, const K: usize, const B: usize, const N: usize> Decoder<N> fo
                 s.cum[b] = broadcast(&tables.cum[b]);
                 s.symbol[b] = broadcast(&tables.symbol[b]);
             }
-            for i in 0..N {
-                let states = &streams[i].states[..2 * LANES];
+            for (i, stream) in streams.iter().enumerate() {
+                let states = &stream.states[..2 * LANES];
                 for half in 0..2 {
                     s.low[i][half] = _mm256_loadu_si256(states[32 * half..].as_ptr().cast());
                     s.high[i][half] = _mm256_loadu_si256(states[LANES + 32 * half..].as_ptr().cast());

@@ -70,8 +70,8 @@ impl<const B: usize, const N: usize> Decoder<N> for Streams<B, N> {
                 words: Cursors::words(streams),
                 escapes: Cursors::escapes(streams),
             };
-            for i in 0..N {
-                let states = streams[i].states.as_chunks::<4>().0;
+            for (i, stream) in streams.iter().enumerate() {
+                let states = stream.states.as_chunks::<4>().0;
                 let (mut low, mut high) = ([0u16; LANES], [0u16; LANES]);
                 for (lane, state) in states[..LANES].iter().enumerate() {
                     let state = u32::from_le_bytes(*state);
