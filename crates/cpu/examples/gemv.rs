@@ -64,7 +64,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if !codec.to_string().contains(&only) {
                 continue;
             }
-            if step != 0.9 && !codec.to_string().starts_with("rans/s16") {
+            if step != 0.9 && !codec.to_string().starts_with("rans/") {
                 continue;
             }
             for (place, rows) in [("cache", 128), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {

@@ -14,9 +14,9 @@
 //! gemv`), in G weights/s from the cache: plain GEMV of nibbles 130 to 160 at AVX-512 and 50 at
 //! AVX2, with escapes 87 to 92 and 12 to 42; from memory 54 to 77, which is what memory gives. 64
 //! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. It loses where symbols are decoded
-//! by the codec's scalar decoder: rans at AVX2 (0.65 G weights/s), rans-precise, huffman and
-//! block-ans at every level (0.5 to 1.1); and at AVX2 with many escapes, which are patched one by
-//! one.
+//! by the codec's scalar decoder: rans-precise at AVX2 (0.65 G weights/s), huffman and block-ans at
+//! every level (0.5 to 1.1); and at AVX2 with many escapes (19 instead of 50 where two in a hundred
+//! symbols are wide).
 
 use std::ops::Range;
 
@@ -25,9 +25,11 @@ use tersor_format::CodedTensor;
 use crate::decoded::{Decoded, Form, RowTile, expand, unescape};
 use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
-use crate::isa::avx512_rans;
+use crate::isa::streams;
 use crate::isa::{Isa, TileBytes, per_isa};
-use crate::scales::{TileScales, widen};
+use crate::scales::TileScales;
+#[cfg(target_arch = "x86_64")]
+use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
@@ -186,10 +188,10 @@ impl Dot<'_> {
             let symbols = symbols_of(tensor, &chunks);
             let first = tensor.chunk_row_tiles(chunks.start).start;
             #[cfg(target_arch = "x86_64")]
-            if let (Level::Avx512(token), 1) = (self.level, self.x.tokens()) {
+            if let (Some(kernel), 1) = (RansKernel::new(self.level, tensor.table()), self.x.tokens()) {
                 let sums = &mut scratch.sums;
                 sums.resize(symbols / (tensor.col_steps() * TILE_SYMBOLS), [0.0; TILE_ROWS]);
-                if avx512_rans::dot(token, tensor, chunks.clone(), self.scales, self.x, sums) {
+                if streams::dot(kernel.get(), tensor, chunks.clone(), self.scales, self.x, sums) {
                     for (i, sums) in sums.iter().enumerate() {
                         self.write(first + i, std::slice::from_ref(sums));
                     }
@@ -282,12 +284,12 @@ impl SegmentScales {
     pub(crate) fn of(scales: TileScales<'_>, segment: usize) -> SegmentScales {
         match scales {
             TileScales::Row(_) => SegmentScales::Row,
-            TileScales::Group { scales, biases, brain } => {
-                let scale = scales[segment].map(|s| widen(s, brain));
+            TileScales::Group { scales, biases } => {
+                let scale = scales.group(segment);
                 match biases {
                     None => SegmentScales::Group(scale),
                     Some(biases) => {
-                        let mut bias = biases[segment].map(|b| widen(b, brain));
+                        let mut bias = biases.group(segment);
                         for j in 0..TILE_ROWS {
                             bias[j] += 8.0 * scale[j];
                         }

@@ -10,8 +10,8 @@ use crate::{TILE_COLS, TILE_ROWS, round_up};
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ScalesError {
-    /// Neither F16 nor BF16.
-    #[error("scales of type {} are not supported, only F16 and BF16", found.name())]
+    /// Not one of F16, BF16 and F32.
+    #[error("scales of type {} are not supported, only F16, BF16 and F32", found.name())]
     Dtype {
         /// The stored type.
         found: Dtype,
@@ -38,8 +38,8 @@ pub enum ScalesError {
     },
 }
 
-/// Scales of one matrix. 16-bit group scales stay 16 bits wide and are transposed, so that a kernel
-/// loads those of a row tile at once.
+/// Scales of one matrix. Group scales keep the type they are stored in (most have 16 bits) and are
+/// transposed, so that a kernel loads those of a row tile at once.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KernelScales {
     rows: usize,
@@ -58,11 +58,39 @@ enum Kind {
 struct Groups {
     group_size: usize,
     groups: usize,
-    brain: bool,
-    /// (row tile, group, 16): bits of f16 or bf16.
-    scales: Vec<u16>,
+    /// (row tile, group, 16)
+    scales: Values,
     /// (row tile, group, 16), for affine scales.
-    biases: Option<Vec<u16>>,
+    biases: Option<Values>,
+}
+
+/// Finite reals in the type they are stored in.
+#[derive(Clone, Debug, PartialEq)]
+enum Values {
+    F16(Vec<u16>),
+    Bf16(Vec<u16>),
+    F32(Vec<f32>),
+}
+
+impl Values {
+    fn bytes(&self) -> usize {
+        match self {
+            Values::F16(bits) | Values::Bf16(bits) => size_of_val(&bits[..]),
+            Values::F32(reals) => size_of_val(&reals[..]),
+        }
+    }
+
+    /// `groups` times 16 of them, of the row tile `tile`.
+    fn tile(&self, tile: usize, groups: usize) -> TileValues<'_> {
+        fn part<T>(all: &[T], tile: usize, groups: usize) -> &[[T; TILE_ROWS]] {
+            &all.as_chunks().0[tile * groups..][..groups]
+        }
+        match self {
+            Values::F16(bits) => TileValues::F16(part(bits, tile, groups)),
+            Values::Bf16(bits) => TileValues::Bf16(part(bits, tile, groups)),
+            Values::F32(reals) => TileValues::F32(part(reals, tile, groups)),
+        }
+    }
 }
 
 /// The scales of one row tile.
@@ -70,14 +98,35 @@ struct Groups {
 pub(crate) enum TileScales<'a> {
     /// (16)
     Row(&'a [f32; TILE_ROWS]),
-    /// (group, 16); f16 bits, or bf16 bits if `brain`.
-    Group { scales: &'a [[u16; TILE_ROWS]], biases: Option<&'a [[u16; TILE_ROWS]]>, brain: bool },
+    Group {
+        scales: TileValues<'a>,
+        biases: Option<TileValues<'a>>,
+    },
 }
 
-/// The value of a stored 16-bit scale.
+/// Scales or biases of one row tile: (group, 16)
+#[derive(Clone, Copy)]
+pub(crate) enum TileValues<'a> {
+    F16(&'a [[u16; TILE_ROWS]]),
+    Bf16(&'a [[u16; TILE_ROWS]]),
+    F32(&'a [[f32; TILE_ROWS]]),
+}
+
+impl TileValues<'_> {
+    /// Those of a group.
+    #[inline(always)]
+    pub(crate) fn group(self, group: usize) -> [f32; TILE_ROWS] {
+        match self {
+            TileValues::F16(bits) => bits[group].map(f16_to_f32),
+            TileValues::Bf16(bits) => bits[group].map(bf16_to_f32),
+            TileValues::F32(reals) => reals[group],
+        }
+    }
+}
+
 #[inline(always)]
-pub(crate) fn widen(bits: u16, brain: bool) -> f32 {
-    if brain { f32::from_bits(u32::from(bits) << 16) } else { f16_to_f32(bits) }
+fn bf16_to_f32(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 impl KernelScales {
@@ -106,20 +155,14 @@ impl KernelScales {
                     return Err(ScalesError::GroupSize { group_size });
                 }
                 let groups = cols.div_ceil(group_size);
-                let brain = view.raw().dtype() == Dtype::Bf16;
-                // One flag serves both: biases of another type are converted, or refused where that
-                // would lose bits.
                 let biases = match view.raw_biases() {
-                    Some(raw) if (raw.dtype() == Dtype::Bf16) != brain => {
-                        return Err(ScalesError::Dtype { found: raw.dtype() });
-                    }
                     Some(raw) => Some(transposed(raw, rows, groups)?),
                     None if view.scheme() == ScaleScheme::GroupAffine => {
                         return Err(ScalesError::Count { expected: rows * groups, found: 0 });
                     }
                     None => None,
                 };
-                Kind::Group(Groups { group_size, groups, brain, scales: transposed(view.raw(), rows, groups)?, biases })
+                Kind::Group(Groups { group_size, groups, scales: transposed(view.raw(), rows, groups)?, biases })
             }
         };
         Ok(KernelScales { rows, cols, kind })
@@ -156,7 +199,7 @@ impl KernelScales {
     pub fn bytes(&self) -> u64 {
         let bytes = match &self.kind {
             Kind::Row(scales) => size_of_val(&scales[..]),
-            Kind::Group(g) => size_of_val(&g.scales[..]) + g.biases.as_ref().map_or(0, |b| size_of_val(&b[..])),
+            Kind::Group(g) => g.scales.bytes() + g.biases.as_ref().map_or(0, Values::bytes),
         };
         bytes as u64
     }
@@ -164,11 +207,9 @@ impl KernelScales {
     pub(crate) fn tile(&self, tile: usize) -> TileScales<'_> {
         match &self.kind {
             Kind::Row(scales) => TileScales::Row(&scales.as_chunks().0[tile]),
-            Kind::Group(g) => TileScales::Group {
-                scales: &g.scales.as_chunks().0[tile * g.groups..][..g.groups],
-                biases: g.biases.as_ref().map(|b| &b.as_chunks().0[tile * g.groups..][..g.groups]),
-                brain: g.brain,
-            },
+            Kind::Group(g) => {
+                TileScales::Group { scales: g.scales.tile(tile, g.groups), biases: g.biases.as_ref().map(|b| b.tile(tile, g.groups)) }
+            }
         }
     }
 
@@ -177,47 +218,51 @@ impl KernelScales {
     pub(crate) fn weight(&self, row: usize, col: usize, symbol: i16) -> f32 {
         match (self.tile(row / TILE_ROWS), row % TILE_ROWS) {
             (TileScales::Row(scales), lane) => scales[lane] * f32::from(symbol),
-            (TileScales::Group { scales, biases, brain }, lane) => {
+            (TileScales::Group { scales, biases }, lane) => {
                 let group = col / self.segment();
-                let scale = widen(scales[group][lane], brain);
+                let scale = scales.group(group)[lane];
                 match biases {
                     None => scale * f32::from(symbol),
-                    Some(biases) => scale * (i32::from(symbol) + 8) as f32 + widen(biases[group][lane], brain),
+                    Some(biases) => scale * (i32::from(symbol) + 8) as f32 + biases.group(group)[lane],
                 }
             }
         }
     }
 }
 
-/// The 16-bit elements of a raw tensor, all finite.
-fn bits(raw: &RawTensor, expected: usize) -> Result<Vec<u16>, ScalesError> {
-    if !matches!(raw.dtype(), Dtype::F16 | Dtype::Bf16) {
-        return Err(ScalesError::Dtype { found: raw.dtype() });
-    }
-    let brain = raw.dtype() == Dtype::Bf16;
-    let bits: Vec<u16> = raw.bytes().as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
-    if bits.len() != expected {
-        return Err(ScalesError::Count { expected, found: bits.len() });
-    }
-    match bits.iter().position(|b| !widen(*b, brain).is_finite()) {
-        Some(index) => Err(ScalesError::NotFinite { index }),
-        None => Ok(bits),
-    }
-}
-
+/// The elements of a raw tensor, all finite.
 fn values(raw: &RawTensor, expected: usize) -> Result<Vec<f32>, ScalesError> {
-    let brain = raw.dtype() == Dtype::Bf16;
-    Ok(bits(raw, expected)?.into_iter().map(|b| widen(b, brain)).collect())
+    let halves = || raw.bytes().as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
+    let reals: Vec<f32> = match raw.dtype() {
+        Dtype::F16 => halves().map(f16_to_f32).collect(),
+        Dtype::Bf16 => halves().map(bf16_to_f32).collect(),
+        Dtype::F32 => raw.bytes().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        found => return Err(ScalesError::Dtype { found }),
+    };
+    if reals.len() != expected {
+        return Err(ScalesError::Count { expected, found: reals.len() });
+    }
+    match reals.iter().position(|r| !r.is_finite()) {
+        Some(index) => Err(ScalesError::NotFinite { index }),
+        None => Ok(reals),
+    }
 }
 
 /// (rows, groups) to (row tile, group, 16); padding rows are 0.
-fn transposed(raw: &RawTensor, rows: usize, groups: usize) -> Result<Vec<u16>, ScalesError> {
-    let bits = bits(raw, rows * groups)?;
-    let mut out = vec![0u16; round_up(rows, TILE_ROWS) * groups];
-    for (row, scales) in bits.chunks_exact(groups).enumerate() {
-        for (group, s) in scales.iter().enumerate() {
-            out[(row / TILE_ROWS * groups + group) * TILE_ROWS + row % TILE_ROWS] = *s;
+fn transposed(raw: &RawTensor, rows: usize, groups: usize) -> Result<Values, ScalesError> {
+    fn transpose<T: Copy + Default>(all: impl Iterator<Item = T>, rows: usize, groups: usize) -> Vec<T> {
+        let mut out = vec![T::default(); round_up(rows, TILE_ROWS) * groups];
+        for (i, value) in all.enumerate() {
+            let (row, group) = (i / groups, i % groups);
+            out[(row / TILE_ROWS * groups + group) * TILE_ROWS + row % TILE_ROWS] = value;
         }
+        out
     }
-    Ok(out)
+    let reals = values(raw, rows * groups)?;
+    let halves = || raw.bytes().as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
+    Ok(match raw.dtype() {
+        Dtype::F16 => Values::F16(transpose(halves(), rows, groups)),
+        Dtype::Bf16 => Values::Bf16(transpose(halves(), rows, groups)),
+        _ => Values::F32(transpose(reals.into_iter(), rows, groups)),
+    })
 }

@@ -11,9 +11,9 @@ use tersor_codec::{DecodeError, Far, FarList, PADDING_BYTES, Table, decode_chunk
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
-#[cfg(target_arch = "x86_64")]
-use crate::isa::avx512_rans;
 use crate::isa::{Isa, TileBytes, per_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{avx2_rans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
 use crate::{Level, TILE_ROWS, TILE_SYMBOLS};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
@@ -87,8 +87,8 @@ pub(crate) fn decode_chunks(
 ) -> Result<(), (usize, DecodeError)> {
     far.clear();
     #[cfg(target_arch = "x86_64")]
-    if let Level::Avx512(token) = level {
-        if avx512_rans::decode(token, tensor, chunks.clone(), out, far) {
+    if let Some(kernel) = RansKernel::new(level, tensor.table()) {
+        if streams::decode(kernel.get(), tensor, chunks.clone(), out, far) {
             return Ok(());
         }
         far.clear();
@@ -102,6 +102,39 @@ pub(crate) fn decode_chunks(
         rest = after;
     }
     Ok(())
+}
+
+/// A kernel for `rans`, with a table's slots as it wants them.
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::large_enum_variant)] // One lives on the stack while chunks are decoded; a box would allocate in every task.
+pub(crate) enum RansKernel {
+    Avx2(avx2_rans::Tables),
+    Avx512(avx512_rans::Tables),
+    Avx512Precise(avx512_rans_precise::Tables),
+}
+
+#[cfg(target_arch = "x86_64")]
+impl RansKernel {
+    /// `None` if none was made for the level and table.
+    pub(crate) fn new(level: Level, table: &Table) -> Option<RansKernel> {
+        let Table::Rans(table) = table else {
+            return None;
+        };
+        match level {
+            Level::Avx2(token) => avx2_rans::Tables::new(token, table).map(RansKernel::Avx2),
+            Level::Avx512(token) if table.params().state_bits == 16 => avx512_rans::Tables::new(token, table).map(RansKernel::Avx512),
+            Level::Avx512(token) => avx512_rans_precise::Tables::new(token, table).map(RansKernel::Avx512Precise),
+            Level::Scalar => None,
+        }
+    }
+
+    pub(crate) fn get(&self) -> &dyn Kernel {
+        match self {
+            RansKernel::Avx2(tables) => tables,
+            RansKernel::Avx512(tables) => tables,
+            RansKernel::Avx512Precise(tables) => tables,
+        }
+    }
 }
 
 /// A part of a chunk together with the [`PADDING_BYTES`] readable bytes behind it. `padded`: the

@@ -289,7 +289,7 @@ proptest! {
         let mut random = Random::new(seed);
         let kind = SCALES[kind];
         let cols = match kind {
-            ScaleKind::Group(g, _) | ScaleKind::Affine(g, _) => cols.next_multiple_of(g as usize),
+            ScaleKind::Group(g, _) | ScaleKind::Affine(g, _) | ScaleKind::Affine32(g) => cols.next_multiple_of(g as usize),
             _ => cols,
         };
         let chunk_symbols = 64 * (1 + random.below(400)) as u32;

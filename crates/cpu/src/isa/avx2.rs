@@ -67,7 +67,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
-        let mut mask = unsafe {
+        let mask = unsafe {
             let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[0], escape[0])) as u32;
             let high = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[1], escape[1])) as u32;
             u64::from(low) | u64::from(high) << 32
@@ -75,22 +75,15 @@ impl Isa for Avx2 {
         if mask == 0 {
             return (tile, 0);
         }
-        // There is no byte expand here, and escapes are a few in a hundred: patch them one by one
-        // in memory.
-        let count = mask.count_ones() as usize;
-        let mut bytes: TileBytes = [0; 64];
-        self.store(tile, &mut bytes);
-        let mut next = escapes;
-        while mask != 0 {
-            let lane = mask.trailing_zeros() as usize;
-            // SAFETY: at most 64 bytes are taken, and 64 are readable; a 64-bit mask has lanes below 64.
-            unsafe {
-                *bytes.get_unchecked_mut(lane) = *next;
-                next = next.add(1);
-            }
-            mask &= mask - 1;
+        // SAFETY: 64 readable bytes, by the contract.
+        unsafe {
+            let next = expand(escapes, mask);
+            let merged = halves!(|i| {
+                let escaped = _mm256_cmpeq_epi8(tile[i], escape[i]);
+                _mm256_or_si256(_mm256_andnot_si256(escaped, tile[i]), next[i])
+            });
+            (merged, mask.count_ones() as usize)
         }
-        (self.load(&bytes), count)
     }
 
     #[inline(always)]
@@ -213,5 +206,50 @@ pub(super) unsafe fn fold_8(x: __m256) -> f32 {
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    }
+}
+
+/// By a mask of eight lanes: which of the next bytes each lane takes, 0x80 for none, as a byte
+/// shuffle wants it. One more entry, so that 16 bytes may be read of each.
+static EXPAND: [[u8; 8]; 257] = {
+    let mut table = [[0x80; 8]; 257];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut taken) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                table[mask][lane] = taken;
+                taken += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
+/// The next bytes in the lanes of `mask`, in lane order, and 0 in the others: AVX-512's `vpexpandb`,
+/// from eight shuffles of eight lanes, whose places in the stream popcounts give all at once.
+///
+/// # Safety
+/// AVX2, POPCNT; 64 bytes at `bytes` are readable.
+#[inline(always)]
+pub(super) unsafe fn expand(bytes: *const u8, mask: u64) -> [__m256i; 2] {
+    // SAFETY: part 7 begins at 56 bytes at most. Of the table, entries up to 255 are read with the
+    // eight bytes behind.
+    macro_rules! part {
+        ($i:literal) => {{
+            let before = (mask & ((1u64 << (8 * $i)) - 1)).count_ones() as usize;
+            let lanes = (mask >> (8 * $i)) as usize & 0xff;
+            let next = _mm_loadl_epi64(bytes.add(before).cast());
+            _mm_shuffle_epi8(next, _mm_loadu_si128(EXPAND.as_ptr().add(lanes).cast()))
+        }};
+    }
+    // SAFETY: as above.
+    unsafe {
+        [
+            _mm256_set_m128i(_mm_unpacklo_epi64(part!(2), part!(3)), _mm_unpacklo_epi64(part!(0), part!(1))),
+            _mm256_set_m128i(_mm_unpacklo_epi64(part!(6), part!(7)), _mm_unpacklo_epi64(part!(4), part!(5))),
+        ]
     }
 }

@@ -6,10 +6,18 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2_rans;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_rans_precise;
+#[cfg(target_arch = "x86_64")]
+mod avx512_wide;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod streams;
 
 pub(crate) use scalar::Scalar;
 

@@ -31,6 +31,7 @@ pub fn codecs() -> Vec<Codec> {
         small(8),
         Codec::Rans(rans::Params { state_bits: 16, word_bits: 8, prob_bits: 7, lanes: 32 }),
         Codec::Rans(rans::Params::PRECISE),
+        Codec::Rans(rans::Params { lanes: 64, ..rans::Params::PRECISE }),
         Codec::Huffman(huffman::Params::DEFAULT),
         Codec::BlockAns(block_ans::Params::DEFAULT),
         Codec::Fixed(fixed::Params { bits: 2 }),
@@ -92,9 +93,11 @@ pub enum ScaleKind {
     Row,
     Group(u32, bool),
     Affine(u32, bool),
+    /// Affine in binary32, as over an f32 checkpoint.
+    Affine32(u32),
 }
 
-pub const SCALES: [ScaleKind; 7] = [
+pub const SCALES: [ScaleKind; 8] = [
     ScaleKind::Row,
     ScaleKind::Tensor,
     ScaleKind::Group(32, false),
@@ -102,6 +105,7 @@ pub const SCALES: [ScaleKind; 7] = [
     ScaleKind::Affine(32, true),
     ScaleKind::Affine(64, false),
     ScaleKind::Affine(128, false),
+    ScaleKind::Affine32(64),
 ];
 
 pub fn tensor(random: &mut Random, rows: usize, cols: usize, symbols: Symbols, kind: ScaleKind) -> QuantizedTensor {
@@ -118,9 +122,15 @@ pub fn tensor(random: &mut Random, rows: usize, cols: usize, symbols: Symbols, k
         })
         .collect();
     let mut symbols: Vec<i16> = symbols;
-    if matches!(kind, ScaleKind::Affine(..)) {
+    if matches!(kind, ScaleKind::Affine(..) | ScaleKind::Affine32(_)) {
         // Symbols of affine schemes are q - 8: there must be room for the 8.
         symbols.iter_mut().for_each(|s| *s = (*s).min(i16::MAX - 8));
+    }
+    if let ScaleKind::Affine32(group_size) = kind {
+        let count = rows * cols.div_ceil(group_size as usize);
+        let mut reals = || ScaleVec::F32((0..count).map(|_| (random.gauss() * 0.02) as f32).collect());
+        let scales = Scales::Group { group_size, scales: reals(), biases: Some(reals()) };
+        return QuantizedTensor { rows, cols, symbols, scales };
     }
     let mut halves = |n: usize| -> Vec<u16> { (0..n).map(|_| half::f16::from_f64(random.gauss() * 0.02).to_bits()).collect() };
     let scales = match kind {
@@ -137,9 +147,10 @@ pub fn tensor(random: &mut Random, rows: usize, cols: usize, symbols: Symbols, k
                 }
             };
             let scales = vec();
-            let biases = matches!(kind, ScaleKind::Affine(..)).then(vec);
+            let biases = matches!(kind, ScaleKind::Affine(..) | ScaleKind::Affine32(_)).then(vec);
             Scales::Group { group_size, scales, biases }
         }
+        ScaleKind::Affine32(_) => unreachable!("returned above"),
     };
     QuantizedTensor { rows, cols, symbols, scales }
 }

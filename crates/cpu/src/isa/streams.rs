@@ -1,0 +1,292 @@
+//! `rans` chunks side by side: what the kernels of all levels share.
+//!
+//! A kernel takes up to four chunks of equal size at once, since one step of a chunk waits for the
+//! step before, and gives their tiles to one of two sinks: [`decode`] stores them, [`dot`] multiplies
+//! them with one token's activations before they ever reach memory.
+//!
+//! Reads are optimistic: pointers run on, loads are clamped to the end of their stream, and only at
+//! the end of the chunk are the pointers compared with where they must be and the states with
+//! STATE_MIN. What is stored or summed before is nonsense if that fails, and then it is thrown
+//! away.
+
+use std::ops::Range;
+
+use tersor_codec::{PADDING_BYTES, rans};
+use tersor_format::CodedTensor;
+
+use super::{Isa, TileBytes};
+use crate::matmul::{SegmentScales, finish_rows};
+use crate::scales::TileScales;
+use crate::source::{FarAt, count_zeros, take_far, with_padding};
+use crate::{Activations, KernelScales, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+
+/// How far ahead of the words the memory is told what comes: some 50 steps. The processor's own
+/// prefetcher stops at the end of a page, and here the next state waits for the bytes.
+pub(super) const PREFETCH_BYTES: usize = 1024;
+
+/// One chunk's parts, as pointers into the chunk with its padding.
+pub(super) struct Stream<'a> {
+    pub states: &'a [u8],
+    /// The words, and as for the escapes the 64 bytes behind them, are readable for `'a`.
+    pub words: Range<*const u8>,
+    pub escapes: Range<*const u8>,
+    chunk: rans::Chunk<'a>,
+}
+
+impl<'a> Stream<'a> {
+    /// `None` if the chunk is corrupt.
+    fn new(params: rans::Params, tensor: &'a CodedTensor, chunk: usize) -> Option<Stream<'a>> {
+        let padded = tensor.chunk_with_padding(chunk);
+        let bytes = &padded[..padded.len() - PADDING_BYTES];
+        let parts = rans::Chunk::parse(params, tensor.chunk_symbols(chunk), bytes).ok()?;
+        // Pointers that reach beyond the part come from a slice that does.
+        let range = |part: &[u8]| {
+            let wide = with_padding(padded, part);
+            wide.as_ptr()..wide[part.len()..].as_ptr()
+        };
+        Some(Stream { states: parts.states, words: range(parts.words), escapes: range(parts.escapes), chunk: parts })
+    }
+}
+
+/// A reader of one part of `N` chunks.
+pub(super) struct Cursors<const N: usize> {
+    next: [*const u8; N],
+    end: [*const u8; N],
+}
+
+impl<const N: usize> Cursors<N> {
+    pub(super) fn words(streams: &[Stream<'_>; N]) -> Cursors<N> {
+        Cursors { next: std::array::from_fn(|i| streams[i].words.start), end: std::array::from_fn(|i| streams[i].words.end) }
+    }
+
+    pub(super) fn escapes(streams: &[Stream<'_>; N]) -> Cursors<N> {
+        Cursors { next: std::array::from_fn(|i| streams[i].escapes.start), end: std::array::from_fn(|i| streams[i].escapes.end) }
+    }
+
+    /// Where 64 bytes are readable: the next byte, or the end if that is behind us.
+    #[inline(always)]
+    pub(super) fn readable(&self, i: usize) -> *const u8 {
+        self.next[i].min(self.end[i])
+    }
+
+    #[inline(always)]
+    pub(super) fn advance(&mut self, i: usize, bytes: usize) {
+        self.next[i] = self.next[i].wrapping_add(bytes);
+    }
+
+    /// A place to prefetch: not necessarily a readable one.
+    #[inline(always)]
+    pub(super) fn ahead(&self, i: usize) -> *const u8 {
+        self.next[i].wrapping_add(PREFETCH_BYTES)
+    }
+
+    pub(super) fn at_end(&self) -> bool {
+        self.next == self.end
+    }
+}
+
+/// `N` chunks in flight at one level.
+pub(super) trait Decoder<const N: usize>: Sized {
+    type Isa: Isa;
+    type Tables;
+
+    /// # Safety
+    /// The features of `Isa`, here and below.
+    unsafe fn new(tables: &Self::Tables, streams: &[Stream<'_>; N]) -> Self;
+    /// The next 64 symbol bytes of chunk `i`.
+    unsafe fn next(&mut self, i: usize) -> <Self::Isa as Isa>::Tile;
+    /// Whether all chunks ended as their encoder began.
+    unsafe fn valid(&self) -> bool;
+}
+
+/// Chunks of equal size.
+#[derive(Clone, Copy)]
+pub(crate) struct Group<'a> {
+    params: rans::Params,
+    tensor: &'a CodedTensor,
+    first: usize,
+    /// At least 1, at most the kernel's width.
+    pub chunks: usize,
+}
+
+impl<'a> Group<'a> {
+    /// The streams of the group's `N` chunks.
+    fn streams<const N: usize>(&self) -> Option<[Stream<'a>; N]> {
+        assert_eq!(self.chunks, N);
+        let mut streams = [const { None }; N];
+        for (i, stream) in streams.iter_mut().enumerate() {
+            *stream = Some(Stream::new(self.params, self.tensor, self.first + i)?);
+        }
+        Some(streams.map(|s| s.expect("filled above")))
+    }
+}
+
+/// What a group of chunks is multiplied with.
+#[derive(Clone, Copy)]
+pub(crate) struct Factor<'a> {
+    scales: &'a KernelScales,
+    x: &'a Activations,
+}
+
+/// A kernel, with the tables of one tensor.
+pub(crate) trait Kernel {
+    /// Parameters of the table.
+    fn params(&self) -> rans::Params;
+    /// Chunks it takes at once.
+    fn width(&self) -> usize;
+    /// As [`store_group`].
+    fn store(&self, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool;
+    /// As [`dot_group`].
+    fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool;
+}
+
+/// Chunks in groups that decode side by side: equal sizes, so all but a shorter last one.
+fn groups<'a>(kernel: &dyn Kernel, tensor: &'a CodedTensor, chunks: Range<usize>) -> impl Iterator<Item = Group<'a>> + use<'a> {
+    let (params, width) = (kernel.params(), kernel.width());
+    let equal = match chunks.clone().next_back() {
+        Some(last) if tensor.chunk_symbols(last) != tensor.chunk_symbols(chunks.start) => last,
+        _ => chunks.end,
+    };
+    let mut first = chunks.start;
+    std::iter::from_fn(move || {
+        let end = if first < equal { equal.min(first + width) } else { chunks.end };
+        let group = Group { params, tensor, first, chunks: end - first };
+        first = end;
+        (group.chunks > 0).then_some(group)
+    })
+}
+
+/// Decodes consecutive chunks to symbol bytes, one behind the other, and adds their
+/// far symbols to `far`.
+///
+/// False if a chunk is corrupt: `out` and `far` are then of no use.
+pub(crate) fn decode(kernel: &dyn Kernel, tensor: &CodedTensor, chunks: Range<usize>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
+    let mut rest = out;
+    groups(kernel, tensor, chunks).all(|group| {
+        let (out, after) = std::mem::take(&mut rest).split_at_mut(group.chunks * tensor.chunk_symbols(group.first));
+        rest = after;
+        kernel.store(group, out, far)
+    })
+}
+
+/// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of
+/// the chunks, 16).
+///
+/// False if a chunk has far symbols or is corrupt: `sums` are then of no use.
+pub(crate) fn dot(
+    kernel: &dyn Kernel,
+    tensor: &CodedTensor,
+    chunks: Range<usize>,
+    scales: &KernelScales,
+    x: &Activations,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
+    let mut rest = sums;
+    groups(kernel, tensor, chunks).all(|group| {
+        let (sums, after) = std::mem::take(&mut rest).split_at_mut(group.chunks * tensor.chunk_row_tiles(group.first).len());
+        rest = after;
+        kernel.dot(group, Factor { scales, x }, sums)
+    })
+}
+
+/// `body` for the chunks 0..N of at most eight. Not a loop: the compiler leaves loops of so long a
+/// body as they are, and then keeps all states in memory.
+macro_rules! each_chunk {
+    ($n:ident, |$i:ident| $body:expr) => {
+        each_chunk!(@ $n $i $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $n:ident $i:ident $body:expr, $($value:literal)*) => {
+        $(if $value < $n {
+            let $i = $value;
+            $body
+        })*
+    };
+}
+
+/// The sink that stores.
+///
+/// # Safety
+/// To be inlined below the features of `D`'s level, which `isa` proves.
+#[inline(always)]
+pub(super) unsafe fn store_group<D: Decoder<N>, const N: usize>(
+    isa: D::Isa,
+    tables: &D::Tables,
+    group: Group<'_>,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
+    let Some(streams) = group.streams::<N>() else {
+        return false;
+    };
+    let symbols = group.tensor.chunk_symbols(group.first);
+    let steps = symbols / TILE_SYMBOLS;
+    let tiles: &mut [TileBytes] = out.as_chunks_mut().0;
+    assert_eq!(tiles.len(), N * steps);
+    // SAFETY: by the contract.
+    let valid = unsafe {
+        let mut decoder = D::new(tables, &streams);
+        for step in 0..steps {
+            each_chunk!(N, |i| {
+                let tile = decoder.next(i);
+                isa.store(tile, tiles.get_unchecked_mut(i * steps + step));
+            });
+        }
+        decoder.valid()
+    };
+    valid
+        && (group.first..)
+            .zip(streams.iter().map(|s| &s.chunk).zip(out.chunks_exact(symbols)))
+            .all(|(chunk, (parts, bytes))| take_far(group.tensor, chunk, parts.far, parts.escapes, bytes, far))
+}
+
+/// The sink that multiplies.
+///
+/// # Safety
+/// As for [`store_group`].
+#[inline(always)]
+pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
+    isa: D::Isa,
+    tables: &D::Tables,
+    group: Group<'_>,
+    factor: Factor<'_>,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
+    let Some(streams) = group.streams::<N>() else {
+        return false;
+    };
+    if streams.iter().any(|s| !s.chunk.far.is_empty() || count_zeros(s.chunk.escapes) > 0) {
+        return false;
+    }
+    let Factor { scales, x } = factor;
+    let row_tiles = group.tensor.chunk_row_tiles(group.first);
+    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    assert_eq!(q.len(), group.tensor.col_steps());
+    assert_eq!(sums.len(), N * row_tiles.len());
+    let (xscales, xsums) = (x.scales(0), x.sums(0));
+    // SAFETY: by the contract.
+    unsafe {
+        let mut decoder = D::new(tables, &streams);
+        for tile in 0..row_tiles.len() {
+            let tile_scales: [TileScales<'_>; N] = std::array::from_fn(|i| scales.tile(row_tiles.start + i * row_tiles.len() + tile));
+            let mut acc = [[0.0; TILE_ROWS]; N];
+            for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
+                let mut dots = [isa.zero(); N];
+                for q in q {
+                    each_chunk!(N, |i| {
+                        let tile = decoder.next(i);
+                        dots[i] = isa.dot(dots[i], tile, q);
+                    });
+                }
+                for i in 0..N {
+                    let isum = isa.finish(dots[i], xsums[segment]);
+                    SegmentScales::of(tile_scales[i], segment).add(&mut acc[i], &isum, xscales[segment], xsums[segment]);
+                }
+            }
+            for i in 0..N {
+                finish_rows(tile_scales[i], &mut acc[i]);
+                sums[i * row_tiles.len() + tile] = acc[i];
+            }
+        }
+        decoder.valid()
+    }
+}
