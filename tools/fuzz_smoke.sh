@@ -16,7 +16,7 @@ targets=$("${fuzz[@]}" list)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 for target in $targets; do
-  if ! "${fuzz[@]}" run "$target" -- -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 >"$log" 2>&1; then
+  if ! "${fuzz[@]}" run "$target" -- -max_total_time="$seconds" -len_control=0 -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 >"$log" 2>&1; then
     tail -n 60 "$log"
     exit 1
   fi
