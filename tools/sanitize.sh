@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs the tests of the crates with unsafe code or threads (cpu, format, runtime) under AddressSanitizer, then under ThreadSanitizer:
+#
+#     tools/sanitize.sh [address|thread] [-- arguments of the test binaries]
+#
+# Needs a nightly toolchain. With its component rust-src the standard library is instrumented too; without it, only these crates and
+# their dependencies are: the address sanitizer still sees every access of ours (its allocator and libc interceptors replace std's), and the
+# thread sanitizer every atomic and lock that is inlined into our code, but not those compiled into std, so that a report whose
+# only synchronization lies inside std would be a false one. The script says which of the two it did. RSS limits and proptest cases are
+# left alone; golden and kernel tests take a few times longer. Doctests are not run: rustdoc links no sanitizer.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+which=(address thread)
+case ${1:-} in address | thread) which=("$1"); shift ;; esac
+[ "${1:-}" = -- ] && shift
+
+cargo +nightly --version >/dev/null 2>&1 || { echo "error: no nightly toolchain: rustup toolchain install nightly" >&2; exit 1; }
+target=$(rustc +nightly -vV | sed -n 's/^host: //p')
+std=()
+if [ -f "$(rustc +nightly --print sysroot)/lib/rustlib/src/rust/library/Cargo.lock" ]; then
+  std=(-Zbuild-std)
+  covered="crates, dependencies and the standard library"
+else
+  covered="crates and dependencies, not the standard library (no rust-src)"
+fi
+
+failed=0
+for sanitizer in "${which[@]}"; do
+  flags="-Zsanitizer=$sanitizer"
+  # A prebuilt std lacks the flag that the thread sanitizer sets on every crate.
+  if [ ${#std[@]} -eq 0 ]; then flags+=" -Cunsafe-allow-abi-mismatch=sanitizer"; fi
+  log=$(mktemp)
+  echo "$sanitizer sanitizer over $covered"
+  # Debug assertions stay, optimization too: unoptimized kernels would take hours. detect_leaks also finds what a dropped pool leaves behind.
+  if RUSTFLAGS="$flags -Copt-level=1" CARGO_TARGET_DIR="${SANITIZE_TARGET:-target/sanitize}/$sanitizer" \
+    ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1" TSAN_OPTIONS="halt_on_error=0:second_deadlock_stack=1" \
+    cargo +nightly test "${std[@]}" --target "$target" -p tersor-cpu -p tersor-format -p tersor-runtime --lib --tests --no-fail-fast -- "$@" >"$log" 2>&1
+  then outcome=clean; else outcome=FAILED; failed=1; fi
+  passed=$(grep -o '^test result: .* \([0-9]*\) passed' "$log" | grep -o '[0-9]* passed' | awk '{s += $1} END {print s + 0}' || true)
+  reports=$(grep -c -E '(ERROR: AddressSanitizer|ERROR: LeakSanitizer|WARNING: ThreadSanitizer)' "$log" || true)
+  if [ "$reports" -gt 0 ]; then outcome=FAILED; failed=1; fi
+  echo "$sanitizer sanitizer: $outcome, $passed tests passed, $reports reports"
+  if [ "$outcome" = FAILED ]; then
+    grep -n -E '^error|^test .*FAILED|Sanitizer|^ +#[0-9]+ .*tersor' "$log" | head -60
+    echo "full log: $log"
+  else
+    rm -f "$log"
+  fi
+done
+exit $failed
