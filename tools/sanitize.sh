@@ -31,9 +31,9 @@ for sanitizer in "${which[@]}"; do
   if [ ${#std[@]} -eq 0 ]; then flags+=" -Cunsafe-allow-abi-mismatch=sanitizer"; fi
   log=$(mktemp)
   echo "$sanitizer sanitizer over $covered"
-  # Debug assertions stay, optimization too: unoptimized kernels would take hours. detect_leaks also finds what a dropped pool leaves behind.
+  # Tests reserve absurd sizes on purpose and expect a refusal: allocator_may_return_null. Unoptimized kernels would take hours: opt-level.
   if RUSTFLAGS="$flags -Copt-level=1" CARGO_TARGET_DIR="${SANITIZE_TARGET:-target/sanitize}/$sanitizer" \
-    ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1" TSAN_OPTIONS="halt_on_error=0:second_deadlock_stack=1" \
+    ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1" TSAN_OPTIONS="second_deadlock_stack=1:allocator_may_return_null=1" \
     cargo +nightly test "${std[@]}" --target "$target" -p tersor-cpu -p tersor-format -p tersor-runtime --lib --tests --no-fail-fast -- "$@" >"$log" 2>&1
   then outcome=clean; else outcome=FAILED; failed=1; fi
   passed=$(grep -o '^test result: .* \([0-9]*\) passed' "$log" | grep -o '[0-9]* passed' | awk '{s += $1} END {print s + 0}' || true)
