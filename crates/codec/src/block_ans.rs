@@ -48,11 +48,10 @@
 use std::ops::Range;
 
 use crate::ans::{self, pop, push, refill};
-use crate::error::{DecodeError, EncodeError, ParamsError, TableError};
+use crate::error::{DecodeError, EncodeError, ParamsError};
 use crate::escape::{Classified, parse_blocks};
-use crate::frequencies::{Frequencies, Widths};
-use crate::rans::Slots;
-use crate::{ESCAPE, FarList, Histogram};
+use crate::frequencies::{AnsParams, AnsTable, Widths};
+use crate::{ESCAPE, FarList};
 
 /// Parameters of `block-ans`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -95,6 +94,12 @@ impl Params {
     pub fn blocks(&self, symbols: usize) -> usize {
         symbols.div_ceil(self.block_symbols as usize)
     }
+}
+
+impl AnsParams for Params {
+    fn check(&self) -> Result<(), ParamsError> {
+        self.validate()
+    }
 
     fn widths(&self) -> Widths {
         Widths { state: self.state_bits, word: self.word_bits, prob: self.prob_bits }
@@ -102,47 +107,7 @@ impl Params {
 }
 
 /// Static frequencies of one tensor.
-#[derive(Clone, Debug)]
-pub struct Table {
-    params: Params,
-    frequencies: Frequencies,
-}
-
-impl Table {
-    pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
-        params.validate()?;
-        Ok(Self { params, frequencies: Frequencies::build(params.widths(), histogram)? })
-    }
-
-    pub(crate) fn read(params: Params, bytes: &[u8]) -> Result<Self, TableError> {
-        params.validate()?;
-        Ok(Self { params, frequencies: Frequencies::read(params.widths(), bytes)? })
-    }
-
-    pub(crate) fn frequencies(&self) -> &Frequencies {
-        &self.frequencies
-    }
-
-    /// Parameters of the codec.
-    pub fn params(&self) -> Params {
-        self.params
-    }
-
-    /// The tables of a decoder.
-    pub fn slots(&self) -> Slots<'_> {
-        self.frequencies.slots()
-    }
-
-    /// (symbol byte, frequency), ascending by symbol byte.
-    pub fn entries(&self) -> &[(u8, u16)] {
-        self.frequencies.entries()
-    }
-
-    /// Whether ESCAPE has an entry: if not, decoders may skip the handling of escapes.
-    pub fn has_escape(&self) -> bool {
-        self.frequencies.has_escape()
-    }
-}
+pub type Table = AnsTable<Params>;
 
 /// The parts of a chunk.
 #[derive(Clone, Copy, Debug)]
@@ -193,9 +158,9 @@ impl<'a> Chunk<'a> {
 }
 
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let classified = Classified::new(symbols, table.frequencies.coded())?;
+    let classified = Classified::new(symbols, table.frequencies().coded())?;
     classified.write_far_count(out);
-    match table.params.word_bits {
+    match table.params().word_bits {
         8 => encode_blocks::<8>(table, &classified, out),
         _ => encode_blocks::<16>(table, &classified, out),
     }
@@ -204,8 +169,8 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
 }
 
 fn encode_blocks<const WORD_BITS: u32>(table: &Table, classified: &Classified, out: &mut Vec<u8>) {
-    let params = table.params;
-    let (entries, prob_bits) = (table.frequencies.push_entries(), u32::from(params.prob_bits));
+    let params = table.params();
+    let (entries, prob_bits) = (table.frequencies().push_entries(), u32::from(params.prob_bits));
     let block_symbols = params.block_symbols as usize;
     let mut index = out.len();
     out.resize(index + 2 * params.blocks(classified.codes.len()), 0);
@@ -241,8 +206,8 @@ fn encode_blocks<const WORD_BITS: u32>(table: &Table, classified: &Classified, o
 
 /// Decodes to symbol bytes, far = 0.
 pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
-    let chunk = Chunk::parse(table.params, out.len(), bytes)?;
-    match table.params.word_bits {
+    let chunk = Chunk::parse(table.params(), out.len(), bytes)?;
+    match table.params().word_bits {
         8 => decode_chunk::<8>(table, &chunk, out)?,
         _ => decode_chunk::<16>(table, &chunk, out)?,
     }
@@ -253,7 +218,7 @@ pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Resu
 const SIDE_BY_SIDE: usize = 8;
 
 fn decode_chunk<const WORD_BITS: u32>(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
-    let block_symbols = table.params.block_symbols as usize;
+    let block_symbols = table.params().block_symbols as usize;
     let mut ranges = chunk.block_ranges();
     let mut next = || ranges.next().map_or(&[][..], |range| &chunk.blocks[range]);
     let mut far = FarCursor { entries: chunk.far.iter() };
@@ -282,8 +247,8 @@ fn decode_blocks<const WORD_BITS: u32, const N: usize>(
     symbols: usize,
     far: &mut FarCursor<impl Iterator<Item = crate::Far>>,
 ) -> Result<(), DecodeError> {
-    let params = table.params;
-    let (entries, prob_bits) = (table.frequencies.pop_entries(), u32::from(params.prob_bits));
+    let params = table.params();
+    let (entries, prob_bits) = (table.frequencies().pop_entries(), u32::from(params.prob_bits));
     let word_bytes = WORD_BITS as usize / 8;
     let read = |block: &[u8], at: usize, bytes: usize| -> u32 {
         // Beyond the end, zeros; that it was beyond shows when the block is done.

@@ -27,7 +27,7 @@ use crate::{ESCAPE, SYMBOL_BIAS};
 
 /// Widths of the numbers of an rANS coder, bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Widths {
+pub struct Widths {
     pub(crate) state: u8,
     pub(crate) word: u8,
     pub(crate) prob: u8,
@@ -350,6 +350,57 @@ impl<'a> Trial<'a> {
         }
         entries.sort_unstable();
         entries
+    }
+}
+
+/// Parameters of a codec whose table is [`Frequencies`].
+pub trait AnsParams: Copy {
+    /// Refuses what the layout cannot hold.
+    fn check(&self) -> Result<(), ParamsError>;
+    /// Widths of the coder's numbers.
+    fn widths(&self) -> Widths;
+}
+
+/// Static frequencies of one tensor, the table of `rans` and `block-ans`.
+#[derive(Clone, Debug)]
+pub struct AnsTable<P> {
+    params: P,
+    frequencies: Frequencies,
+}
+
+impl<P: AnsParams> AnsTable<P> {
+    pub(crate) fn build(params: P, histogram: &Histogram) -> Result<Self, TableError> {
+        params.check()?;
+        Ok(Self { params, frequencies: Frequencies::build(params.widths(), histogram)? })
+    }
+
+    pub(crate) fn read(params: P, bytes: &[u8]) -> Result<Self, TableError> {
+        params.check()?;
+        Ok(Self { params, frequencies: Frequencies::read(params.widths(), bytes)? })
+    }
+
+    pub(crate) fn frequencies(&self) -> &Frequencies {
+        &self.frequencies
+    }
+
+    /// Parameters of the codec.
+    pub fn params(&self) -> P {
+        self.params
+    }
+
+    /// The tables of a decoder.
+    pub fn slots(&self) -> Slots<'_> {
+        self.frequencies.slots()
+    }
+
+    /// (symbol byte, frequency), ascending by symbol byte.
+    pub fn entries(&self) -> &[(u8, u16)] {
+        self.frequencies.entries()
+    }
+
+    /// Whether ESCAPE has an entry: if not, decoders may skip the handling of escapes.
+    pub fn has_escape(&self) -> bool {
+        self.frequencies.has_escape()
     }
 }
 

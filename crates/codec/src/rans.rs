@@ -50,11 +50,11 @@
 //! The scalar coder in this crate, one Zen 5 core, shared: encode 0.5, decode 0.64 G symbols/s at
 //! every entropy, either state width (example `rates`).
 
+use crate::FarList;
 use crate::ans::{self, pop, push, refill};
-use crate::error::{DecodeError, EncodeError, ParamsError, TableError};
+use crate::error::{DecodeError, EncodeError, ParamsError};
 use crate::escape::{Classified, Parts, resolve};
-use crate::frequencies::{Frequencies, Widths};
-use crate::{FarList, Histogram};
+use crate::frequencies::{AnsParams, AnsTable, Widths};
 
 /// Most lanes that a chunk may have.
 const LANES_MAX: usize = 64;
@@ -98,6 +98,12 @@ impl Params {
     pub fn states_bytes(&self) -> usize {
         usize::from(self.lanes) * usize::from(self.state_bits / 8)
     }
+}
+
+impl AnsParams for Params {
+    fn check(&self) -> Result<(), ParamsError> {
+        self.validate()
+    }
 
     fn widths(&self) -> Widths {
         Widths { state: self.state_bits, word: self.word_bits, prob: self.prob_bits }
@@ -118,47 +124,7 @@ pub struct Slots<'a> {
 }
 
 /// Static frequencies of one tensor.
-#[derive(Clone, Debug)]
-pub struct Table {
-    params: Params,
-    frequencies: Frequencies,
-}
-
-impl Table {
-    pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
-        params.validate()?;
-        Ok(Self { params, frequencies: Frequencies::build(params.widths(), histogram)? })
-    }
-
-    pub(crate) fn read(params: Params, bytes: &[u8]) -> Result<Self, TableError> {
-        params.validate()?;
-        Ok(Self { params, frequencies: Frequencies::read(params.widths(), bytes)? })
-    }
-
-    pub(crate) fn frequencies(&self) -> &Frequencies {
-        &self.frequencies
-    }
-
-    /// Parameters of the codec.
-    pub fn params(&self) -> Params {
-        self.params
-    }
-
-    /// The tables of a decoder.
-    pub fn slots(&self) -> Slots<'_> {
-        self.frequencies.slots()
-    }
-
-    /// (symbol byte, frequency), ascending by symbol byte.
-    pub fn entries(&self) -> &[(u8, u16)] {
-        self.frequencies.entries()
-    }
-
-    /// Whether ESCAPE has an entry: if not, decoders may skip the handling of escapes.
-    pub fn has_escape(&self) -> bool {
-        self.frequencies.has_escape()
-    }
-}
+pub type Table = AnsTable<Params>;
 
 /// The parts of a chunk.
 #[derive(Clone, Copy, Debug)]
@@ -198,9 +164,9 @@ impl<'a> Chunk<'a> {
 }
 
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let classified = Classified::new(symbols, table.frequencies.coded())?;
+    let classified = Classified::new(symbols, table.frequencies().coded())?;
     classified.write_header(out);
-    match table.params.word_bits {
+    match table.params().word_bits {
         8 => encode_codes::<8>(table, &classified.codes, out),
         _ => encode_codes::<16>(table, &classified.codes, out),
     }
@@ -210,8 +176,8 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
 
 /// Appends states and words.
 fn encode_codes<const WORD_BITS: u32>(table: &Table, codes: &[u8], out: &mut Vec<u8>) {
-    let lanes = usize::from(table.params.lanes);
-    let (entries, prob_bits) = (table.frequencies.push_entries(), u32::from(table.params.prob_bits));
+    let lanes = usize::from(table.params().lanes);
+    let (entries, prob_bits) = (table.frequencies().push_entries(), u32::from(table.params().prob_bits));
     let mut states = [ans::state_min::<WORD_BITS>(); LANES_MAX];
     // Last word first. Every symbol writes the word that it might move, and keeps it by advancing:
     // no branch to mispredict.
@@ -236,8 +202,8 @@ fn encode_codes<const WORD_BITS: u32>(table: &Table, codes: &[u8], out: &mut Vec
 
 /// Decodes to symbol bytes, far = 0.
 pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
-    let chunk = Chunk::parse(table.params, out.len(), bytes)?;
-    match table.params.word_bits {
+    let chunk = Chunk::parse(table.params(), out.len(), bytes)?;
+    match table.params().word_bits {
         8 => decode_codes::<8>(table, &chunk, out)?,
         _ => decode_codes::<16>(table, &chunk, out)?,
     }
@@ -249,9 +215,9 @@ pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Resu
 const WINDOW_BYTES: usize = 128;
 
 fn decode_codes<const WORD_BITS: u32>(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
-    let params = table.params;
+    let params = table.params();
     let lanes = usize::from(params.lanes);
-    let (entries, prob_bits) = (table.frequencies.pop_entries(), u32::from(params.prob_bits));
+    let (entries, prob_bits) = (table.frequencies().pop_entries(), u32::from(params.prob_bits));
     let word_bytes = WORD_BITS as usize / 8;
     let mut states = [0; LANES_MAX];
     for (lane, state) in states[..lanes].iter_mut().enumerate() {

@@ -88,7 +88,7 @@
 //!
 //! # Threads and memory
 //! Rows are read one at a time into a buffer of a task; results, errors included, do not depend on the number of threads. A weight that is
-//! NaN or infinite is refused by row and column. One thread of a Zen 5 core, baseline x86-64 (`--example rates`), million weights a second: ecsq 360 by row and
+//! NaN or infinite is refused by row and column. One thread of a Zen 5 core, baseline x86-64 (`--example quantize_rates`), million weights a second: ecsq 360 by row and
 //! 290 by tensor, affine4 365, q4_0 280, int4-row 430; measuring a rate model 250.
 //!
 //! [^1]: `shared/data/books-52m`, the embedding and layers 0, 5, 10, row step unless said: `measure/quality.py rate`.

@@ -8,6 +8,7 @@ use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Options, Session, SessionError, Stop};
 use tersor_runtime::generate::tokenizer::Tokenizer;
 use tersor_runtime::model::kv::KvPrecision;
+use tersor_runtime::model::weights::ResidencyReport;
 use tersor_runtime::residency::{Plan, PlanRow};
 
 use crate::engine::{Engine, EngineArgs, Opened, Setup};
@@ -19,7 +20,7 @@ use crate::output::{self, units};
 
 /// Continue a text
 ///
-/// The text goes to stdout as it is made, figures to stderr. DIR may also be an unquantized Hugging Face directory. Greedy unless --temp
+/// The prompt and its continuation go to stdout as they are made, figures to stderr. DIR may also be an unquantized Hugging Face directory. Greedy unless --temp
 /// is given; equal options give equal tokens, whatever the strategy and the number of threads.
 #[derive(clap::Args)]
 pub struct Args {
@@ -47,9 +48,9 @@ pub struct Args {
     /// Keep tokens at least this many times as likely as the most likely one
     #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
     min_p: f32,
-    /// Divide the logits of tokens that have occurred; 1 does nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
-    repeat_penalty: f32,
+    /// Divide the logits of tokens that have occurred; 1 does nothing [default: what the model's generation_config.json advises, or 1]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
     /// Start of the random numbers
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -82,6 +83,8 @@ struct Report {
     peak_rss_bytes: u64,
     hits: u64,
     misses: u64,
+    /// Decoded bytes that were multiplied without being decoded for it, of all; `null` where nothing is coded.
+    hit_rate: Option<f64>,
     decode_hidden_seconds: f64,
     decode_exposed_seconds: f64,
     logits_hash: String,
@@ -118,7 +121,7 @@ pub fn run(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.directory)?;
     let prompt = tokenizer.encode(&args.prompt)?;
     let context = opened.context(args.context, prompt.len().saturating_add(args.tokens))?;
-    let options = options(args, context, opened.kv_precision());
+    let options = options(args, context, opened.kv_precision(), opened.model.config().repetition_penalty);
     // Checks the prompt and the sampler's options before the weights are loaded.
     let mut session = Session::new(opened.model.config(), &prompt, &options).map_err(usage_if_sampling)?;
     let plan = if args.explain { opened.explain(&setup, context)? } else { None };
@@ -130,7 +133,7 @@ pub fn run(args: &Args) -> Result<()> {
     let _graceful = interrupt::graceful();
     let mut detokenizer = tokenizer.detokenizer(&prompt);
     let mut text = String::new();
-    let mut stdout = Ok(());
+    let mut stdout = if args.json { Ok(()) } else { output::text(&args.prompt) };
     let Engine { model, weights, .. } = &mut engine;
     let generation = session::generate(model, weights.as_mut(), &mut session, interrupt::flag(), &mut |token| {
         let piece = detokenizer.push(token);
@@ -152,6 +155,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(Interrupted.into());
     }
     let report = engine.weights.report();
+    let hit_rate = hit_rate(&report);
     let report = Report {
         text,
         tokens: session.generated().to_vec(),
@@ -175,6 +179,7 @@ pub fn run(args: &Args) -> Result<()> {
         peak_rss_bytes: machine::peak_rss_bytes(),
         hits: report.hits,
         misses: report.misses,
+        hit_rate,
         decode_hidden_seconds: report.decode_hidden_ns as f64 / 1e9,
         decode_exposed_seconds: report.decode_exposed_ns as f64 / 1e9,
         logits_hash: format!("{:016x}", session.logits_hash()),
@@ -183,8 +188,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json {
         return output::json(&report);
     }
+    let hits = report.hit_rate.map_or(String::new(), |rate| format!(" ({:.0} % of bytes held decoded)", 100.0 * rate));
     eprintln!(
-        "{} prompt tokens at {}/s; {} tokens at {}/s ({}); {}; weights {}, peak {}; loaded in {}",
+        "{} prompt tokens at {}/s; {} tokens at {}/s ({}); {}{hits}; weights {}, peak {}; loaded in {}",
         report.prompt_tokens,
         units::digits3(report.prefill_tokens_per_second),
         report.tokens.len(),
@@ -198,7 +204,13 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn options(args: &Args, context: usize, kv_precision: KvPrecision) -> Options {
+/// By bytes, since a strategy that holds half of the bytes may hold most of the matrices.
+fn hit_rate(report: &ResidencyReport) -> Option<f64> {
+    let used = report.hit_bytes + report.miss_bytes;
+    (used > 0).then(|| report.hit_bytes as f64 / used as f64)
+}
+
+fn options(args: &Args, context: usize, kv_precision: KvPrecision, advised_penalty: Option<f32>) -> Options {
     Options {
         tokens_max: args.tokens,
         context,
@@ -208,7 +220,7 @@ fn options(args: &Args, context: usize, kv_precision: KvPrecision) -> Options {
             top_k: args.top_k,
             top_p: args.top_p,
             min_p: args.min_p,
-            repetition_penalty: args.repeat_penalty,
+            repetition_penalty: args.repeat_penalty.or(advised_penalty).unwrap_or(1.0),
             seed: args.seed,
         },
         ignore_eos: false,

@@ -131,9 +131,10 @@ fn strategies_and_threads_give_the_same_tokens_and_hash() {
     let scalar = generate(&scratch, "out", &["--strategy", "cached", "--level", "scalar"]);
     assert_eq!(scalar["logits_hash"], first["logits_hash"]);
 
-    // The streamed text is the JSON document's.
-    let text = scratch.ok(&["generate", "out", "--prompt", "w5 w17 w3 w90", "-n", "12", "--strategy", "cached"]);
-    assert_eq!(text, format!("{}\n", first["text"].as_str().unwrap()));
+    // What is streamed is the prompt and the JSON document's text.
+    let prompt = "w5 w17 w3 w90";
+    let text = scratch.ok(&["generate", "out", "--prompt", prompt, "-n", "12", "--strategy", "cached"]);
+    assert_eq!(text, format!("{prompt}{}\n", first["text"].as_str().unwrap()));
 }
 
 #[test]

@@ -94,6 +94,8 @@ pub struct Config {
     pub windows: Vec<Option<usize>>,
     /// Tokens that end generation.
     pub eos: Vec<u32>,
+    /// The repetition penalty that the model's makers advise, from `generation_config.json`.
+    pub repetition_penalty: Option<f32>,
 }
 
 impl Config {
@@ -181,6 +183,7 @@ impl Keys<'_> {
         let attention_bias = self.flag("attention_bias", false)?;
         let windows = self.windows(family, layers)?;
         let eos = self.eos(dir, generation, vocab)?;
+        let repetition_penalty = repetition_penalty(dir, generation)?;
         Ok(Config {
             family,
             hidden,
@@ -200,6 +203,7 @@ impl Keys<'_> {
             qk_norm: family == Family::Qwen3,
             windows,
             eos,
+            repetition_penalty,
         })
     }
 
@@ -445,5 +449,16 @@ fn shortened(value: &Value) -> String {
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
         scalar => scalar.to_string().chars().take(40).collect(),
+    }
+}
+
+/// `repetition_penalty` of `generation_config.json`.
+fn repetition_penalty(dir: &Path, generation: Option<&Value>) -> Result<Option<f32>, ModelError> {
+    let Some(object) = generation else { return Ok(None) };
+    let file = dir.join("generation_config.json");
+    let keys = Keys { file: &file, prefix: "", object };
+    match keys.get("repetition_penalty") {
+        None => Ok(None),
+        Some(_) => keys.positive("repetition_penalty", None).map(|penalty| Some(penalty as f32)),
     }
 }

@@ -1,4 +1,4 @@
-//! Quantizing rates on one thread: `cargo run --release -p tersor-quant --example rates`.
+//! Quantizing rates on one thread: `cargo run --release -p tersor-quant --example quantize_rates`.
 
 use std::time::Instant;
 use tersor_quant::{Dtype, EcsqParams, Grid, Plan, RateModel, Rows, SliceRows, quantize};

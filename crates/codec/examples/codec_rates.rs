@@ -1,6 +1,6 @@
 //! Ratio and speed of every codec on Gaussian symbols: checks first, then measures.
 //!
-//! `cargo run --release -p tersor-codec --example rates [chunks]`: one core, chunks of 65,536
+//! `cargo run --release -p tersor-codec --example codec_rates [chunks]`: one core, chunks of 65,536
 //! symbols. `above H` counts everything in a chunk, states and indices included, but not the table.
 //! Rates are the best of some repetitions, in millions of symbols per second; `build` is the time
 //! to choose a table.
