@@ -57,6 +57,21 @@ impl Bytes {
         Some(Self { buffer: Arc::clone(&self.buffer), range })
     }
 
+    /// Tells the system that these bytes are needed soon, so that it reads them in large pieces before they are touched. Nothing happens to
+    /// owned bytes, and on systems other than Unix.
+    ///
+    /// # Errors
+    /// madvise fails.
+    pub fn fetch(&self) -> io::Result<()> {
+        #[cfg(unix)]
+        if let Buffer::Mapped(map) = &*self.buffer
+            && !self.range.is_empty()
+        {
+            map.advise_range(memmap2::Advice::WillNeed, self.range.start, self.range.len())?;
+        }
+        Ok(())
+    }
+
     /// Tells the system that these bytes are not needed for now, so that they no longer count as resident. They stay
     /// valid: the next access reads the file again. Nothing happens to owned bytes, and on systems other than Unix.
     ///

@@ -157,6 +157,15 @@ impl ModelDir {
         }
     }
 
+    /// Tells the system that the bytes of `name` are needed soon (madvise WILLNEED). Unknown names are ignored, and so are failures.
+    pub fn fetch(&self, name: &str) {
+        if let Some(item) = self.tensors.get(name) {
+            for part in &item.parts {
+                let _ = part.raw.bytes().fetch();
+            }
+        }
+    }
+
     /// Tells the system that the bytes of `name` are not needed for now (madvise DONTNEED), so that they stop counting as
     /// resident; they stay valid. Unknown names are ignored, and so are failures: nothing depends on the advice.
     pub fn release(&self, name: &str) {

@@ -16,6 +16,9 @@ use tersor_format::{CodedTensor, DecodedForm, Dtype, ModelDir, RawTensor, Tensor
 /// Chunks that a kernel of `tersor_cpu` decodes side by side, to hide latencies.
 const CHUNKS_TOGETHER: u64 = 4;
 
+/// Tensors for each thread that are read ahead of the one being checked.
+const FETCHED_AHEAD: usize = 4;
+
 /// One matrix as it is stored.
 #[derive(Clone, Debug)]
 pub(super) struct Linear {
@@ -274,8 +277,14 @@ pub(super) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result
     let mut tensors: Vec<(&str, &Tensor)> = dir.tensors().collect();
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes()));
     let failures: Mutex<Vec<(&str, OpenError)>> = Mutex::new(Vec::new());
+    // From a disk, the next tensors are on their way while this one is checked.
+    let ahead = FETCHED_AHEAD * pool.threads();
+    tensors.iter().take(ahead).for_each(|(name, _)| dir.fetch(name));
     pool.run(tensors.len(), &|task| {
         let (name, tensor) = tensors[task];
+        if let Some((next, _)) = tensors.get(task + ahead) {
+            dir.fetch(next);
+        }
         if let Err(error) = check(dir, name, tensor).and_then(|()| then(name)) {
             failures.lock().unwrap_or_else(|e| e.into_inner()).push((name, error));
         }
