@@ -12,6 +12,7 @@ use tersor_format::ModelDir;
 use tersor_runtime::model::kv::{KvCache, KvPrecision};
 use tersor_runtime::model::llama::{Model, SLICE_TOKENS_MAX};
 use tersor_runtime::model::weights::Weights;
+use tersor_runtime::model::{CpuRunner, Runner};
 use tersor_runtime::residency::dense::Dense;
 use tersor_runtime::residency::{self, MachineProfile, Plan, Policy, Strategy};
 
@@ -134,7 +135,7 @@ impl Opened {
     }
 
     /// How the KV cache is stored: exactly for an unquantized model, which is the reference.
-    pub fn kv_precision(&self) -> KvPrecision {
+    fn kv_precision(&self) -> KvPrecision {
         if self.dir.is_tersor() { KvPrecision::F16 } else { KvPrecision::F32 }
     }
 
@@ -180,15 +181,14 @@ impl Opened {
             Box::new(Dense::new(&self.dir, self.model.config(), Arc::new(Pool::new(setup.threads)), setup.level())?)
         };
         let load_seconds = self.seconds + start.elapsed().as_secs_f64();
-        Ok(Engine { model: self.model, weights, kv_precision, context, load_seconds })
+        let runner = Box::new(CpuRunner::new(self.model, weights, kv_precision));
+        Ok(Engine { runner, context, load_seconds })
     }
 }
 
 /// A model that can run.
 pub struct Engine {
-    pub model: Model,
-    pub weights: Box<dyn Weights>,
-    pub kv_precision: KvPrecision,
+    pub runner: Box<dyn Runner>,
     /// Positions of a KV cache.
     pub context: usize,
     /// From opening the directory to being ready to run.

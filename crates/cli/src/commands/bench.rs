@@ -210,11 +210,11 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
     let opened = Opened::new(&args.directory)?;
     let context = opened.context(None, prompt_tokens + tokens)?;
     let mut engine = opened.load(setup, context, true)?;
-    let prompt = prompt(prompt_tokens, engine.model.config().vocab);
+    let prompt = prompt(prompt_tokens, engine.runner.config().vocab);
     generate(&mut engine, &prompt, WARM_UP_TOKENS.min(tokens))?;
     progress.add(1);
 
-    let before = engine.weights.report();
+    let before = engine.runner.report();
     let (mut prefill, mut step, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
     let mut time = Duration::ZERO;
     for _ in 0..args.repeat {
@@ -226,7 +226,7 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
         progress.add(1);
     }
     ensure!(hashes.iter().all(|hash| *hash == hashes[0]), "two equal runs gave different logits");
-    let after = engine.weights.report();
+    let after = engine.runner.report();
     let decode_ns = (after.decode_exposed_ns - before.decode_exposed_ns) + (after.decode_fused_ns - before.decode_fused_ns);
     let (hit, miss) = (after.hit_bytes - before.hit_bytes, after.miss_bytes - before.miss_bytes);
     let run = Run {
@@ -246,15 +246,9 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
 }
 
 fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize) -> Result<(Generation, u64)> {
-    let options = Options {
-        tokens_max: tokens,
-        context: engine.context,
-        kv_precision: engine.kv_precision,
-        sampling: Sampling::default(),
-        ignore_eos: true,
-    };
-    let mut session = Session::new(engine.model.config(), prompt, &options)?;
-    let generation = session::generate(&mut engine.model, engine.weights.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
+    let options = Options { tokens_max: tokens, context: engine.context, sampling: Sampling::default(), ignore_eos: true };
+    let mut session = Session::new(engine.runner.as_ref(), prompt, &options)?;
+    let generation = session::generate(engine.runner.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
     if generation.stop == Stop::Interrupted {
         return Err(Interrupted.into());
     }
