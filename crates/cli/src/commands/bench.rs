@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use tersor_runtime::device::{self, Device};
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Generation, Options, Session, Stop};
 use tersor_runtime::residency::Strategy;
@@ -32,7 +33,7 @@ pub struct Args {
     /// Model directory
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Strategies (auto, fused, cached, prefetch, lru), or all
+    /// Strategies (auto, fused, cached, prefetch, lru; on a GPU also gpu-async), or all of the device
     #[arg(long, value_name = "S,S", value_delimiter = ',', default_value = "auto")]
     strategy: Vec<String>,
     /// Tokens of the prompt [default: 512, less for models of a short context]
@@ -70,6 +71,9 @@ struct Machine {
     level: String,
     cores: usize,
     memory_bytes: u64,
+    /// The maker's name of the GPU, where one is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -91,7 +95,7 @@ struct Run {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let strategies = strategies(&args.strategy)?;
+    let strategies = strategies(&args.strategy, args.limits.device)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let (prompt_tokens, tokens) = lengths(args)?;
     let combinations: Vec<(Strategy, usize)> =
@@ -115,6 +119,10 @@ fn alone(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usize, 
         level: setup.level().to_string(),
         cores: default_threads(),
         memory_bytes: machine::memory_bytes(),
+        device: match setup.device() {
+            Device::Cuda(index) => Some(device::info(index)?.name),
+            _ => None,
+        },
     };
     Ok(Report { machine, prompt_tokens, tokens, repeat: args.repeat, logits_hash: format!("{hash:016x}"), runs: vec![run] })
 }
@@ -184,9 +192,9 @@ fn in_child(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usiz
     serde_json::from_slice(&output.stdout).context("the report of a run")
 }
 
-fn strategies(names: &[String]) -> Result<Vec<Strategy>> {
+fn strategies(names: &[String], device: Device) -> Result<Vec<Strategy>> {
     if names.iter().any(|name| name == "all") {
-        return Ok(Strategy::CPU.to_vec());
+        return Ok(device.strategies().to_vec());
     }
     names.iter().map(|name| name.parse().map_err(|error| Usage(format!("--strategy: {error}")).into())).collect()
 }
@@ -232,7 +240,7 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
     let run = Run {
         strategy: after.strategy,
         strategy_detail: after.detail,
-        device: args.limits.device.clone(),
+        device: setup.device().to_string(),
         threads: setup.threads,
         load_seconds: engine.load_seconds,
         prefill_tokens_per_second: median(prefill),
@@ -277,7 +285,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn render(report: &Report) -> String {
     let mut text = format!(
-        "{}, {} cores, {}; {} prompt tokens, {} generated; medians of {}; all logits equal ({})\n\n",
+        "{}{}, {} cores, {}; {} prompt tokens, {} generated; medians of {}; all logits equal ({})\n\n",
+        report.machine.device.as_ref().map_or(String::new(), |name| format!("{name}; ")),
         report.machine.cpu,
         report.machine.cores,
         report.machine.level,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tersor_cpu::Level;
+use tersor_runtime::device::Device;
 use tersor_runtime::eval::{self, EvalError};
 use tersor_runtime::generate::tokenizer::Tokenizer;
 use tersor_runtime::model::Runner;
@@ -110,11 +111,13 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json { output::json(&report) } else { output::text(&render(&report)) }
 }
 
-/// The reference has all the machine: no budget, whatever the level of the model under test.
+/// The reference has all the machine: no budget, whatever the level of the model under test. An unquantized one runs on the CPU.
 fn load_reference(path: &std::path::Path, args: &Args, context: usize, threads: usize) -> Result<Engine> {
     let opened = Opened::new(path)?;
     let context = opened.context(Some(context), context)?;
-    let limits = LimitArgs { memory_budget: None, level: Some(Level::best()), ..args.engine.limits.clone() };
+    let device = if opened.is_coded() { args.engine.limits.device } else { Device::Cpu };
+    let level = (device == Device::Cpu).then(Level::best);
+    let limits = LimitArgs { memory_budget: None, level, device, ..args.engine.limits.clone() };
     opened.load(&Setup::of(Strategy::Auto, &limits, threads)?, context, false)
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
+use tersor_runtime::device::Device;
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Options, Session, SessionError, Stop};
 use tersor_runtime::generate::tokenizer::Tokenizer;
@@ -71,7 +72,7 @@ struct Report {
     stop: &'static str,
     strategy: String,
     strategy_detail: String,
-    device: String,
+    device: Device,
     level: String,
     threads: usize,
     context: usize,
@@ -167,7 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
         },
         strategy: report.strategy,
         strategy_detail: report.detail,
-        device: args.engine.limits.device.clone(),
+        device: setup.device(),
         level: setup.level().to_string(),
         threads: setup.threads,
         context,
