@@ -71,7 +71,12 @@ pub fn run(args: &Args) -> Result<()> {
         if terminal {
             eprint!("> ");
         }
-        let Some(line) = read_line(&mut stdin)? else { return Ok(()) };
+        let Some(line) = read_line(&mut stdin)? else {
+            if terminal {
+                eprintln!();
+            }
+            return Ok(());
+        };
         match line.trim() {
             "" => {}
             "/exit" => return Ok(()),
