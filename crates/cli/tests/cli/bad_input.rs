@@ -81,12 +81,11 @@ fn chats_that_cannot_be_held() {
 }
 
 #[test]
-fn a_gpu_that_is_not_there_is_named() {
+fn a_gpu_that_is_not_there_is_one_line() {
     let scratch = Scratch::new();
     scratch.llama("src", TINY);
     scratch.ok(&["quantize", "src", "-o", "out", "--scheme", "int4-row"]);
     std::fs::write(scratch.path("text"), "w5 w6 w7").unwrap();
-    // No machine has so many.
     let device = ["--device", "cuda:99"];
     for command in [
         &["generate", "out", "--prompt", "w5", "--strategy", "gpu-async"][..],
@@ -96,7 +95,9 @@ fn a_gpu_that_is_not_there_is_named() {
         &["kernels"],
         &["eval", "out", "--text", "text"],
     ] {
-        contains(&scratch.fails(1, &[command, &device].concat()), &["cuda:99"]);
+        let line = scratch.fails(1, &[command, &device].concat());
+        // Without a driver nobody can say how many there are.
+        assert!(line.contains("cuda:99") || line.contains("no NVIDIA driver"), "{command:?}: {line}");
     }
 }
 
