@@ -55,14 +55,14 @@ impl Rng {
     fn symbols(&mut self, count: usize, deviation: f64) -> Vec<i16> {
         let one = |rng: &mut Self| {
             let sum: f64 = (0..12).map(|_| rng.unit()).sum::<f64>() - 6.0;
-            let scale = if rng.next() % 3000 == 0 { 60.0 } else { 1.0 };
+            let scale = if rng.next().is_multiple_of(3000) { 60.0 } else { 1.0 };
             (sum * deviation * scale).round() as i16
         };
         (0..count).map(|_| one(self)).collect()
     }
 
     fn floats(&mut self, count: usize) -> Vec<f32> {
-        (0..count).map(|_| ((self.unit() - 0.5) * 4.0 * if self.next() % 97 == 0 { 20.0 } else { 1.0 }) as f32).collect()
+        (0..count).map(|_| ((self.unit() - 0.5) * 4.0 * if self.next().is_multiple_of(97) { 20.0 } else { 1.0 }) as f32).collect()
     }
 }
 

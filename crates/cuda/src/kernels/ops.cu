@@ -18,8 +18,27 @@ __device__ __forceinline__ float value(const Sums& s, int token, int row) {
   i64 sum = 0;
 #pragma unroll 8
   for (int i = 0; i < s.parts; i++) sum += __ldg(p + (size_t)i * s.n);
-  const float y = (float)((double)sum * 0.0625 * (double)s.unit[token]) * s.scale[row];
+  const float y = (float)((double)sum * (0.0625 * (double)s.unit[token])) * s.scale[row];
   return s.bias ? y + s.bias[row] : y;
+}
+
+// value() of N rows `first + rows[i]`; 0 where rows[i] < 0. Loads of all rows are in flight together.
+template <int N>
+__device__ __forceinline__ void values(const Sums& s, int token, int first, const int (&rows)[N], float (&out)[N]) {
+  const i64* p = s.part + (size_t)token * s.parts * s.n + first;
+  i64 sum[N] = {};
+#pragma unroll 2
+  for (int i = 0; i < s.parts; i++, p += s.n) {
+#pragma unroll
+    for (int u = 0; u < N; u++) if (rows[u] >= 0) sum[u] += p[rows[u]];
+  }
+  const double unit = 0.0625 * (double)s.unit[token];
+#pragma unroll
+  for (int u = 0; u < N; u++) {
+    if (rows[u] < 0) { out[u] = 0; continue; }
+    out[u] = (float)((double)sum[u] * unit) * s.scale[first + rows[u]];
+    if (s.bias) out[u] += s.bias[first + rows[u]];
+  }
 }
 
 __device__ __forceinline__ u16 half_of(float x) {
@@ -137,28 +156,44 @@ __device__ __forceinline__ void prepare(const Prepare& P) {
   wait_for_kernel_before();
   const int row = INPUT == NORM && P.rows && there ? P.rows[t] : t;
   Both all = {0.0f, 0u}; // sum of squares; bits of the largest |v|, compared as integers so that a NaN is the largest
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count * SUPERSTEP; i += blockDim.x) {
-    const int col = first * SUPERSTEP + i;
-    float a = 0;
-    if (there && col < P.cols) {
-      if (INPUT == SILU) {
-        const float gate = value(P.add, t, col), up = value(P.add, t, P.up_row + col);
-        a = gate / (1.0f + expf(-gate)) * up;
-      } else {
-        a = P.x[(size_t)row * P.cols + col];
-        if (INPUT == NORM) {
-          if (P.add.part) {
-            a += value(P.add, row, col);
-            P.x[(size_t)row * P.cols + col] = a;
-          }
-          all.sum += a * a;
-          a *= P.weight[col]; // the norm's factor follows
-        }
-      }
+  constexpr int AT_ONCE = 4; // columns whose loads are in flight together
+  for (int i0 = threadIdx.x; i0 < count * SUPERSTEP; i0 += AT_ONCE * blockDim.x) {
+    float a[AT_ONCE], gate[AT_ONCE];
+    int cols[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      const int i = i0 + u * blockDim.x, col = first * SUPERSTEP + i;
+      cols[u] = there && i < count * SUPERSTEP && col < P.cols ? col : -1;
     }
-    kept[i] = a;
-    all.most = max(all.most, __float_as_uint(a) & 0x7fffffff);
+    if (INPUT == SILU) {
+      values<AT_ONCE>(P.add, t, 0, cols, gate);
+      values<AT_ONCE>(P.add, t, P.up_row, cols, a);
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) a[u] *= gate[u] / (1.0f + expf(-gate[u]));
+    } else {
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) a[u] = cols[u] < 0 ? 0.0f : P.x[(size_t)row * P.cols + cols[u]];
+    }
+    if (INPUT == NORM) {
+      if (P.add.part) {
+        values<AT_ONCE>(P.add, row, 0, cols, gate);
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+          if (cols[u] >= 0) P.x[(size_t)row * P.cols + cols[u]] = a[u] += gate[u];
+      }
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++)
+        if (cols[u] >= 0) {
+          all.sum += a[u] * a[u];
+          a[u] *= P.weight[cols[u]]; // the norm's factor follows
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      const int i = i0 + u * blockDim.x;
+      if (i < count * SUPERSTEP) kept[i] = a[u];
+      all.most = max(all.most, __float_as_uint(a[u]) & 0x7fffffff);
+    }
   }
   all = combine(all, slots);
   const float factor = INPUT == NORM ? 1.0f / sqrtf(all.sum / P.cols + P.eps) : 1.0f;

@@ -5,11 +5,12 @@ use crate::model::llama::LayerVectors;
 use crate::model::weights::{LinearId, LinearKind};
 use crate::residency::OpenError;
 use crate::residency::set::{Linear, TensorSet};
+use std::cell::RefCell;
 use std::sync::Arc;
 use tersor_codec::{Codec, Histogram, Table, decode_chunk};
 use tersor_cpu::{Level, Pool, decode_bytes};
 use tersor_cuda::layout::plain::choose_low_bits;
-use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, Source, TILE_ROWS};
+use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Source, Statistics, TILE_ROWS};
 use tersor_cuda::{Buffer, CudaError, Device, Kernels, PlainMatrix, QuadPlaces, RansDecoder, RansPart, supports_rans};
 use tersor_format::{CodedTensor, ModelDir, ScaleScheme};
 
@@ -236,11 +237,13 @@ pub(super) struct Loader<'a> {
     pub pool: &'a Pool,
     pub level: Level,
     rans: Option<RansDecoder>,
+    /// Tile width and parameters of the quad layout, by kind.
+    chosen: RefCell<Vec<(Kind, Geometry, QuadParams)>>,
 }
 
 impl<'a> Loader<'a> {
     pub fn new(dir: &'a ModelDir, set: &'a TensorSet, groups: &'a Groups, kernels: &'a Kernels, pool: &'a Pool, level: Level) -> Self {
-        Self { dir, set, groups, kernels, pool, level, rans: None }
+        Self { dir, set, groups, kernels, pool, level, rans: None, chosen: RefCell::default() }
     }
 
     pub fn device(&self) -> &Arc<Device> {
