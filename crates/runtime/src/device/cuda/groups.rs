@@ -269,8 +269,19 @@ impl<'a> Loader<'a> {
     pub fn quad(&self, index: usize) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
         let group = &self.groups.all[index];
         let stacked = self.stacked(group)?;
-        let matrix = QuadMatrix::encode_auto(&stacked, group.geometry, self.pool.threads())
-            .map_err(|e| OpenError::Device { cause: e.to_string() })?;
+        let threads = self.pool.threads();
+        // Groups of one kind are alike: what was chosen for the first (tile width, low bits, window) serves the others, each with a table of its own.
+        let known = self.chosen.borrow().iter().find(|(kind, ..)| *kind == group.kind).map(|&(_, geometry, params)| (geometry, params));
+        let encoded = match known {
+            Some((geometry, params)) => {
+                QuadMatrix::encode(&stacked, geometry, params, &Statistics::sample(&stacked, geometry, threads), threads)
+            }
+            None => QuadMatrix::encode_auto(&stacked, group.geometry, threads),
+        };
+        let matrix = encoded.map_err(|e| OpenError::Device { cause: e.to_string() })?;
+        if known.is_none() {
+            self.chosen.borrow_mut().push((group.kind, matrix.geometry, matrix.params));
+        }
         Ok((QuadPlaces::new(&matrix), matrix))
     }
 
