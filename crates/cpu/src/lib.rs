@@ -17,6 +17,7 @@ pub mod ops;
 mod pool;
 mod scales;
 mod source;
+mod tiered;
 #[cfg(test)]
 mod testing;
 

@@ -31,7 +31,7 @@ use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, tiered};
 
 /// A matrix, in the form it is held in.
 #[derive(Clone, Copy, Debug)]
@@ -187,11 +187,10 @@ impl Dot<'_> {
         with_scratch(|scratch| {
             let symbols = symbols_of(tensor, &chunks);
             let first = tensor.chunk_row_tiles(chunks.start).start;
-            #[cfg(target_arch = "x86_64")]
-            if let (Some(kernel), 1) = (RansKernel::new(self.level, tensor.table()), self.x.tokens()) {
-                let sums = &mut scratch.sums;
+            if self.x.tokens() == 1 {
+                let Scratch { tiers, sums, .. } = scratch;
                 sums.resize(symbols / (tensor.col_steps() * TILE_SYMBOLS), [0.0; TILE_ROWS]);
-                if streams::dot(kernel.get(), tensor, chunks.clone(), self.scales, self.x, sums) {
+                if self.fused(tensor, chunks.clone(), tiers, sums) {
                     for (i, sums) in sums.iter().enumerate() {
                         self.write(first + i, std::slice::from_ref(sums));
                     }
@@ -199,7 +198,7 @@ impl Dot<'_> {
                 }
             }
             scratch.bytes.ensure(symbols);
-            decode_chunks(self.level, tensor, chunks, &mut scratch.bytes[..symbols], &mut scratch.far)?;
+            decode_chunks(self.level, tensor, chunks, &mut scratch.tiers, &mut scratch.bytes[..symbols], &mut scratch.far)?;
             let Scratch { bytes, far, sums, .. } = scratch;
             let tiles: &[TileBytes] = bytes[..symbols].as_chunks().0;
             for (i, tiles) in tiles.chunks_exact(tensor.col_steps()).enumerate() {
@@ -207,6 +206,16 @@ impl Dot<'_> {
             }
             Ok(())
         })
+    }
+
+    /// One token and symbols that never reach memory, where there is a kernel for it; otherwise
+    /// false, and `sums` are of no use.
+    fn fused(&self, tensor: &CodedTensor, chunks: Range<usize>, tiers: &mut tiered::Buffers, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = RansKernel::new(self.level, tensor.table()) {
+            return streams::dot(kernel.get(), tensor, chunks, self.scales, self.x, sums);
+        }
+        tiered::dot(self.level, tensor, chunks, tiers, self.scales, self.x, sums)
     }
 
     fn decoded(&self, matrix: &Decoded, row_tiles: Range<usize>) {
@@ -452,14 +461,14 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
     }
     let row_tile = row / TILE_ROWS;
     with_scratch(|scratch| {
-        let Scratch { bytes, far, .. } = scratch;
+        let Scratch { bytes, tiers, far, .. } = scratch;
         let (tiles, far): (&[TileBytes], &[FarAt]) = match matrix {
             Matrix::Coded(tensor) => {
                 let per_chunk = tensor.chunk_row_tiles(0).len();
                 let chunk = row_tile / per_chunk;
                 let symbols = tensor.chunk_symbols(chunk);
                 bytes.ensure(symbols);
-                decode_chunks(level, tensor, chunk..chunk + 1, &mut bytes[..symbols], far)
+                decode_chunks(level, tensor, chunk..chunk + 1, tiers, &mut bytes[..symbols], far)
                     .map_err(|(chunk, source)| KernelError::Corrupt { job: 0, chunk, source })?;
                 let tiles = bytes[..symbols].as_chunks().0;
                 (&tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()], far_of(far, row_tile))

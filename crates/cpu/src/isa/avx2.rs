@@ -65,6 +65,25 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn shift_right(self, tile: [__m256i; 2], bits: u32) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_srl_epi16(tile[i], _mm_cvtsi32_si128(bits as i32))) }
+    }
+
+    #[inline(always)]
+    fn select(self, mask: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_or_si256(_mm256_and_si256(mask[i], a[i]), _mm256_andnot_si256(mask[i], b[i]))) }
+    }
+
+    /// The shuffle gives 0 where the index has its highest bit set, so the bits above four go.
+    #[inline(always)]
+    fn lookup(self, table: [__m256i; 2], index: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_shuffle_epi8(table[i], _mm256_and_si256(index[i], _mm256_set1_epi8(15)))) }
+    }
+
+    #[inline(always)]
     unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
         let mask = unsafe {

@@ -39,6 +39,21 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn shift_right(self, tile: TileBytes, bits: u32) -> TileBytes {
+        tile.map(|b| b >> bits)
+    }
+
+    #[inline(always)]
+    fn select(self, mask: TileBytes, a: TileBytes, b: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| a[i] & mask[i] | b[i] & !mask[i])
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: TileBytes, index: TileBytes) -> TileBytes {
+        index.map(|i| table[usize::from(i % 16)])
+    }
+
+    #[inline(always)]
     unsafe fn unescape(self, mut tile: TileBytes, escape: TileBytes, escapes: *const u8) -> (TileBytes, usize) {
         let mut taken = 0;
         for (b, e) in tile.iter_mut().zip(escape) {
