@@ -202,6 +202,24 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn splat_float(self, x: f32) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn floats_of(self, x: &[i32; LANES]) -> [__m256; 2] {
+        // SAFETY: 16 readable integers.
+        unsafe { halves!(|i| _mm256_cvtepi32_ps(_mm256_loadu_si256(x.as_ptr().add(8 * i).cast()))) }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_mul_ps(a[i], b[i])) }
+    }
+
+    #[inline(always)]
     fn multiply_add(self, acc: [__m256; 2], a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: registers only.
         unsafe { halves!(|i| _mm256_add_ps(acc[i], _mm256_mul_ps(a[i], b[i]))) }

@@ -140,6 +140,24 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn splat_float(self, x: f32) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn floats_of(self, x: &[i32; LANES]) -> __m512 {
+        // SAFETY: 16 readable integers.
+        unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
     fn multiply_add(self, acc: __m512, a: __m512, b: __m512) -> __m512 {
         // SAFETY: registers only.
         unsafe { _mm512_add_ps(acc, _mm512_mul_ps(a, b)) }

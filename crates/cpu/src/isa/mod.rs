@@ -80,6 +80,10 @@ pub(crate) trait Isa: Copy {
 
     fn floats(self, x: &[f32; LANES]) -> Self::Floats;
     fn store_floats(self, x: Self::Floats, out: &mut [f32; LANES]);
+    fn splat_float(self, x: f32) -> Self::Floats;
+    /// Each integer rounded to the nearest float.
+    fn floats_of(self, x: &[i32; LANES]) -> Self::Floats;
+    fn multiply(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `acc + a * b` by lane, the product and the sum rounded one by one.
     fn multiply_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// The sum of all lanes, as [`crate::ops::fold`] adds them.

@@ -131,6 +131,21 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn splat_float(self, x: f32) -> [f32; LANES] {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn floats_of(self, x: &[i32; LANES]) -> [f32; LANES] {
+        x.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|j| a[j] * b[j])
+    }
+
+    #[inline(always)]
     fn multiply_add(self, mut acc: [f32; LANES], a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
         for j in 0..LANES {
             acc[j] += a[j] * b[j];
