@@ -17,9 +17,9 @@ pub mod ops;
 mod pool;
 mod scales;
 mod source;
-mod tiered;
 #[cfg(test)]
 mod testing;
+mod tiered;
 
 pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX};
 pub use bandwidth::read_bandwidth;

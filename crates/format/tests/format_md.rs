@@ -153,7 +153,8 @@ fn widths_of_tables_and_chunks() {
                         assert_eq!(fields.len(), lines * 64);
                         fields.len()
                     });
-                    let sum = front + (tiers - 1) * width("tiered symbols") + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
+                    let sum =
+                        front + (tiers - 1) * width("tiered symbols") + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
                     let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
                     (width("tiered table, tiers") + tiers * width("tiered table, bits") + entries * width("tiered table, entry"), sum)
                 }
