@@ -29,7 +29,7 @@ SCHEMES = [
     ("int4-row", []),
     ("int4-tensor", []),
 ]
-CODECS = ["rans", "rans-precise", "huffman", "block-ans", "fixed"]
+CODECS = ["rans", "rans-precise", "huffman", "block-ans", "tiered", "fixed"]
 
 
 def tersor(*arguments):

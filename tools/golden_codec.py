@@ -224,6 +224,56 @@ def fixed_chunk(symbols, bits, base, has_escape):
     return struct.pack("<II", len(escapes), len(far)) + packed + bytes(escapes) + far_bytes(far)
 
 
+def tiered_core(symbols, widths):
+    """By tier the symbol bytes of the fields 1, 2, ...: the most frequent ones first; those that do not occur fill up."""
+    counts = {byte: 0 for byte in range(1, 256)}
+    for symbol in symbols:
+        if symbol_byte(symbol):
+            counts[symbol_byte(symbol)] += 1
+    ranked = sorted(counts, key=lambda byte: (-counts[byte], byte))
+    tiers = []
+    for bits in widths:
+        tiers.append(sorted(ranked[: 2**bits - 1]))
+        ranked = ranked[2**bits - 1 :]
+    return tiers
+
+
+def tiered_table(widths, tiers):
+    return bytes([len(widths), *widths]) + b"".join(bytes(tier) for tier in tiers)
+
+
+def tiered_lines(fields, bits):
+    """Eight tiles of 64 fields to `bits` lines of 64 bytes; lines that no field touches are left out."""
+    out = b""
+    for start in range(0, len(fields), 512):
+        lines = {}
+        for i, field in enumerate(fields[start : start + 512]):
+            tile, j = divmod(i, 64)
+            if bits == 3 and tile == 6:
+                parts = [(0, 6, field % 4), (1, 6, field // 4)]
+            elif bits == 3 and tile == 7:
+                parts = [(2, 6, field % 4), (1, 7, field // 4)]
+            else:
+                together = {2: 4, 3: 2, 4: 2}[bits]
+                parts = [(tile // together, tile % together * bits, field)]
+            for line, shift, value in parts:
+                lines.setdefault(line, [0] * 64)[j] |= value << shift
+        out += b"".join(bytes(lines.get(line, [0] * 64)) for line in range(max(lines) + 1))
+    return out
+
+
+def tiered_chunk(symbols, widths, tiers):
+    codes, escapes, far = split(symbols, {ESCAPE}.union(*tiers))
+    counts, packed = [], []
+    for bits, tier in zip(widths, tiers):
+        fields = [tier.index(code) + 1 if code in tier else 0 for code in codes]
+        counts.append(len(fields))
+        packed.append(tiered_lines(fields, bits))
+        codes = [code for code, field in zip(codes, fields) if field == 0]
+    out = struct.pack(f"<{1 + len(widths)}I", len(escapes), len(far), *counts[1:]) + bytes(escapes)
+    return out + b"".join(reversed(packed)) + far_bytes(far)
+
+
 def chunk_cases():
     seed = 0
 
@@ -263,6 +313,12 @@ def chunk_cases():
                 symbols = [Generator(seed + i).below(2**bits) - 2 ** (bits - 1) for i in range(n)]
                 base = -(2 ** (bits - 1))
                 yield case(f"fixed/b{bits}", symbols, fixed_table(bits, base, 0), fixed_chunk(symbols, bits, base, 0))
+    for widths in [(2,), (3,), (4,), (2, 2), (2, 4), (3, 3), (2, 2, 2), (3, 2, 2), (2, 3, 4), (4, 3, 2)]:
+        for n in (1, 64, 200, 448, 500, 700):
+            seed += 1
+            symbols = weights(n, 2 ** widths[0], seed)
+            tiers = tiered_core(symbols, widths)
+            yield case("tiered", symbols, tiered_table(widths, tiers), tiered_chunk(symbols, widths, tiers))
 
 
 def compositions(total, parts):

@@ -1,7 +1,7 @@
 //! Where the bits of a tensor go.
 
 use anyhow::{Context, Result};
-use tersor_codec::{Codec, DecodeError, Histogram, block_ans, fixed, huffman, rans};
+use tersor_codec::{Codec, DecodeError, Histogram, Table, block_ans, fixed, huffman, rans, tiered};
 use tersor_format::{CodedTensor, RawTensor, ScaleScheme, Tensor, decode_tensor};
 
 /// The account of one tensor. Bits are per weight.
@@ -120,6 +120,12 @@ fn code_bits(tensor: &CodedTensor) -> Result<f64, DecodeError> {
             Codec::Fixed(params) => {
                 let chunk = fixed::Chunk::parse(params, symbols, chunk)?;
                 (chunk.fields.len() + chunk.escapes.len()) as f64 * 8.0 + far_bits(chunk.far.len())
+            }
+            Codec::Tiered => {
+                let Table::Tiered(table) = tensor.table() else { unreachable!("a table is of its codec") };
+                let chunk = tiered::Chunk::parse(table, symbols, chunk)?;
+                let fields: usize = chunk.tiers.iter().map(|(_, fields)| fields.len()).sum();
+                (fields + chunk.escapes.len()) as f64 * 8.0 + far_bits(chunk.far.len())
             }
             _ => chunk.len() as f64 * 8.0,
         };

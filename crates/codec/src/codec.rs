@@ -15,6 +15,7 @@ use crate::{block_ans, fixed, huffman, rans};
 /// | `rans/s16-w8-p7-l64` | `rans` |
 /// | `rans/s32-w16-p12-l32` | `rans-precise` |
 /// | `block-ans/s32-w16-p12-n1024` | `block-ans` |
+/// | `tiered` | `tiered` |
 ///
 /// ```
 /// use tersor_codec::{Codec, rans};
@@ -32,6 +33,8 @@ pub enum Codec {
     Rans(rans::Params),
     /// rANS in independent blocks of one lane each.
     BlockAns(block_ans::Params),
+    /// Short fields with escapes in further tiers; the widths are the table's.
+    Tiered,
 }
 
 /// The codec without its parameters; the numbers are those of the file format.
@@ -47,11 +50,13 @@ pub enum CodecKind {
     Rans = 2,
     /// [`block_ans`]
     BlockAns = 3,
+    /// [`tiered`](mod@crate::tiered)
+    Tiered = 4,
 }
 
 impl CodecKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 4] = [Self::Fixed, Self::Huffman, Self::Rans, Self::BlockAns];
+    pub const ALL: [Self; 5] = [Self::Fixed, Self::Huffman, Self::Rans, Self::BlockAns, Self::Tiered];
 
     /// The number that files store.
     pub fn code(self) -> u8 {
@@ -70,6 +75,7 @@ impl CodecKind {
             Self::Huffman => "huffman",
             Self::Rans => "rans",
             Self::BlockAns => "block-ans",
+            Self::Tiered => "tiered",
         }
     }
 }
@@ -82,11 +88,12 @@ impl fmt::Display for CodecKind {
 
 impl Codec {
     /// What the short names mean, the default codec first.
-    pub const SHORT_NAMES: [(&'static str, Self); 5] = [
+    pub const SHORT_NAMES: [(&'static str, Self); 6] = [
         ("rans", Self::Rans(rans::Params::DEFAULT)),
         ("rans-precise", Self::Rans(rans::Params::PRECISE)),
         ("huffman", Self::Huffman(huffman::Params::DEFAULT)),
         ("block-ans", Self::BlockAns(block_ans::Params::DEFAULT)),
+        ("tiered", Self::Tiered),
         ("fixed", Self::Fixed(fixed::Params::DEFAULT)),
     ];
 
@@ -97,6 +104,7 @@ impl Codec {
             Self::Huffman(_) => CodecKind::Huffman,
             Self::Rans(_) => CodecKind::Rans,
             Self::BlockAns(_) => CodecKind::BlockAns,
+            Self::Tiered => CodecKind::Tiered,
         }
     }
 
@@ -107,6 +115,7 @@ impl Codec {
             Self::Huffman(params) => params.validate(),
             Self::Rans(params) => params.validate(),
             Self::BlockAns(params) => params.validate(),
+            Self::Tiered => Ok(()),
         }
     }
 }
@@ -130,6 +139,7 @@ impl fmt::Display for Codec {
                 let block_ans::Params { state_bits, word_bits, prob_bits, block_symbols } = p;
                 format!("block-ans/s{state_bits}-w{word_bits}-p{prob_bits}-n{block_symbols}")
             }
+            Self::Tiered => CodecKind::Tiered.name().to_owned(),
         };
         f.pad(&id)
     }

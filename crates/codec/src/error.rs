@@ -7,7 +7,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum ParamsError {
     /// The text is neither a full id nor a short name.
-    #[error("unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, fixed, or a full id such as rans/s16-w8-p7-l64")]
+    #[error("unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, tiered, fixed, or a full id such as rans/s16-w8-p7-l64")]
     UnknownId {
         /// The text as given.
         id: String,
@@ -115,6 +115,32 @@ pub enum TableError {
         stored: u8,
         /// Bits in the codec.
         expected: u8,
+    },
+    /// A `tiered` table of no tier, or of more than there can be.
+    #[error("tiered table of {tiers} tiers, allowed is 1..={tiers_max}")]
+    Tiers {
+        /// Tiers announced.
+        tiers: usize,
+        /// Most tiers allowed.
+        tiers_max: usize,
+    },
+    /// Fields that no layout is made for.
+    #[error("tier {tier}: fields of {bits} bits, allowed is 2..=4")]
+    TierBits {
+        /// Index of the tier.
+        tier: usize,
+        /// Bits a field.
+        bits: u8,
+    },
+    /// The symbol bytes of a tier must ascend from 1 on, and occur in no other tier.
+    #[error("tier {tier}: symbol byte {symbol_byte} of field {field} is 0, out of order, or in an earlier tier")]
+    TierSymbol {
+        /// Index of the tier.
+        tier: usize,
+        /// The field value.
+        field: usize,
+        /// Its symbol byte.
+        symbol_byte: u8,
     },
 }
 
@@ -243,6 +269,26 @@ pub enum DecodeError {
         block: usize,
         /// Bytes between the two.
         gap_bytes: usize,
+    },
+    /// A tier of a `tiered` chunk with more symbols than the tier before can escape.
+    #[error("tier {tier} has {symbols} symbols, the one before {symbols_max}")]
+    TierTooLong {
+        /// Index of the tier.
+        tier: usize,
+        /// Its symbols.
+        symbols: usize,
+        /// Symbols of the tier before.
+        symbols_max: usize,
+    },
+    /// A tier does not escape as many symbols as follow in the next one.
+    #[error("tier {tier} escapes {escapes} symbols, behind it are {symbols}")]
+    TierCount {
+        /// Index of the tier.
+        tier: usize,
+        /// Symbols that it escapes.
+        escapes: usize,
+        /// Symbols of the next tier, or escape bytes.
+        symbols: usize,
     },
     /// A far entry out of order, outside the chunk, or with a symbol that is not far.
     #[error("far entry {entry}: position {position}, symbol {symbol} is out of order or not far")]

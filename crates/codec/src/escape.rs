@@ -43,8 +43,9 @@ pub struct FarList<'a> {
 }
 
 impl<'a> FarList<'a> {
-    /// Takes `bytes` for a far list of a chunk of `symbols` symbols, if they are one.
-    fn parse(bytes: &'a [u8], symbols: usize) -> Result<Self, DecodeError> {
+    /// Takes `bytes`, a whole number of entries, for a far list of a chunk of `symbols` symbols, if they
+    /// are one.
+    pub(crate) fn parse(bytes: &'a [u8], symbols: usize) -> Result<Self, DecodeError> {
         let list = Self { bytes };
         let mut next = 0;
         for (entry, Far { position, symbol }) in list.iter().enumerate() {
@@ -135,8 +136,12 @@ impl Classified {
 
     /// The end of a chunk: escape bytes, then the far list.
     pub(crate) fn write_tail(&self, out: &mut Vec<u8>) {
-        out.extend(&self.escapes);
+        self.write_escapes(out);
         self.write_far(out);
+    }
+
+    pub(crate) fn write_escapes(&self, out: &mut Vec<u8>) {
+        out.extend(&self.escapes);
     }
 
     pub(crate) fn write_far(&self, out: &mut Vec<u8>) {
@@ -191,7 +196,7 @@ pub(crate) fn parse_blocks(chunk: &[u8], symbols: usize, index_bytes: usize) -> 
     Ok((index, blocks, FarList::parse(far, symbols)?))
 }
 
-fn check_symbols(symbols: usize) -> Result<(), DecodeError> {
+pub(crate) fn check_symbols(symbols: usize) -> Result<(), DecodeError> {
     match symbols {
         0 => Err(DecodeError::Empty),
         1..=CHUNK_SYMBOLS_MAX => Ok(()),
@@ -203,7 +208,7 @@ fn truncated(needed_bytes: u64, chunk: &[u8]) -> DecodeError {
     DecodeError::Truncated { needed_bytes, available_bytes: chunk.len() as u64 }
 }
 
-fn take_u32(bytes: &mut &[u8]) -> Option<u32> {
+pub(crate) fn take_u32(bytes: &mut &[u8]) -> Option<u32> {
     let (value, rest) = bytes.split_first_chunk::<4>()?;
     *bytes = rest;
     Some(u32::from_le_bytes(*value))

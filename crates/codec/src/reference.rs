@@ -7,7 +7,7 @@
 //! differ, since fast decoders notice later.
 
 use crate::error::DecodeError;
-use crate::{ESCAPE, FarList, SYMBOL_BIAS, Table, block_ans, fixed, huffman, rans};
+use crate::{ESCAPE, FarList, SYMBOL_BIAS, Table, block_ans, fixed, huffman, rans, tiered};
 
 /// Decodes a chunk of `symbols` symbols.
 pub fn decode_chunk(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
@@ -16,6 +16,7 @@ pub fn decode_chunk(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i
         Table::Huffman(table) => decode_huffman(table, chunk, symbols),
         Table::Rans(table) => decode_rans(table, chunk, symbols),
         Table::BlockAns(table) => decode_block_ans(table, chunk, symbols),
+        Table::Tiered(table) => decode_tiered(table, chunk, symbols),
     }
 }
 
@@ -185,6 +186,57 @@ fn decode_block_ans(table: &block_ans::Table, chunk: &[u8], symbols: usize) -> R
         Some(far) => Err(DecodeError::FarMismatch { position: far.position as usize }),
         None => Ok(out),
     }
+}
+
+fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
+    let chunk = tiered::Chunk::parse(table, symbols, chunk)?;
+    // Of each tier the fields, as they lie in its lines.
+    let mut tiers = Vec::new();
+    for (tier, (count, bytes)) in table.tiers().iter().zip(chunk.tiers) {
+        let bits = usize::from(tier.bits());
+        let bit = |line: usize, byte: usize, bit: usize| bytes.get(64 * line + byte).map_or(0, |byte| usize::from(byte >> bit & 1));
+        let field = |i: usize| {
+            let (eight, tile, j) = (i / 512, i / 64 % 8, i % 64);
+            let place = |k: usize| match (bits, tile, k) {
+                (2, ..) => (tile / 4, tile % 4 * 2 + k),
+                (4, ..) => (tile / 2, tile % 2 * 4 + k),
+                (_, 6, 2) => (1, 6),
+                (_, 7, 2) => (1, 7),
+                (_, 6, _) => (0, 6 + k),
+                (_, 7, _) => (2, 6 + k),
+                _ => (tile / 2, tile % 2 * 3 + k),
+            };
+            (0..bits).map(|k| (place(k), k)).map(|((line, at), k)| bit(eight * bits + line, j, at) << k).sum::<usize>()
+        };
+        if (count..count.next_multiple_of(512)).any(|i| field(i) != 0) {
+            return Err(DecodeError::PaddingNotZero);
+        }
+        tiers.push((0..count).map(field).collect::<Vec<_>>().into_iter());
+    }
+    let mut escapes = Escapes::new(chunk.escapes, chunk.far);
+    let mut out = Vec::new();
+    for i in 0..symbols {
+        let mut byte = ESCAPE;
+        for (index, (tier, fields)) in table.tiers().iter().zip(&mut tiers).enumerate() {
+            // The first tier has a field for every symbol.
+            let count = chunk.tiers[index].0;
+            let none_left = || DecodeError::TierCount { tier: index - 1, escapes: count + 1, symbols: count };
+            let field = fields.next().ok_or_else(none_left)?;
+            byte = tier.symbol_bytes()[field];
+            if byte != ESCAPE {
+                break;
+            }
+        }
+        out.push(escapes.symbol(i, byte)?);
+    }
+    for (index, fields) in tiers.iter().enumerate() {
+        if fields.len() > 0 {
+            let symbols = chunk.tiers[index].0;
+            return Err(DecodeError::TierCount { tier: index - 1, escapes: symbols - fields.len(), symbols });
+        }
+    }
+    escapes.finish()?;
+    Ok(out)
 }
 
 /// The symbol whose frequencies cover the slot of `state`; `state` becomes what it was before that

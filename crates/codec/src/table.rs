@@ -2,7 +2,7 @@
 
 use crate::error::{DecodeError, EncodeError, TableError};
 use crate::escape::widen;
-use crate::{Codec, FarList, Histogram, block_ans, fixed, huffman, rans};
+use crate::{Codec, FarList, Histogram, block_ans, fixed, huffman, rans, tiered};
 
 /// The static table of one tensor: what encoder and decoder must share, with the codec's
 /// parameters.
@@ -17,6 +17,8 @@ pub enum Table {
     Rans(rans::Table),
     /// See [`block_ans`].
     BlockAns(block_ans::Table),
+    /// See [`tiered`].
+    Tiered(tiered::Table),
 }
 
 impl Table {
@@ -29,6 +31,7 @@ impl Table {
             Codec::Huffman(params) => Self::Huffman(huffman::Table::build(params, histogram)?),
             Codec::Rans(params) => Self::Rans(rans::Table::build(params, histogram)?),
             Codec::BlockAns(params) => Self::BlockAns(block_ans::Table::build(params, histogram)?),
+            Codec::Tiered => Self::Tiered(tiered::Table::build(histogram)?),
         })
     }
 
@@ -39,6 +42,7 @@ impl Table {
             Self::Huffman(table) => table.write(out),
             Self::Rans(table) => table.frequencies().write(out),
             Self::BlockAns(table) => table.frequencies().write(out),
+            Self::Tiered(table) => table.write(out),
         }
     }
 
@@ -49,6 +53,7 @@ impl Table {
             Codec::Huffman(params) => Self::Huffman(huffman::Table::read(params, bytes)?),
             Codec::Rans(params) => Self::Rans(rans::Table::read(params, bytes)?),
             Codec::BlockAns(params) => Self::BlockAns(block_ans::Table::read(params, bytes)?),
+            Codec::Tiered => Self::Tiered(tiered::Table::read(bytes)?),
         })
     }
 
@@ -59,6 +64,7 @@ impl Table {
             Self::Huffman(table) => Codec::Huffman(table.params()),
             Self::Rans(table) => Codec::Rans(table.params()),
             Self::BlockAns(table) => Codec::BlockAns(table.params()),
+            Self::Tiered(_) => Codec::Tiered,
         }
     }
 
@@ -69,6 +75,7 @@ impl Table {
             Self::Huffman(table) => table.has_escape(),
             Self::Rans(table) => table.has_escape(),
             Self::BlockAns(table) => table.has_escape(),
+            Self::Tiered(_) => true,
         }
     }
 
@@ -80,6 +87,7 @@ impl Table {
             Self::Huffman(table) => table.payload_bits(histogram),
             Self::Rans(table) => table.frequencies().payload_bits(histogram),
             Self::BlockAns(table) => table.frequencies().payload_bits(histogram),
+            Self::Tiered(table) => table.payload_bits(histogram),
         }
     }
 }
@@ -94,6 +102,7 @@ pub fn encode_chunk(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result
         Table::Huffman(table) => huffman::encode(table, symbols, out),
         Table::Rans(table) => rans::encode(table, symbols, out),
         Table::BlockAns(table) => block_ans::encode(table, symbols, out),
+        Table::Tiered(table) => tiered::encode(table, symbols, out),
     }
 }
 
@@ -131,5 +140,6 @@ pub fn decode_chunk_bytes<'a>(table: &Table, chunk: &'a [u8], out: &mut [u8]) ->
         Table::Huffman(table) => huffman::decode(table, chunk, out),
         Table::Rans(table) => rans::decode(table, chunk, out),
         Table::BlockAns(table) => block_ans::decode(table, chunk, out),
+        Table::Tiered(table) => tiered::decode(table, chunk, out),
     }
 }

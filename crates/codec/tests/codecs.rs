@@ -7,7 +7,7 @@ use tersor_codec::{
 };
 
 /// Every kind, both state widths, the extremes of every parameter.
-const IDS: [&str; 25] = [
+const IDS: [&str; 26] = [
     "fixed/b2",
     "fixed/b3",
     "fixed/b4",
@@ -33,6 +33,7 @@ const IDS: [&str; 25] = [
     "block-ans/s16-w8-p8-n32",
     "block-ans/s16-w8-p1-n64",
     "block-ans/s16-w8-p7-n16384",
+    "tiered",
 ];
 
 fn codecs() -> impl Iterator<Item = Codec> {

@@ -19,6 +19,7 @@ mod scales;
 mod source;
 #[cfg(test)]
 mod testing;
+mod tiered;
 
 pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX};
 pub use bandwidth::read_bandwidth;

@@ -14,7 +14,7 @@ use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
-use crate::{Level, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Level, TILE_ROWS, TILE_SYMBOLS, tiered};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -52,6 +52,7 @@ pub(crate) struct Scratch {
     pub bytes: AlignedBytes,
     /// Escape bytes of the task's chunks on their way to the decoded form.
     pub escapes: AlignedBytes,
+    pub tiers: tiered::Buffers,
     pub far: Vec<FarAt>,
     /// (tokens, 16): results of one row tile.
     pub sums: Vec<[f32; TILE_ROWS]>,
@@ -82,6 +83,7 @@ pub(crate) fn decode_chunks(
     level: Level,
     tensor: &CodedTensor,
     chunks: Range<usize>,
+    buffers: &mut tiered::Buffers,
     out: &mut [u8],
     far: &mut Vec<FarAt>,
 ) -> Result<(), (usize, DecodeError)> {
@@ -96,7 +98,8 @@ pub(crate) fn decode_chunks(
     let mut rest = out;
     for chunk in chunks {
         let (bytes, after) = rest.split_at_mut(tensor.chunk_symbols(chunk));
-        if !decode_nibbles(level, tensor, chunk, bytes, far) {
+        let decoded = decode_nibbles(level, tensor, chunk, bytes, far) || tiered::decode(level, tensor, chunk, buffers, bytes, far);
+        if !decoded {
             decode_by_codec(tensor, chunk, bytes, far).map_err(|e| (chunk, e))?;
         }
         rest = after;

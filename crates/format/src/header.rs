@@ -392,6 +392,7 @@ impl CodecFields {
             Codec::BlockAns(p) => {
                 Self { state_bits: p.state_bits, word_bits: p.word_bits, prob_bits: p.prob_bits, block_symbols: p.block_symbols, ..none }
             }
+            Codec::Tiered => none,
             other => unreachable!("codec {other} has no header fields: this crate is older than the codec crate"),
         }
     }
@@ -404,6 +405,7 @@ impl CodecFields {
             CodecKind::Huffman => Codec::Huffman(huffman::Params { code_bits_max: prob_bits, lanes }),
             CodecKind::Rans => Codec::Rans(rans::Params { state_bits, word_bits, prob_bits, lanes }),
             CodecKind::BlockAns => Codec::BlockAns(block_ans::Params { state_bits, word_bits, prob_bits, block_symbols }),
+            CodecKind::Tiered => Codec::Tiered,
             other => {
                 return Err(TensorError::Codec { found: other.code() });
             }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Kind, Random, codecs, tensor};
-use tersor_codec::{CodecKind, FAR_BYTES, Table, block_ans, fixed, huffman, rans};
+use tersor_codec::{CodecKind, FAR_BYTES, Table, block_ans, fixed, huffman, rans, tiered};
 use tersor_format::{
     BLOB_ALIGN, CHUNK_ALIGN, CHUNK_SYMBOLS_TARGET, FIELDS, HEADER_BYTES, INDEX_ENTRY_BYTES, MAGIC, ScaleScheme, TILE_COLS, TILE_ROWS,
     VERSION, encode_tensor, limits,
@@ -144,7 +144,21 @@ fn widths_of_tables_and_chunks() {
                     let sum = width("far_count") + index + parts.blocks.len() + far(parts.far.len());
                     (width("rans table, count") + entries, sum)
                 }
-                _ => unreachable!("four codecs"),
+                Table::Tiered(table) => {
+                    let parts = tiered::Chunk::parse(table, n, bytes).unwrap();
+                    let tiers = table.tiers().len();
+                    let sizes = table.tiers().iter().zip(parts.tiers).map(|(tier, (symbols, fields))| {
+                        let (bits, tiles) = (usize::from(tier.bits()), symbols.div_ceil(64));
+                        let lines = tiles / 8 * bits + (tiles % 8).div_ceil(if bits == 2 { 4 } else { 2 }).min(bits);
+                        assert_eq!(fields.len(), lines * 64);
+                        fields.len()
+                    });
+                    let sum =
+                        front + (tiers - 1) * width("tiered symbols") + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
+                    let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
+                    (width("tiered table, tiers") + tiers * width("tiered table, bits") + entries * width("tiered table, entry"), sum)
+                }
+                _ => unreachable!("five codecs"),
             };
             assert_eq!(table_bytes, table_expected, "{codec}");
             assert_eq!(bytes.len(), chunk_expected, "{codec}");

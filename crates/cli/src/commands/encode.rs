@@ -28,7 +28,7 @@ pub struct Args {
     /// Directory to write
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, fixed, or a full id
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id
     #[arg(long, default_value = "rans-precise")]
     codec: Codec,
     /// Threads [default: all cores]

@@ -54,7 +54,7 @@ pub struct Args {
     /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
     #[arg(long, value_name = "N", value_parser = ["32", "64", "128"])]
     group_size: Option<String>,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, fixed, or a full id such as rans/s16-w8-p7-l64
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id such as rans/s16-w8-p7-l64
     #[arg(long, default_value = "rans")]
     codec: Codec,
     /// Threads [default: all cores]
@@ -420,6 +420,8 @@ fn side_bits(codec: Codec, linear: &LinearInfo) -> f64 {
             let blocks = (chunk_symbols / f64::from(p.block_symbols)).ceil();
             32.0 + blocks * (16.0 + f64::from(p.state_bits) - f64::from(p.word_bits) / 2.0)
         }
+        // Two more counts, and on average half of the last line of two tiers.
+        Codec::Tiered => 64.0 + 2.0 * (32.0 + 256.0),
         _ => 64.0,
     };
     // Chunks start at multiples of 16 bytes: 7.5 bytes are lost on average. The blob ends with 64 to 128 zeros.

@@ -65,6 +65,25 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn shift_right(self, tile: [__m256i; 2], bits: u32) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_srl_epi16(tile[i], _mm_cvtsi32_si128(bits as i32))) }
+    }
+
+    #[inline(always)]
+    fn select(self, mask: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_or_si256(_mm256_and_si256(mask[i], a[i]), _mm256_andnot_si256(mask[i], b[i]))) }
+    }
+
+    /// The shuffle gives 0 where the index has its highest bit set, so the bits above four go.
+    #[inline(always)]
+    fn lookup(self, table: [__m256i; 2], index: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_shuffle_epi8(table[i], _mm256_and_si256(index[i], _mm256_set1_epi8(15)))) }
+    }
+
+    #[inline(always)]
     unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
         let mask = unsafe {
@@ -180,6 +199,24 @@ impl Isa for Avx2 {
             _mm256_storeu_ps(out.as_mut_ptr(), x[0]);
             _mm256_storeu_ps(out.as_mut_ptr().add(8), x[1]);
         }
+    }
+
+    #[inline(always)]
+    fn splat_float(self, x: f32) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn floats_of(self, x: &[i32; LANES]) -> [__m256; 2] {
+        // SAFETY: 16 readable integers.
+        unsafe { halves!(|i| _mm256_cvtepi32_ps(_mm256_loadu_si256(x.as_ptr().add(8 * i).cast()))) }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_mul_ps(a[i], b[i])) }
     }
 
     #[inline(always)]

@@ -42,6 +42,25 @@ impl Isa for Avx512 {
         unsafe { _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16::<4>(line), _mm512_set1_epi8(15)), bias) }
     }
 
+    #[inline(always)]
+    fn shift_right(self, tile: __m512i, bits: u32) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_srl_epi16(tile, _mm_cvtsi32_si128(bits as i32)) }
+    }
+
+    #[inline(always)]
+    fn select(self, mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: registers only. 0xca is `mask ? a : b` by bit.
+        unsafe { _mm512_ternarylogic_epi32::<0xca>(mask, a, b) }
+    }
+
+    /// The permute takes the low six bits of an index; the table repeats, so four of them count.
+    #[inline(always)]
+    fn lookup(self, table: __m512i, index: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_permutexvar_epi8(index, table) }
+    }
+
     /// A load of 64 bytes and a register expand: the expand with a memory operand is microcode on
     /// some cores.
     #[inline(always)]
@@ -118,6 +137,24 @@ impl Isa for Avx512 {
     fn store_floats(self, x: __m512, out: &mut [f32; LANES]) {
         // SAFETY: 16 writable floats.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn splat_float(self, x: f32) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn floats_of(self, x: &[i32; LANES]) -> __m512 {
+        // SAFETY: 16 readable integers.
+        unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_mul_ps(a, b) }
     }
 
     #[inline(always)]

@@ -46,6 +46,12 @@ pub(crate) trait Isa: Copy {
     fn low(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
     /// High nibble of each byte, plus `bias`.
     fn high(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
+    /// Each byte shifted right by `bits`; the highest `bits` bits of each are then anything.
+    fn shift_right(self, tile: Self::Tile, bits: u32) -> Self::Tile;
+    /// The bits of `a` where `mask` has ones, those of `b` elsewhere.
+    fn select(self, mask: Self::Tile, a: Self::Tile, b: Self::Tile) -> Self::Tile;
+    /// By byte, `table[index % 16]`. The table repeats itself every 16 bytes.
+    fn lookup(self, table: Self::Tile, index: Self::Tile) -> Self::Tile;
     /// Replaces the bytes of `tile` that equal `escape` by the next bytes at `escapes`, in lane
     /// order; returns how many.
     ///
@@ -74,10 +80,26 @@ pub(crate) trait Isa: Copy {
 
     fn floats(self, x: &[f32; LANES]) -> Self::Floats;
     fn store_floats(self, x: Self::Floats, out: &mut [f32; LANES]);
+    fn splat_float(self, x: f32) -> Self::Floats;
+    /// Each integer rounded to the nearest float.
+    fn floats_of(self, x: &[i32; LANES]) -> Self::Floats;
+    fn multiply(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `acc + a * b` by lane, the product and the sum rounded one by one.
     fn multiply_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// The sum of all lanes, as [`crate::ops::fold`] adds them.
     fn fold(self, x: Self::Floats) -> f32;
+}
+
+/// Tells the memory that the cache line at `place` will be wanted; it need not be readable.
+#[inline(always)]
+pub(crate) fn prefetch(place: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, whatever the address; SSE is part of the architecture.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
 }
 
 /// Defines a function whose body is compiled once for every level, with the level's [`Isa`] as its

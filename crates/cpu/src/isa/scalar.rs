@@ -39,6 +39,21 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn shift_right(self, tile: TileBytes, bits: u32) -> TileBytes {
+        tile.map(|b| b >> bits)
+    }
+
+    #[inline(always)]
+    fn select(self, mask: TileBytes, a: TileBytes, b: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| a[i] & mask[i] | b[i] & !mask[i])
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: TileBytes, index: TileBytes) -> TileBytes {
+        index.map(|i| table[usize::from(i % 16)])
+    }
+
+    #[inline(always)]
     unsafe fn unescape(self, mut tile: TileBytes, escape: TileBytes, escapes: *const u8) -> (TileBytes, usize) {
         let mut taken = 0;
         for (b, e) in tile.iter_mut().zip(escape) {
@@ -113,6 +128,21 @@ impl Isa for Scalar {
     #[inline(always)]
     fn store_floats(self, x: [f32; LANES], out: &mut [f32; LANES]) {
         *out = x;
+    }
+
+    #[inline(always)]
+    fn splat_float(self, x: f32) -> [f32; LANES] {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn floats_of(self, x: &[i32; LANES]) -> [f32; LANES] {
+        x.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|j| a[j] * b[j])
     }
 
     #[inline(always)]

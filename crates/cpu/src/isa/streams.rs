@@ -279,7 +279,7 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
                 }
                 for i in 0..N {
                     let isum = isa.finish(dots[i], xsums[segment]);
-                    SegmentScales::of(tile_scales[i], segment).add(&mut acc[i], &isum, xscales[segment], xsums[segment]);
+                    SegmentScales::of(tile_scales[i], segment).add(isa, &mut acc[i], &isum, xscales[segment], xsums[segment]);
                 }
             }
             for i in 0..N {

@@ -34,6 +34,7 @@ pub fn codecs() -> Vec<Codec> {
         Codec::Rans(rans::Params { lanes: 64, ..rans::Params::PRECISE }),
         Codec::Huffman(huffman::Params::DEFAULT),
         Codec::BlockAns(block_ans::Params::DEFAULT),
+        Codec::Tiered,
         Codec::Fixed(fixed::Params { bits: 2 }),
         Codec::Fixed(fixed::Params { bits: 4 }),
         Codec::Fixed(fixed::Params { bits: 5 }),
