@@ -31,7 +31,7 @@ use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes};
 
 /// A matrix, in the form it is held in.
 #[derive(Clone, Copy, Debug)]
@@ -187,11 +187,10 @@ impl Dot<'_> {
         with_scratch(|scratch| {
             let symbols = symbols_of(tensor, &chunks);
             let first = tensor.chunk_row_tiles(chunks.start).start;
-            #[cfg(target_arch = "x86_64")]
-            if let (Some(kernel), 1) = (RansKernel::new(self.level, tensor.table()), self.x.tokens()) {
+            if self.x.tokens() == 1 {
                 let sums = &mut scratch.sums;
                 sums.resize(symbols / (tensor.col_steps() * TILE_SYMBOLS), [0.0; TILE_ROWS]);
-                if streams::dot(kernel.get(), tensor, chunks.clone(), self.scales, self.x, sums) {
+                if self.fused(tensor, chunks.clone(), sums) {
                     for (i, sums) in sums.iter().enumerate() {
                         self.write(first + i, std::slice::from_ref(sums));
                     }
@@ -207,6 +206,18 @@ impl Dot<'_> {
             }
             Ok(())
         })
+    }
+
+    /// Multiplies chunks with the only token while they are decoded. False if there is no kernel for that, or it gave up.
+    fn fused(&self, tensor: &CodedTensor, chunks: Range<usize>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+        if let Some(table) = planes::table(tensor.table()) {
+            return planes::dot(self.level, table, tensor, chunks, self.scales, self.x, sums);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = RansKernel::new(self.level, tensor.table()) {
+            return streams::dot(kernel.get(), tensor, chunks, self.scales, self.x, sums);
+        }
+        false
     }
 
     fn decoded(&self, matrix: &Decoded, row_tiles: Range<usize>) {

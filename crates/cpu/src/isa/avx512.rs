@@ -55,6 +55,27 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn select(self, mask: u64, zeros: __m512i, ones: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_mask_mov_epi8(zeros, mask, ones) }
+    }
+
+    #[inline(always)]
+    unsafe fn expand(self, mask: u64, zeros: __m512i, ones: *const u8) -> __m512i {
+        // SAFETY: 64 readable bytes, by the contract.
+        unsafe { _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(ones.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn merge(self, mask: u64, zeros: *const u8, ones: *const u8) -> __m512i {
+        // SAFETY: as above.
+        unsafe {
+            let left = _mm512_maskz_expand_epi8(!mask, _mm512_loadu_si512(zeros.cast()));
+            _mm512_mask_expand_epi8(left, mask, _mm512_loadu_si512(ones.cast()))
+        }
+    }
+
+    #[inline(always)]
     fn narrow(self, tile: __m512i, bias: __m512i, lowest: __m512i) -> (__m512i, u64) {
         // SAFETY: registers only.
         unsafe {

@@ -52,6 +52,18 @@ pub(crate) trait Isa: Copy {
     /// # Safety
     /// 64 bytes at `escapes` are readable.
     unsafe fn unescape(self, tile: Self::Tile, escape: Self::Tile, escapes: *const u8) -> (Self::Tile, usize);
+    /// `ones` in the lanes of `mask`, `zeros` in the others.
+    fn select(self, mask: u64, zeros: Self::Tile, ones: Self::Tile) -> Self::Tile;
+    /// The next bytes at `ones`, in lane order, in the lanes of `mask`; `zeros` in the others.
+    ///
+    /// # Safety
+    /// 64 bytes at `ones` are readable.
+    unsafe fn expand(self, mask: u64, zeros: Self::Tile, ones: *const u8) -> Self::Tile;
+    /// The next bytes at `ones` in the lanes of `mask`, the next bytes at `zeros` in the others.
+    ///
+    /// # Safety
+    /// 64 bytes at both are readable.
+    unsafe fn merge(self, mask: u64, zeros: *const u8, ones: *const u8) -> Self::Tile;
     /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0,
     /// and the mask of the lanes where it does not.
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);

@@ -33,6 +33,8 @@ pub fn codecs() -> Vec<Codec> {
         Codec::Rans(rans::Params::PRECISE),
         Codec::Rans(rans::Params { lanes: 64, ..rans::Params::PRECISE }),
         Codec::Huffman(huffman::Params::DEFAULT),
+        Codec::Huffman(huffman::Params { code_bits_max: 8, lanes: 0 }),
+        Codec::Huffman(huffman::Params { code_bits_max: 12, lanes: 4 }),
         Codec::BlockAns(block_ans::Params::DEFAULT),
         Codec::Fixed(fixed::Params { bits: 2 }),
         Codec::Fixed(fixed::Params { bits: 4 }),
