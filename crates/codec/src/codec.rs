@@ -15,7 +15,7 @@ use crate::{block_ans, fixed, huffman, rans};
 /// | `huffman/c12-l4` | |
 /// | `rans/s16-w8-p7-l64` | `rans` |
 /// | `rans/s32-w16-p12-l32` | `rans-precise` |
-/// | `block-ans/s32-w16-p12-n1024` | `block-ans` |
+/// | `block-ans/s16-w8-p8-n1024` | `block-ans` |
 ///
 /// ```
 /// use tersor_codec::{Codec, rans};

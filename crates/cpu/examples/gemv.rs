@@ -66,6 +66,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "huffman",
         "huffman/c12-l4",
         "block-ans",
+        "block-ans/s16-w8-p7-n1024",
+        "block-ans/s16-w8-p8-n1024",
         "fixed",
     ] {
         let codec: Codec = codec.parse()?;
@@ -73,7 +75,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if !codec.to_string().contains(&only) {
                 continue;
             }
-            if step != 0.9 && !matches!(codec, Codec::Rans(_) | Codec::Huffman(_)) {
+            if step != 0.9 && !matches!(codec, Codec::Rans(_) | Codec::Huffman(_) | Codec::BlockAns(_)) {
                 continue;
             }
             for (place, rows) in [("cache", 128), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {

@@ -13,7 +13,7 @@ use tersor_format::CodedTensor;
 use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa};
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{avx2_rans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
+use crate::isa::{avx2_rans, avx512_block_ans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
 use crate::{Level, TILE_ROWS, TILE_SYMBOLS, planes};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
@@ -86,6 +86,15 @@ pub(crate) fn decode_chunks(
     far: &mut Vec<FarAt>,
 ) -> Result<(), (usize, DecodeError)> {
     far.clear();
+    #[cfg(target_arch = "x86_64")]
+    if let (Level::Avx512(token), Table::BlockAns(table)) = (level, tensor.table())
+        && let Some(kernel) = avx512_block_ans::Tables::new(token, table)
+    {
+        if kernel.decode(tensor, chunks.clone(), out, far) {
+            return Ok(());
+        }
+        far.clear();
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(kernel) = RansKernel::new(level, tensor.table()) {
         if streams::decode(kernel.get(), tensor, chunks.clone(), out, far) {

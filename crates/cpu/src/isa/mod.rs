@@ -10,6 +10,8 @@ pub(crate) mod avx2_rans;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_block_ans;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans_precise;
