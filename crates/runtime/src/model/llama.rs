@@ -55,11 +55,28 @@ pub struct Continuation<'a> {
     pub want: LogitsOf,
 }
 
+impl Continuation<'_> {
+    /// What every backend asks of a continuation before it computes anything.
+    ///
+    /// # Errors
+    /// No tokens, a token that is none of the `vocab` ones, a cache without room for all of them.
+    pub fn check(&self, vocab: usize) -> Result<(), RunError> {
+        if self.tokens.is_empty() {
+            return Err(RunError::NoTokens);
+        }
+        if let Some(&token) = self.tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(RunError::TokenOutOfRange { token, vocab });
+        }
+        let (needed, capacity) = (self.kv.len() + self.tokens.len(), self.kv.capacity());
+        if needed > capacity { Err(RunError::ContextFull { needed, capacity }) } else { Ok(()) }
+    }
+}
+
 /// A model less its matrices: configuration, norms and biases, and the buffers of a forward pass.
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    layers: Vec<Layer>,
+    layers: Vec<LayerVectors>,
     final_norm: Vec<f32>,
     /// Radians per position, (head_dim / 2,).
     frequencies: Vec<f64>,
@@ -70,15 +87,15 @@ pub struct Model {
 
 /// The vectors of one layer, in f32.
 #[derive(Debug)]
-struct Layer {
+pub(crate) struct LayerVectors {
     /// Before attention, (hidden,).
-    input_norm: Vec<f32>,
+    pub input_norm: Vec<f32>,
     /// Before the feed-forward block, (hidden,).
-    post_norm: Vec<f32>,
+    pub post_norm: Vec<f32>,
     /// q, k, v, o; empty where there is none.
-    biases: [Vec<f32>; 4],
+    pub biases: [Vec<f32>; 4],
     /// q and k, (head_dim,) each.
-    head_norms: Option<[Vec<f32>; 2]>,
+    pub head_norms: Option<[Vec<f32>; 2]>,
 }
 
 /// Activations of one slice; `tokens` is the slice's.
@@ -130,7 +147,7 @@ impl Model {
         for linear in names::linears(&config) {
             super::find(dir, &linear.name, &[linear.rows, linear.cols])?;
         }
-        let layers = (0..config.layers).map(|layer| Layer::load(dir, &config, layer)).collect::<Result<_, _>>()?;
+        let layers = (0..config.layers).map(|layer| LayerVectors::load(dir, &config, layer)).collect::<Result<_, _>>()?;
         let final_norm = vector(dir, names::FINAL_NORM, config.hidden)?;
         let frequencies = config.rope_frequencies();
         Ok(Self { config, layers, final_norm, frequencies, buffers: Buffers::default(), logits: Vec::new() })
@@ -142,6 +159,21 @@ impl Model {
         &self.config
     }
 
+    /// Norms and biases, layer by layer, for backends that keep their own.
+    pub(crate) fn layers(&self) -> &[LayerVectors] {
+        &self.layers
+    }
+
+    /// Weight of the norm before the head, (hidden,).
+    pub(crate) fn final_norm(&self) -> &[f32] {
+        &self.final_norm
+    }
+
+    /// Rotary frequencies, radians per position, (head_dim / 2,).
+    pub(crate) fn frequencies(&self) -> &[f64] {
+        &self.frequencies
+    }
+
     /// Bytes of norms, biases and activation buffers for `tokens` tokens a pass: what the model itself adds to a memory
     /// budget.
     #[must_use]
@@ -151,7 +183,7 @@ impl Model {
         let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let a_token = 3 * c.hidden + 2 * queries + 2 * keys + 2 * c.ffn + c.head_dim;
         let logits = tokens.min(HEAD_TOKENS_MAX) * c.vocab;
-        let a_layer = |layer: &Layer| {
+        let a_layer = |layer: &LayerVectors| {
             let biases = layer.biases.iter().map(Vec::len).sum::<usize>();
             2 * c.hidden + biases + layer.head_norms.as_ref().map_or(0, |_| 2 * c.head_dim)
         };
@@ -165,7 +197,7 @@ impl Model {
     /// and can be truncated and used again.
     ///
     /// # Errors
-    /// No tokens, a token outside the vocabulary, a full cache, weights that cannot be decoded.
+    /// No tokens, a token outside the vocabulary, a cache that is full or on a device, weights that cannot be decoded.
     pub fn forward(&mut self, weights: &mut dyn Weights, kv: &mut KvCache, tokens: &[u32], want: LogitsOf) -> Result<&[f32], RunError> {
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
@@ -189,25 +221,14 @@ impl Model {
         batch: &mut [Continuation<'_>],
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RunError> {
-        for sequence in batch.iter() {
-            self.check(sequence)?;
+        for sequence in batch.iter_mut() {
+            sequence.check(self.config.vocab)?;
+            sequence.kv.host()?;
         }
         let mut buffers = std::mem::take(&mut self.buffers);
         let result = slices(batch).into_iter().try_for_each(|slice| self.forward_slice(weights, batch, &slice, &mut buffers, sink));
         self.buffers = buffers;
         result
-    }
-
-    fn check(&self, sequence: &Continuation<'_>) -> Result<(), RunError> {
-        let vocab = self.config.vocab;
-        if sequence.tokens.is_empty() {
-            return Err(RunError::NoTokens);
-        }
-        if let Some(&token) = sequence.tokens.iter().find(|&&token| token as usize >= vocab) {
-            return Err(RunError::TokenOutOfRange { token, vocab });
-        }
-        let (needed, capacity) = (sequence.kv.len() + sequence.tokens.len(), sequence.kv.capacity());
-        if needed > capacity { Err(RunError::ContextFull { needed, capacity }) } else { Ok(()) }
     }
 
     fn forward_slice(
@@ -282,7 +303,7 @@ impl Model {
         let (q_row, k_row) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let mut first = 0;
         for piece in slice {
-            let kv = &mut *batch[piece.sequence].kv;
+            let kv = batch[piece.sequence].kv.host()?;
             let rows = first..first + piece.tokens.len();
             first = rows.end;
             let (q, k) = (rows.start * q_row..rows.end * q_row, rows.start * k_row..rows.end * k_row);
@@ -355,7 +376,7 @@ impl Model {
     }
 }
 
-impl Layer {
+impl LayerVectors {
     fn load(dir: &ModelDir, c: &Config, layer: usize) -> Result<Self, ModelError> {
         let read = |part: &str, len| vector(dir, &names::in_layer(layer, part), len);
         let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
