@@ -14,9 +14,9 @@
 //! gemv`), in G weights/s from the cache: plain GEMV of nibbles 130 to 160 at AVX-512 and 50 at
 //! AVX2, with escapes 87 to 92 and 12 to 42; from memory 54 to 77, which is what memory gives. 64
 //! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. It loses where symbols are decoded
-//! by the codec's scalar decoder: rans-precise at AVX2 (0.65 G weights/s), huffman and block-ans at
-//! every level (0.5 to 1.1); and at AVX2 with many escapes (19 instead of 50 where two in a hundred
-//! symbols are wide).
+//! by the codec's scalar decoder: rans-precise and block-ans at AVX2, huffman in lanes and block-ans
+//! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes (19
+//! instead of 50 where two in a hundred symbols are wide).
 
 use std::ops::Range;
 
