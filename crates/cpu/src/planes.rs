@@ -12,7 +12,13 @@
 //! planes, go to the codec's decoder.
 //!
 //! Cost: as many merges of 64 as the code has bits a symbol, over the 64 lanes. Nothing waits but the places in the sequences,
-//! which popcounts advance.
+//! which popcounts advance. On Zen 4 an expand of 64 bytes takes 0.85 ns, so a merge of two inner nodes costs 1.7, one with a leaf 0.9,
+//! two leaves 0.6; at AVX2 a merge is eight shuffles and costs 6.
+//!
+//! Measured (AMD EPYC, Zen 4, family 25 model 17, one of two shared cores, best of repeats, `cargo run --release -p tersor-cpu
+//! --example gemv avx512 2 planes`), fused with the dot from the cache, G weights/s at 1.51, 2.25, 3.06 and 3.79 bits of entropy: 26.0,
+//! 13.9, 6.3, 5.3 at AVX-512, where `rans` does 13.2 at each; 8.2, 5.4, 4.7, 3.8 at AVX2, where `rans` does 5.0, 4.9, 4.1, 3.9. The codec's
+//! decoder of lanes does 0.9. It loses to `rans` at AVX-512 from about 2.3 bits on, since it pays for each bit, and everywhere in size.
 
 use std::cell::RefCell;
 use std::ops::Range;
