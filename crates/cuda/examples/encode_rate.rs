@@ -2,10 +2,12 @@
 //!
 //! `cargo run --release -p tersor-cuda --example encode_rate [rows]`: matrices of `rows` (1024) × 8192. `all` counts everything on the device, `above H` compares
 //! it with the empirical entropy; the table weighs more here than in a large matrix. Rates are the best of three. The second table has rows of unlike scale
-//! (log-normal, `spread` is the standard deviation of the logarithm), as quantizers with one step for all rows leave them: streams drift apart, `encode_auto` takes narrower tiles.
+//! (log-normal, `spread` is the standard deviation of the logarithm), as quantizers with one step for all rows leave them: streams drift apart. First in the geometry of
+//! `Geometry::new`, then in that of `encode_auto`; and once more with the rows sorted by energy, which a consumer could undo.
 
 use std::time::{Duration, Instant};
 
+use tersor_codec::Histogram;
 use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Stack, Statistics};
 
 const COLS: usize = 8192;
@@ -31,7 +33,7 @@ fn rates(rows: usize) -> Result<(), Box<dyn std::error::Error>> {
         let (plain, pack) = fastest(|| Plain::pack(&stack, geometry, 0, 1));
         let coded = coded?;
         assert!(coded.decode()? == symbols && plain?.unpack()? == symbols, "what was encoded does not come back");
-        let (entropy, bits) = (statistics.symbols().entropy_bits(), coded.bytes() as f64 * 8.0 / symbols.len() as f64);
+        let (entropy, bits) = (entropy_bits(&symbols), coded.bytes() as f64 * 8.0 / symbols.len() as f64);
         let rate = |time: Duration| symbols.len() as f64 / time.as_secs_f64() / 1e6;
         println!(
             "{entropy:6.3} {:>28} {bits:7.4} {:7.2}% {:9.1} {:9.1} {:11.0} {:10.0}",
@@ -47,34 +49,41 @@ fn rates(rows: usize) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn unlike_rows(rows: usize) -> Result<(), Box<dyn std::error::Error>> {
-    println!("\n{:>6} {:>6} {:>9} {:>28} {:>7} {:>8} {:>9}", "spread", "H", "tile_cols", "parameters", "all", "above H", "patched");
+    println!(
+        "\n{:>6} {:>11} {:>6} {:>9} {:>28} {:>7} {:>8} {:>9}",
+        "spread", "rows", "H", "tile_cols", "parameters", "all", "above H", "patched"
+    );
     for spread in [0.0, 0.05, 0.1, 0.2, 0.4] {
         let symbols = gaussian(rows * COLS, 1.133, spread);
-        let stack = Stack::new(COLS, &[&symbols])?;
-        let geometry = Geometry::new(rows, COLS)?;
-        for coded in [
-            QuadMatrix::encode(
-                &stack,
-                geometry,
-                QuadParams { low_bits: 0, window_bits: 14, copies_log2: 0 },
-                &Statistics::sample(&stack, geometry, 1),
-                1,
-            )?,
-            QuadMatrix::encode_auto(&stack, geometry, 1)?,
-        ] {
-            assert!(coded.decode()? == symbols, "what was encoded does not come back");
-            let (entropy, bits) =
-                (Statistics::sample(&stack, geometry, 1).symbols().entropy_bits(), coded.bytes() as f64 * 8.0 / symbols.len() as f64);
-            println!(
-                "{spread:6.2} {entropy:6.3} {:9} {:>28} {bits:7.4} {:7.2}% {:8.3}%",
-                coded.geometry.tile_cols(),
-                parameters(&coded),
-                (bits / entropy - 1.0) * 100.0,
-                coded.patches.len() as f64 * 400.0 / symbols.len() as f64
-            );
+        let mut by_energy: Vec<&[i16]> = symbols.chunks(COLS).collect();
+        by_energy.sort_by_key(|row| row.iter().map(|&symbol| i64::from(symbol).pow(2)).sum::<i64>());
+        let sorted = by_energy.concat();
+        for (name, symbols) in [("as they are", &symbols), ("sorted", &sorted)] {
+            let stack = Stack::new(COLS, &[symbols])?;
+            let geometry = Geometry::new(rows, COLS)?;
+            let statistics = Statistics::sample(&stack, geometry, 1);
+            let auto = QuadMatrix::encode_auto(&stack, geometry, 1)?;
+            for coded in [QuadMatrix::encode(&stack, geometry, auto.params, &statistics, 1)?, auto] {
+                assert!(coded.decode()? == *symbols, "what was encoded does not come back");
+                let (entropy, bits) = (entropy_bits(symbols), coded.bytes() as f64 * 8.0 / symbols.len() as f64);
+                println!(
+                    "{spread:6.2} {name:>11} {entropy:6.3} {:9} {:>28} {bits:7.4} {:7.2}% {:8.3}%",
+                    coded.geometry.tile_cols(),
+                    parameters(&coded),
+                    (bits / entropy - 1.0) * 100.0,
+                    coded.patches.len() as f64 * 400.0 / symbols.len() as f64
+                );
+            }
         }
     }
     Ok(())
+}
+
+/// Of all symbols, not of a sample.
+fn entropy_bits(symbols: &[i16]) -> f64 {
+    let mut histogram = Histogram::new();
+    histogram.add(symbols);
+    histogram.entropy_bits()
 }
 
 fn parameters(coded: &QuadMatrix) -> String {
@@ -100,7 +109,7 @@ fn gaussian(symbols: usize, sigma: f64, spread: f64) -> Vec<i16> {
     let mut normal = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
     let mut row_sigma = sigma;
     let sample = |i: usize| {
-        if i % COLS == 0 {
+        if i.is_multiple_of(COLS) {
             row_sigma = sigma * (normal() * spread).exp();
         }
         (normal() * row_sigma).round() as i16

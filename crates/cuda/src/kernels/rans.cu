@@ -87,7 +87,8 @@ extern "C" __global__ void __launch_bounds__(128) rans_decode(RansJob J) {
       escape += __popc(zb);
     }
   };
-  const u32 tile_blocks = J.tc / 64, bias = (128 >> r) - 8;
+  const u32 tile_blocks = J.tc / 64;
+  const u32 ones = 0x01010101, least = ((128 >> r) - 8) * ones, low_mask = ((1u << r) - 1) * ones; // of high + (128 >> r), byte by byte
 #pragma unroll 1
   for (u32 t = 0; t < chunk.row_tiles; t++) {
 #pragma unroll 1
@@ -97,32 +98,55 @@ extern "C" __global__ void __launch_bounds__(128) rans_decode(RansJob J) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         u32 even[2] = {0, 0}, odd[2] = {0, 0}; // bytes of the even and odd tiles; rows g, g + 8
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          u32 a = 128, b = 128;
-          if (block * 16 + half * 8 + j < J.col_steps) step(a, b);
-          u32(&to)[2] = j & 1 ? odd : even;
-          to[0] |= a << (j / 2 * 8);
-          to[1] |= b << (j / 2 * 8);
+        const u32 first = block * 16 + half * 8;
+#pragma unroll 1
+        for (u32 j = 0; j < 4; j++) { // rolled: the code of all steps of a block would not fit the instruction cache
+          u32 a = 128, b = 128, c0 = 128, c1 = 128;
+          if (first + 2 * j < J.col_steps) step(a, b);
+          if (first + 2 * j + 1 < J.col_steps) step(c0, c1);
+          // Shifted in from above: the first byte ends lowest.
+          even[0] = even[0] >> 8 | a << 24;
+          even[1] = even[1] >> 8 | b << 24;
+          odd[0] = odd[0] >> 8 | c0 << 24;
+          odd[1] = odd[1] >> 8 | c1 << 24;
         }
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-          const u32 bytes[2] = {transpose_bytes(even[row], c), transpose_bytes(odd[row], c)}; // columns 0..3, 4..7
-          u32 nibbles = 0;
+          u32 nibbles = 0, outside = 0;
 #pragma unroll
-          for (int k = 0; k < 8; k++) {
-            const u32 byte = bytes[k >> 2] >> ((k & 3) * 8) & 255, low_bits = byte & ((1u << r) - 1);
-            const int high = (int)(byte >> r) - (int)bias, kept = min(max(high, 0), 15); // biased by 8
-            nibbles |= (u32)(k & 1 ? kept ^ 8 : kept) << (4 * k);
-            if (r == 1) low[0] |= low_bits << ((k >> 1) * 8 + (k & 1) * 2 + row + 4 * half);
-            if (r == 2) low[k & 1] |= low_bits << ((k >> 1) * 8 + 2 * row + 4 * half);
-            if (high != kept && byte != 0) { // byte 0: a far symbol of the file, which the host lists
-              const u32 at = atomicAdd(J.far_count, 1);
-              const u32 weight = (in_tile * 8 + half * 4 + row * 2 + (k >> 2)) * 4 + (k & 3);
-              if (at < J.far_capacity) J.far[at] = {tile, (u32)lane | weight << 5, (high - kept) * (1 << r)};
+          for (int part = 0; part < 2; part++) { // columns 0..3, 4..7
+            const u32 bytes = transpose_bytes(part ? odd[row] : even[row], c);
+            const u32 high = bytes >> r & (0xffu >> r) * ones;
+            const u32 kept = __vminu4(__vmaxu4(high, least), least + 15 * ones);
+            outside |= high ^ kept;
+            const u32 n = (kept - least) ^ 0x08000800; // odd columns in two's complement
+            const u32 pairs = (n | n >> 4) & 0x00ff00ff;
+            nibbles |= (pairs & 0xff | pairs >> 8) << (16 * part);
+            const u32 bits = bytes & low_mask;
+            if (r == 1) { // byte k / 2, bit 2 * (k % 2)
+              const u32 v = (bits | bits >> 6) & 0x00050005;
+              low[0] |= (v & 0xff | v >> 8) << (16 * part + row + 4 * half);
+            }
+            if (r == 2) { // word k % 2, byte k / 2
+              const u32 v = bits & 0x00030003, w = bits >> 8 & 0x00030003;
+              low[0] |= (v & 0xff | v >> 8) << (16 * part + 2 * row + 4 * half);
+              low[1] |= (w & 0xff | w >> 8) << (16 * part + 2 * row + 4 * half);
             }
           }
           out[half * 2 + row] = nibbles;
+          if (__any_sync(~0u, outside)) { // rare: list what the nibbles do not hold
+#pragma unroll 1
+            for (int k = 0; k < 8; k++) {
+              const u32 byte = transpose_bytes(k < 4 ? even[row] : odd[row], c) >> ((k & 3) * 8) & 255;
+              const int high = (int)(byte >> r) - (int)((128 >> r) - 8), kept = min(max(high, 0), 15);
+              if (high != kept && byte != 0) { // byte 0: a far symbol of the file, which the host lists
+                const u32 at = atomicAdd(J.far_count, 1);
+                const u32 weight = (in_tile * 8 + half * 4 + row * 2 + (k >> 2)) * 4 + (k & 3);
+                if (at < J.far_capacity) J.far[at] = {tile, (u32)lane | weight << 5, (high - kept) * (1 << r)};
+              }
+              __syncwarp();
+            }
+          }
         }
       }
       J.nibbles[((size_t)tile * tile_blocks + in_tile) * 32 + lane] = make_uint4(out[0], out[1], out[2], out[3]);

@@ -30,14 +30,19 @@ impl Options {
     /// # Errors
     /// A prompt that is empty or fills the context, sampling parameters outside their range.
     pub fn check(&self, prompt: &[u32]) -> Result<(), SessionError> {
-        if prompt.is_empty() {
-            return Err(SessionError::EmptyPrompt);
-        }
-        if prompt.len() >= self.context {
-            return Err(SessionError::PromptTooLong { tokens: prompt.len(), context: self.context });
-        }
+        check_prompt(prompt, self.context)?;
         Ok(self.sampling.check()?)
     }
+}
+
+fn check_prompt(prompt: &[u32], context: usize) -> Result<(), SessionError> {
+    if prompt.is_empty() {
+        return Err(SessionError::EmptyPrompt);
+    }
+    if prompt.len() >= context {
+        return Err(SessionError::PromptTooLong { tokens: prompt.len(), context });
+    }
+    Ok(())
 }
 
 /// Why a session cannot begin.
@@ -116,6 +121,22 @@ impl Session {
         })
     }
 
+    /// Begins anew with another prompt, in the same cache: the first tokens that it shares with the session so far need not pass through the model
+    /// again. For the next turn of a conversation. Random numbers and the hash of the logits go on.
+    ///
+    /// # Errors
+    /// A prompt that is empty or fills the context; the session is then as it was.
+    pub fn restart(&mut self, prompt: &[u32]) -> Result<(), SessionError> {
+        check_prompt(prompt, self.kv.capacity())?;
+        let shared = self.tokens.iter().zip(prompt).take_while(|(old, new)| old == new).count();
+        // The last token passes in any case, for its logits.
+        self.kv.truncate(shared.min(prompt.len() - 1));
+        self.tokens = prompt.to_vec();
+        self.prompt_tokens = prompt.len();
+        self.stop = (self.tokens_max == 0).then_some(Stop::Length);
+        Ok(())
+    }
+
     /// The tokens generated so far; an end token is the last of them.
     #[must_use]
     pub fn generated(&self) -> &[u32] {
@@ -146,11 +167,8 @@ impl Session {
         start..self.tokens.len().min(start + SLICE_TOKENS_MAX)
     }
 
-    fn take(&mut self, logits: &[f32]) {
-        for logit in logits {
-            self.hash.update(&logit.to_le_bytes());
-        }
-        let token = self.sampler.sample(logits, &self.tokens);
+    /// Adds a token that was chosen.
+    fn take(&mut self, token: u32) {
         self.tokens.push(token);
         self.stop = if self.eos.contains(&token) {
             Some(Stop::Eos)
@@ -165,6 +183,18 @@ impl Session {
     }
 }
 
+/// Adds the little-endian bytes of a row of logits, in runs: a call for each number would cost more than the numbers.
+fn hash_logits(hash: &mut Xxh3Default, logits: &[f32]) {
+    const RUN: usize = 1024;
+    let mut bytes = [0; 4 * RUN];
+    for run in logits.chunks(RUN) {
+        for (bytes, logit) in bytes.as_chunks_mut().0.iter_mut().zip(run) {
+            *bytes = logit.to_le_bytes();
+        }
+        hash.update(&bytes[..4 * run.len()]);
+    }
+}
+
 /// Moves every session that has not ended: by a slice of its prompt, or by one generated token. All share each decoded
 /// weight. Ended sessions are left alone.
 ///
@@ -174,23 +204,32 @@ pub fn step(runner: &mut dyn Runner, sessions: &mut [&mut Session]) -> Result<()
     let mut moving: Vec<&mut Session> =
         sessions.iter_mut().map(|session| &mut **session).filter(|session| session.stop.is_none()).collect();
     let vocab = runner.config().vocab;
-    let mut logits = vec![Vec::new(); moving.len()];
+    let mut chosen: Vec<Option<Result<u32, RunError>>> = moving.iter().map(|_| None).collect();
+    // What chooses a sequence's next token, beside what computes it.
+    let mut choosers = Vec::with_capacity(moving.len());
     let mut batch = Vec::with_capacity(moving.len());
     for session in &mut moving {
         let pending = session.pending();
-        let want = if pending.end == session.tokens.len() { LogitsOf::Last } else { LogitsOf::None };
-        batch.push(Continuation { kv: &mut session.kv, tokens: &session.tokens[pending], want });
+        let Session { kv, tokens, sampler, hash, .. } = &mut **session;
+        let tokens = &tokens[..];
+        let want = if pending.end == tokens.len() { LogitsOf::Last } else { LogitsOf::None };
+        batch.push(Continuation { kv, tokens: &tokens[pending], want });
+        choosers.push((sampler, hash, tokens));
     }
     runner.forward_batch(&mut batch, &mut |sequence, _, row| {
         debug_assert_eq!(row.len(), vocab);
-        logits[sequence].extend_from_slice(row);
+        let (sampler, hash, tokens) = &mut choosers[sequence];
+        // Summed, so that the check is a loop without branches.
+        chosen[sequence] = Some(if row.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
+            hash_logits(hash, row);
+            Ok(sampler.sample(row, tokens))
+        } else {
+            Err(RunError::NotFinite { position: tokens.len() })
+        });
     })?;
-    for (session, logits) in moving.into_iter().zip(&logits) {
-        if logits.iter().any(|logit| !logit.is_finite()) {
-            return Err(RunError::NotFinite { position: session.tokens.len() });
-        }
-        if !logits.is_empty() {
-            session.take(logits);
+    for (session, token) in moving.into_iter().zip(chosen) {
+        if let Some(token) = token {
+            session.take(token?);
         }
     }
     Ok(())

@@ -439,10 +439,10 @@ impl Runner for CudaRunner {
         }
         // Slices of tokens of consecutive sequences; a slice may end inside a sequence.
         let mut slice: Vec<Token> = Vec::new();
-        for sequence in 0..batch.len() {
-            let (tokens, want, first) = (batch[sequence].tokens, batch[sequence].want, batch[sequence].kv.len());
-            let capacity = u32::try_from(batch[sequence].kv.capacity()).map_err(|_| RunError::ForeignKv)?;
-            let kv = batch[sequence].kv.device::<CudaKv>()?;
+        for (sequence, continuation) in batch.iter_mut().enumerate() {
+            let (tokens, want, first) = (continuation.tokens, continuation.want, continuation.kv.len());
+            let capacity = u32::try_from(continuation.kv.capacity()).map_err(|_| RunError::ForeignKv)?;
+            let kv = continuation.kv.device::<CudaKv>()?;
             let (keys, values) = (kv.keys.address(), kv.values.address());
             for (index, &id) in tokens.iter().enumerate() {
                 let wanted = want == LogitsOf::All || (want == LogitsOf::Last && index + 1 == tokens.len());
