@@ -200,6 +200,18 @@ def huffman_chunk(symbols, lengths, lanes):
     return out + bytes(escapes) + far_bytes(far)
 
 
+def huffman_planes_chunk(symbols, lengths):
+    codes, escapes, far = split(symbols, lengths)
+    words = huffman_codes(lengths)
+    # Inner nodes are the proper prefixes of the codes: by length, then from left to right.
+    nodes = sorted({word[:i] for word in words.values() for i in range(len(word))}, key=lambda node: (len(node), node))
+    out = struct.pack("<II", len(escapes), len(far))
+    for node in nodes:
+        bits = "".join(words[byte][len(node)] for byte in codes if words[byte].startswith(node))
+        out += int(bits[::-1] or "0", 2).to_bytes((len(bits) + 7) // 8, "little")
+    return out + bytes(escapes) + far_bytes(far)
+
+
 def fixed_table(bits, base, has_escape):
     return struct.pack("<BBh", bits, has_escape, base)
 
@@ -303,6 +315,7 @@ def chunk_cases():
         symbols = weights(n, spread, seed) if spread else [-5] * n
         lengths = some_code_lengths(some_core(symbols, entries), bits_max)
         yield case(f"huffman/c{bits_max}-l{lanes}", symbols, huffman_table(lengths), huffman_chunk(symbols, lengths, lanes))
+        yield case(f"huffman/c{bits_max}-planes", symbols, huffman_table(lengths), huffman_planes_chunk(symbols, lengths))
     for bits in range(2, 9):
         for n in (1, 64, 130, 333):
             seed += 1

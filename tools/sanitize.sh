@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Runs the tests of the crates with unsafe code or threads (cpu, format, runtime) under AddressSanitizer, then under ThreadSanitizer:
+# Runs tests under AddressSanitizer (crates cpu, codec, format, runtime), then under ThreadSanitizer (crates cpu and runtime: the thread pool, the
+# kernels, the strategies with their prefetch worker):
 #
 #     tools/sanitize.sh [address|thread] [-- arguments of the test binaries]
 #
-# Needs a nightly toolchain. With its component rust-src the standard library is instrumented too. Without it the address sanitizer still
-# sees every access of ours (its allocator and libc interceptors serve std as well), and the thread sanitizer is refused: it does not see the
-# locks and channels inside the prebuilt std, and reports thousands of races that are none, the first in libtest's own channel.
+# Needs rustup; installs its nightly toolchain if there is none. With that toolchain's component rust-src the standard library is instrumented too.
+# Without it
+# - the address sanitizer still sees every access of ours: its allocator and libc interceptors serve std as well;
+# - the thread sanitizer sees neither the locks, channels and parking inside the prebuilt std nor its fences, so it is given tools/tsan.supp,
+#   which names those of std, libtest and rayon and nothing of ours, and one test at a time (libtest then needs its channel less).
 # Doctests are not run: rustdoc links no sanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +16,7 @@ which=(address thread)
 case ${1:-} in address | thread) which=("$1"); shift ;; esac
 [ "${1:-}" = -- ] && shift
 
-cargo +nightly --version >/dev/null 2>&1 || { echo "error: no nightly toolchain: rustup toolchain install nightly" >&2; exit 1; }
+cargo +nightly --version >/dev/null 2>&1 || rustup toolchain install nightly --profile minimal
 target=$(rustc +nightly -vV | sed -n 's/^host: //p')
 std=()
 if [ -f "$(rustc +nightly --print sysroot)/lib/rustlib/src/rust/library/Cargo.lock" ]; then
@@ -25,18 +28,22 @@ fi
 
 failed=0
 for sanitizer in "${which[@]}"; do
-  if [ "$sanitizer" = thread ] && [ ${#std[@]} -eq 0 ]; then
-    echo "thread sanitizer: NOT RUN, it needs the standard library's source: rustup component add rust-src --toolchain nightly"
-    failed=1
-    continue
+  flags="-Zsanitizer=$sanitizer -Copt-level=1" # Unoptimized kernels would take hours.
+  packages=(-p tersor-cpu -p tersor-runtime)
+  arguments=("$@")
+  if [ "$sanitizer" = address ]; then
+    packages+=(-p tersor-codec -p tersor-format)
+  else
+    arguments+=(--test-threads=1)
+    [ ${#std[@]} -gt 0 ] || flags+=" -Cunsafe-allow-abi-mismatch=sanitizer"
   fi
-  flags="-Zsanitizer=$sanitizer"
   log=$(mktemp)
   echo "$sanitizer sanitizer over $covered"
-  # Tests reserve absurd sizes on purpose and expect a refusal: allocator_may_return_null. Unoptimized kernels would take hours: opt-level.
-  if RUSTFLAGS="$flags -Copt-level=1" CARGO_TARGET_DIR="${SANITIZE_TARGET:-target/sanitize}/$sanitizer" \
-    ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1" TSAN_OPTIONS="second_deadlock_stack=1:allocator_may_return_null=1" \
-    cargo +nightly test "${std[@]}" --target "$target" -p tersor-cpu -p tersor-format -p tersor-runtime --lib --tests --no-fail-fast -- "$@" >"$log" 2>&1
+  # Tests reserve absurd sizes on purpose and expect a refusal: allocator_may_return_null.
+  if RUSTFLAGS="$flags" CARGO_TARGET_DIR="${SANITIZE_TARGET:-target/sanitize}/$sanitizer" \
+    ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1" \
+    TSAN_OPTIONS="second_deadlock_stack=1:allocator_may_return_null=1:suppressions=$PWD/tools/tsan.supp" \
+    cargo +nightly test "${std[@]}" --target "$target" "${packages[@]}" --lib --tests --no-fail-fast -- "${arguments[@]}" >"$log" 2>&1
   then outcome=clean; else outcome=FAILED; failed=1; fi
   passed=$(grep -o '^test result: .* \([0-9]*\) passed' "$log" | grep -o '[0-9]* passed' | awk '{s += $1} END {print s + 0}' || true)
   reports=$(grep -c -E '(ERROR: AddressSanitizer|ERROR: LeakSanitizer|WARNING: ThreadSanitizer)' "$log" || true)

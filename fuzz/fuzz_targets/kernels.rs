@@ -8,7 +8,22 @@ use tersor_cpu::{Level, decode_bytes};
 use tersor_format::{Bytes, CodedTensor, encode_tensor};
 use tersor_quant::{QuantizedTensor, Scales};
 
-const CODECS: [&str; 9] = ["tiered", "rans", "rans/s16-w8-p6-l64", "rans/s16-w8-p8-l64", "rans-precise", "huffman", "block-ans", "fixed", "fixed/b8"];
+const CODECS: [&str; 14] = [
+    "tiered",
+    "huffman/c8-planes",
+    "huffman/c12-l4",
+    "block-ans/s16-w8-p7-n64",
+    "block-ans/s16-w8-p6-n128",
+    "block-ans/s32-w16-p12-n1024",
+    "rans",
+    "rans/s16-w8-p6-l64",
+    "rans/s16-w8-p8-l64",
+    "rans-precise",
+    "huffman",
+    "block-ans",
+    "fixed",
+    "fixed/b8",
+];
 
 fuzz_target!(|data: &[u8]| {
     let [which, rows, cols, spread, rest @ ..] = data else { return };

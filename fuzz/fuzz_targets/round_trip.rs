@@ -4,8 +4,19 @@
 use libfuzzer_sys::fuzz_target;
 use tersor_codec::{Codec, Histogram, Table, decode_chunk, encode_chunk};
 
-const CODECS: [&str; 9] =
-    ["tiered", "fixed", "fixed/b2", "fixed/b8", "huffman", "rans", "rans-precise", "block-ans", "block-ans/s16-w8-p7-n32"];
+const CODECS: [&str; 11] = [
+    "tiered",
+    "fixed",
+    "fixed/b2",
+    "fixed/b8",
+    "huffman",
+    "huffman/c12-l4",
+    "block-ans/s32-w16-p12-n1024",
+    "rans",
+    "rans-precise",
+    "block-ans",
+    "block-ans/s16-w8-p7-n32",
+];
 
 fuzz_target!(|data: &[u8]| {
     let [which, wide, rest @ ..] = data else { return };

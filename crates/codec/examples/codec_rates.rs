@@ -15,7 +15,18 @@ const REPETITIONS: usize = 3;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let chunks: usize = std::env::args().nth(1).map_or(Ok(32), |text| text.parse())?;
     let mut codecs: Vec<Codec> = Vec::new();
-    for id in ["fixed", "fixed/b3", "fixed/b8", "huffman", "huffman/c8-l4", "tiered", "rans/s16-w8-p6-l64", "rans", "rans/s16-w8-p8-l64"] {
+    for id in [
+        "fixed",
+        "fixed/b3",
+        "fixed/b8",
+        "huffman",
+        "huffman/c8-planes",
+        "huffman/c12-l4",
+        "tiered",
+        "rans/s16-w8-p6-l64",
+        "rans",
+        "rans/s16-w8-p8-l64",
+    ] {
         codecs.push(id.parse()?);
     }
     for id in ["rans/s32-w16-p10-l64", "rans-precise", "rans/s32-w16-p12-l64"] {

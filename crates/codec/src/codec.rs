@@ -11,10 +11,11 @@ use crate::{block_ans, fixed, huffman, rans};
 /// | id | short name |
 /// |---|---|
 /// | `fixed/b4` | `fixed` |
-/// | `huffman/c12-l4` | `huffman` |
+/// | `huffman/c12-planes` | `huffman` |
+/// | `huffman/c12-l4` | |
 /// | `rans/s16-w8-p7-l64` | `rans` |
 /// | `rans/s32-w16-p12-l32` | `rans-precise` |
-/// | `block-ans/s32-w16-p12-n1024` | `block-ans` |
+/// | `block-ans/s16-w8-p8-n1024` | `block-ans` |
 /// | `tiered` | `tiered` |
 ///
 /// ```
@@ -131,6 +132,7 @@ impl fmt::Display for Codec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let id = match self {
             Self::Fixed(p) => format!("fixed/b{}", p.bits),
+            Self::Huffman(p) if p.has_planes() => format!("huffman/c{}-planes", p.code_bits_max),
             Self::Huffman(p) => format!("huffman/c{}-l{}", p.code_bits_max, p.lanes),
             Self::Rans(p) => {
                 format!("rans/s{}-w{}-p{}-l{}", p.state_bits, p.word_bits, p.prob_bits, p.lanes)
@@ -160,9 +162,14 @@ impl FromStr for Codec {
                 Self::Fixed(fixed::Params { bits: narrow("bits", bits)? })
             }
             "huffman" => {
-                let [c, l] = fields(parameters, ["c", "l"]).ok_or_else(unknown)?;
+                let [c, lanes] = match parameters.strip_suffix("-planes") {
+                    Some(code_bits) => fields(code_bits, ["c"]).map(|[c]| [c, 0]),
+                    // 0 lanes are planes, which have a name.
+                    None => fields(parameters, ["c", "l"]).filter(|[_, lanes]| *lanes > 0),
+                }
+                .ok_or_else(unknown)?;
                 let code_bits_max = narrow("code_bits_max", c)?;
-                Self::Huffman(huffman::Params { code_bits_max, lanes: narrow("lanes", l)? })
+                Self::Huffman(huffman::Params { code_bits_max, lanes: narrow("lanes", lanes)? })
             }
             "rans" => {
                 let [s, w, p, l] = fields(parameters, ["s", "w", "p", "l"]).ok_or_else(unknown)?;

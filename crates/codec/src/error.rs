@@ -239,6 +239,16 @@ pub enum DecodeError {
         /// Bits that the lane has.
         available_bits: u64,
     },
+    /// The bit planes end before one of them does.
+    #[error("bit plane {plane} needs {needed_bytes} bytes, {available_bytes} are there")]
+    PlaneTruncated {
+        /// Inner node of the code tree.
+        plane: usize,
+        /// Bytes for the symbols that reach it.
+        needed_bytes: usize,
+        /// Bytes left for it.
+        available_bytes: usize,
+    },
     /// Bits that no symbol uses must be zero.
     #[error("unused bits are not zero")]
     PaddingNotZero,

@@ -16,16 +16,21 @@
 //! satisfies just that.
 //!
 //! # Bytes of a chunk (little-endian)
+//! The codes of a chunk lie in lanes or in planes.
 //! ```text
-//! u32 escape_bytes | u32 far_count | lanes x u32 lane_bytes | lane streams | escapes | far entries (6 bytes each)
+//! lanes:   u32 escape_bytes | u32 far_count | lanes x u32 lane_bytes | lane streams | escapes | far entries (6 bytes each)
+//! planes:  u32 escape_bytes | u32 far_count | planes | escapes | far entries
 //! ```
-//! Symbol `i` is in lane `i % lanes`. A lane's bits fill its bytes from the lowest bit upward, and
+//! **Planes** (`lanes` is 0 in [`Params`], the default) are the bits of each inner node of the code tree in turn: see
+//! [`crate::planes`]. They cost up to 7 bits a node, and decode 64 symbols at a time.
+//!
+//! **Lanes**: symbol `i` is in lane `i % lanes`. A lane's bits fill its bytes from the lowest bit upward, and
 //! so do the bits of a code, first bit first (the code is stored bit-reversed): the next
 //! `code_bits_max` bits of a little-endian load are the index of the lookup table. The last byte of
 //! a lane is filled up with zeros.
 //!
 //! # Why this suits SIMD and GPUs
-//! A lane is one chain of dependent lookups, some 10 cycles a symbol; four lanes keep a scalar core
+//! Planes are for SIMD. A lane is one chain of dependent lookups, some 10 cycles a symbol; four lanes keep a scalar core
 //! busy. On a GPU a lane is a thread and the lookup table, 2^12 x 2 bytes, lies in shared memory;
 //! limited to 8 bits it takes 512 bytes. The code length is in the low byte of an entry so that a
 //! shift by the entry needs no mask where shifts are taken modulo the width.
@@ -33,7 +38,7 @@
 //! # Proof of validity
 //! Decoders run optimistically, past the end of a lane if the bytes say so. A chunk is valid if and
 //! only if each lane's symbols end in the lane's last byte, the rest of that byte is zero, and
-//! escapes and far list are used up.
+//! escapes and far list are used up. Planes are proved before they are decoded: their ones say how long the next ones are.
 //!
 //! # Cost
 //! Whole bits for every symbol. Above the entropy of 1.51, 2.25, 3.06 and 3.79 bits (Gaussian):
@@ -46,6 +51,7 @@ use crate::error::{DecodeError, EncodeError, ParamsError, TableError};
 use crate::escape::{Classified, ESCAPED_BITS, Parts, resolve};
 use crate::frequencies::{payload_bits, read_entries};
 use crate::histogram::Population;
+use crate::planes::{self, Node};
 use crate::{FarList, Histogram};
 
 /// Most lanes that a chunk may have.
@@ -56,13 +62,18 @@ const LANES_MAX: usize = 64;
 pub struct Params {
     /// Longest code, 1..=12 bits.
     pub code_bits_max: u8,
-    /// Interleaved bit streams, 1..=64.
+    /// Interleaved bit streams, 1..=64; 0 for planes.
     pub lanes: u8,
 }
 
 impl Params {
-    /// Codes of up to 12 bits, which cost next to nothing against unlimited ones, in 4 lanes.
-    pub const DEFAULT: Self = Self { code_bits_max: 12, lanes: 4 };
+    /// Codes of up to 12 bits, which cost next to nothing against unlimited ones, in planes.
+    pub const DEFAULT: Self = Self { code_bits_max: 12, lanes: 0 };
+
+    /// Whether the codes lie in planes, not in lanes.
+    pub fn has_planes(&self) -> bool {
+        self.lanes == 0
+    }
 
     /// Refuses what the layout cannot hold.
     pub fn validate(&self) -> Result<(), ParamsError> {
@@ -71,8 +82,8 @@ impl Params {
             let value = code_bits_max.into();
             return Err(ParamsError::OutOfRange { parameter: "code_bits_max", value, allowed: "1..=12" });
         }
-        if !(1..=64).contains(&lanes) {
-            return Err(ParamsError::OutOfRange { parameter: "lanes", value: lanes.into(), allowed: "1..=64" });
+        if usize::from(lanes) > LANES_MAX {
+            return Err(ParamsError::OutOfRange { parameter: "lanes", value: lanes.into(), allowed: "1..=64, or 0 for planes" });
         }
         Ok(())
     }
@@ -97,6 +108,8 @@ pub struct Table {
     codes: Box<[u32; 256]>,
     /// by symbol byte
     coded: Box<[bool; 256]>,
+    /// inner nodes, breadth first
+    nodes: Vec<Node>,
 }
 
 impl Table {
@@ -104,6 +117,7 @@ impl Table {
     fn new(params: Params, entries: Vec<(u8, u8)>) -> Self {
         let mut by_length = entries.clone();
         by_length.sort_unstable_by_key(|&(byte, bits)| (bits, byte));
+        let nodes = planes::tree(&by_length.iter().map(|&(byte, bits)| (bits, byte)).collect::<Vec<_>>());
         let mut lookup = vec![0; params.leaves()];
         let (mut codes, mut coded) = (Box::new([0; 256]), Box::new([false; 256]));
         // Codes as numbers of `code_bits_max` bits, first bit highest: canonical order is numeric
@@ -118,7 +132,7 @@ impl Table {
             }
             next_leaf += 1 << (params.code_bits_max - bits);
         }
-        Self { params, entries, lookup, codes, coded }
+        Self { params, entries, lookup, codes, coded, nodes }
     }
 
     pub(crate) fn build(params: Params, histogram: &Histogram) -> Result<Self, TableError> {
@@ -203,6 +217,11 @@ impl Table {
         &self.entries
     }
 
+    /// The inner nodes of the code tree, breadth first, from left to right; none if there is one entry only.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
     /// Whether ESCAPE has an entry: if not, decoders may skip the handling of escapes.
     pub fn has_escape(&self) -> bool {
         self.coded[usize::from(ESCAPE)]
@@ -255,7 +274,7 @@ fn package_merge(alphabet: &[(u64, u8)], bits_max: u8) -> Vec<u8> {
 pub struct Chunk<'a> {
     /// (lanes,) u32 length of every lane's stream, bytes; they sum to the length of `streams`.
     pub lane_bytes: &'a [u8],
-    /// The lanes' streams, one after the other.
+    /// The lanes' streams, one after the other; or the planes, see [`planes::find`].
     pub streams: &'a [u8],
     /// Escape bytes in symbol order.
     pub escapes: &'a [u8],
@@ -271,6 +290,9 @@ impl<'a> Chunk<'a> {
         let Parts { body, escapes, far } = Parts::parse(chunk, symbols, index_bytes)?;
         let (lane_bytes, streams) = body.split_at(index_bytes);
         let view = Self { lane_bytes, streams, escapes, far };
+        if params.has_planes() {
+            return Ok(view);
+        }
         let needed: u64 = view.lengths().map(u64::from).sum();
         let available = streams.len() as u64;
         if needed > available {
@@ -293,12 +315,22 @@ impl<'a> Chunk<'a> {
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
     let classified = Classified::new(symbols, &table.coded)?;
     classified.write_header(out);
+    if table.params.has_planes() {
+        planes::encode(&table.nodes, |byte| table.codes[usize::from(byte)] >> 8, &classified.codes, out);
+    } else {
+        encode_lanes(table, &classified.codes, out);
+    }
+    classified.write_tail(out);
+    Ok(())
+}
+
+fn encode_lanes(table: &Table, codes: &[u8], out: &mut Vec<u8>) {
     let lanes = usize::from(table.params.lanes);
     let index = out.len();
     out.resize(index + 4 * lanes, 0);
     for lane in 0..lanes {
         let start = out.len();
-        let codes = classified.codes.get(lane..).unwrap_or(&[]);
+        let codes = codes.get(lane..).unwrap_or(&[]);
         let (mut pending, mut pending_bits) = (0u64, 0);
         for &code in codes.iter().step_by(lanes) {
             let code = table.codes[usize::from(code)];
@@ -315,14 +347,16 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
         let lane_bytes = (out.len() - start) as u32;
         out[index + 4 * lane..][..4].copy_from_slice(&lane_bytes.to_le_bytes());
     }
-    classified.write_tail(out);
-    Ok(())
 }
 
 /// Decodes to symbol bytes, far = 0.
 pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     let chunk = Chunk::parse(table.params, out.len(), bytes)?;
-    decode_codes(table, &chunk, out)?;
+    if table.params.has_planes() {
+        planes::decode(&table.nodes, table.entries[0].0, chunk.streams, out)?;
+    } else {
+        decode_lanes(table, &chunk, out)?;
+    }
     resolve(out, chunk.escapes, chunk.far)?;
     Ok(chunk.far)
 }
@@ -330,7 +364,7 @@ pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Resu
 /// Symbols of one lane that a 64-bit load always covers: `4 * 12 + 7 <= 64`.
 const SYMBOLS_A_LOAD: usize = 4;
 
-fn decode_codes(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
+fn decode_lanes(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
     let lanes = usize::from(table.params.lanes);
     let lookup = table.lookup.as_slice();
     let mut starts_bits = [0u64; LANES_MAX];
@@ -465,14 +499,16 @@ mod tests {
     fn a_lone_symbol_takes_no_bits() {
         let mut histogram = Histogram::new();
         histogram.add(&[7; 100]);
-        let table = Table::build(Params::DEFAULT, &histogram).unwrap();
-        assert_eq!(table.entries(), [(135, 0)]);
-        let mut out = Vec::new();
-        encode(&table, &[7; 100], &mut out).unwrap();
-        assert_eq!(out, [0; 24]);
-        let mut bytes = [0; 100];
-        decode(&table, &out, &mut bytes).unwrap();
-        assert_eq!(bytes, [135; 100]);
+        for (lanes, chunk_bytes) in [(4, 24), (0, 8)] {
+            let table = Table::build(Params { lanes, ..Params::DEFAULT }, &histogram).unwrap();
+            assert_eq!(table.entries(), [(135, 0)]);
+            let mut out = Vec::new();
+            encode(&table, &[7; 100], &mut out).unwrap();
+            assert_eq!(out, vec![0; chunk_bytes]);
+            let mut bytes = [0; 100];
+            decode(&table, &out, &mut bytes).unwrap();
+            assert_eq!(bytes, [135; 100]);
+        }
     }
 
     #[test]

@@ -10,8 +10,8 @@
 //! |---|---|---|
 //! | `rans` | [`mod@rans`] | the best ratio; decodes in SIMD registers |
 //! | `block-ans` | [`block_ans`] | thousands of independent blocks |
-//! | `huffman` | [`huffman`] | table lookup, no multiplication |
-//! | `tiered` | [`tiered`] | fields with escapes in tiers: decodes as fast as plain fields |
+//! | `huffman` | [`huffman`], [`mod@planes`] | no arithmetic: table lookups, or merges of bytes |
+//! | `tiered` | [`tiered`] | fields with escapes in tiers: decodes almost as fast as plain fields |
 //! | `fixed` | [`fixed`] | no entropy coding: the baseline and the decoded form |
 //!
 //! Each module explains its method, its bytes, why they are laid out so, how a decoder proves a
@@ -32,6 +32,7 @@
 pub mod block_ans;
 pub mod fixed;
 pub mod huffman;
+pub mod planes;
 pub mod rans;
 pub mod reference;
 pub mod tiered;

@@ -7,6 +7,7 @@
 //! differ, since fast decoders notice later.
 
 use crate::error::DecodeError;
+use crate::planes::{self, Child};
 use crate::{ESCAPE, FarList, SYMBOL_BIAS, Table, block_ans, fixed, huffman, rans, tiered};
 
 /// Decodes a chunk of `symbols` symbols.
@@ -58,6 +59,9 @@ fn decode_fixed(table: &fixed::Table, chunk: &[u8], symbols: usize) -> Result<Ve
 fn decode_huffman(table: &huffman::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
     let params = table.params();
     let chunk = huffman::Chunk::parse(params, symbols, chunk)?;
+    if params.has_planes() {
+        return decode_planes(table, &chunk, symbols);
+    }
     // Canonical codes: by length, then symbol byte, counted upward.
     let mut by_length: Vec<(u8, u8)> = table.entries().iter().map(|&(byte, bits)| (bits, byte)).collect();
     by_length.sort_unstable();
@@ -104,6 +108,32 @@ fn decode_huffman(table: &huffman::Table, chunk: &[u8], symbols: usize) -> Resul
         if left.contains(&1) {
             return Err(DecodeError::PaddingNotZero);
         }
+    }
+    escapes.finish()?;
+    Ok(out)
+}
+
+/// From the root down for each symbol in turn: every node gives its next bit.
+fn decode_planes(table: &huffman::Table, chunk: &huffman::Chunk<'_>, symbols: usize) -> Result<Vec<i16>, DecodeError> {
+    let nodes = table.nodes();
+    let mut planes = [planes::Plane::default(); planes::NODES_MAX];
+    planes::find(nodes, symbols, chunk.streams, &mut planes)?;
+    let mut next_bit = planes.map(|plane| 8 * plane.start);
+    let mut escapes = Escapes::new(chunk.escapes, chunk.far);
+    let mut out = Vec::new();
+    for i in 0..symbols {
+        let mut at = if nodes.is_empty() { Child::Leaf(table.entries()[0].0) } else { Child::Inner(0) };
+        let byte = loop {
+            match at {
+                Child::Leaf(byte) => break byte,
+                Child::Inner(node) => {
+                    let bit = &mut next_bit[usize::from(node)];
+                    at = nodes[usize::from(node)][usize::from(chunk.streams[*bit / 8] >> (*bit % 8) & 1)];
+                    *bit += 1;
+                }
+            }
+        };
+        out.push(escapes.symbol(i, byte)?);
     }
     escapes.finish()?;
     Ok(out)

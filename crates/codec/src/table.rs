@@ -108,7 +108,8 @@ pub fn encode_chunk(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result
 
 /// Decodes a chunk of `out.len()` symbols, all of `chunk`.
 ///
-/// After an error, `out` holds nothing of use. Memory used beside `out` is one byte per symbol.
+/// After an error, `out` holds nothing of use. Memory used beside `out` is one byte per symbol, and for planes one more per coded
+/// bit.
 ///
 /// ```
 /// use tersor_codec::{Codec, Histogram, Table, decode_chunk, encode_chunk};

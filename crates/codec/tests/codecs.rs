@@ -7,7 +7,7 @@ use tersor_codec::{
 };
 
 /// Every kind, both state widths, the extremes of every parameter.
-const IDS: [&str; 26] = [
+const IDS: [&str; 29] = [
     "fixed/b2",
     "fixed/b3",
     "fixed/b4",
@@ -15,6 +15,9 @@ const IDS: [&str; 26] = [
     "fixed/b6",
     "fixed/b7",
     "fixed/b8",
+    "huffman/c12-planes",
+    "huffman/c8-planes",
+    "huffman/c1-planes",
     "huffman/c12-l4",
     "huffman/c8-l1",
     "huffman/c2-l3",
@@ -211,6 +214,9 @@ fn ids_round_trip_and_nonsense_is_refused() {
         "huffman/c13-l4",
         "huffman/c0-l4",
         "huffman/c12-l0",
+        "huffman/c12-planes4",
+        "huffman/c13-planes",
+        "huffman/planes",
         "huffman/c12-l65",
         "block-ans/s32-w16-p12-n31",
         "block-ans/s32-w16-p12-n16385",

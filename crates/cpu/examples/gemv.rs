@@ -58,15 +58,25 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "codec                  H  bits  place     fused1 fused2  plain1 plain2  bytes1 store1  batch8 batch64  (G weights/s; batches: G weights/s x tokens)"
     );
     const COLS: usize = 4096;
-    for codec in
-        ["rans/s16-w8-p6-l64", "rans/s16-w8-p7-l64", "rans/s16-w8-p8-l64", "rans-precise", "tiered", "huffman", "block-ans", "fixed"]
-    {
+    for codec in [
+        "rans/s16-w8-p6-l64",
+        "rans/s16-w8-p7-l64",
+        "rans/s16-w8-p8-l64",
+        "rans-precise",
+        "tiered",
+        "huffman",
+        "huffman/c12-l4",
+        "block-ans",
+        "block-ans/s16-w8-p7-n1024",
+        "block-ans/s16-w8-p8-n1024",
+        "fixed",
+    ] {
         let codec: Codec = codec.parse()?;
         for step in [1.6, 0.9, 0.5, 0.3] {
             if !codec.to_string().contains(&only) {
                 continue;
             }
-            if step != 0.9 && !["rans/", "tiered"].iter().any(|name| codec.to_string().starts_with(name)) {
+            if step != 0.9 && !matches!(codec, Codec::Rans(_) | Codec::Tiered | Codec::Huffman(_) | Codec::BlockAns(_)) {
                 continue;
             }
             for (place, rows) in [("cache", 128), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {

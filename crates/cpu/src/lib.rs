@@ -14,6 +14,7 @@ mod isa;
 mod level;
 mod matmul;
 pub mod ops;
+mod planes;
 mod pool;
 mod scales;
 mod source;

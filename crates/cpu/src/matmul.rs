@@ -14,9 +14,9 @@
 //! gemv`), in G weights/s from the cache: plain GEMV of nibbles 130 to 160 at AVX-512 and 50 at
 //! AVX2, with escapes 87 to 92 and 12 to 42; from memory 54 to 77, which is what memory gives. 64
 //! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. It loses where symbols are decoded
-//! by the codec's scalar decoder: rans-precise at AVX2 (0.65 G weights/s), huffman and block-ans at
-//! every level (0.5 to 1.1); and at AVX2 with many escapes (19 instead of 50 where two in a hundred
-//! symbols are wide).
+//! by the codec's scalar decoder: rans-precise and block-ans at AVX2, huffman in lanes and block-ans
+//! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes (19
+//! instead of 50 where two in a hundred symbols are wide).
 
 use std::ops::Range;
 
@@ -31,7 +31,9 @@ use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, tiered};
+use crate::{
+    Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, tiered,
+};
 
 /// A matrix, in the form it is held in.
 #[derive(Clone, Copy, Debug)]
@@ -208,9 +210,12 @@ impl Dot<'_> {
         })
     }
 
-    /// One token and symbols that never reach memory, where there is a kernel for it; otherwise
-    /// false, and `sums` are of no use.
+    /// Multiplies chunks with the only token while they are decoded. False if there is no kernel for
+    /// that, or it gave up: `sums` are then of no use.
     fn fused(&self, tensor: &CodedTensor, chunks: Range<usize>, tiers: &mut tiered::Buffers, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+        if let Some(table) = planes::table(tensor.table()) {
+            return planes::dot(self.level, table, tensor, chunks, self.scales, self.x, sums);
+        }
         #[cfg(target_arch = "x86_64")]
         if let Some(kernel) = RansKernel::new(self.level, tensor.table()) {
             return streams::dot(kernel.get(), tensor, chunks, self.scales, self.x, sums);

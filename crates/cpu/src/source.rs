@@ -13,8 +13,8 @@ use tersor_format::CodedTensor;
 use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa};
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{avx2_rans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
-use crate::{Level, TILE_ROWS, TILE_SYMBOLS, tiered};
+use crate::isa::{avx2_rans, avx512_block_ans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
+use crate::{Level, TILE_ROWS, TILE_SYMBOLS, planes, tiered};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -89,6 +89,15 @@ pub(crate) fn decode_chunks(
 ) -> Result<(), (usize, DecodeError)> {
     far.clear();
     #[cfg(target_arch = "x86_64")]
+    if let (Level::Avx512(token), Table::BlockAns(table)) = (level, tensor.table())
+        && let Some(kernel) = avx512_block_ans::Tables::new(token, table)
+    {
+        if kernel.decode(tensor, chunks.clone(), out, far) {
+            return Ok(());
+        }
+        far.clear();
+    }
+    #[cfg(target_arch = "x86_64")]
     if let Some(kernel) = RansKernel::new(level, tensor.table()) {
         if streams::decode(kernel.get(), tensor, chunks.clone(), out, far) {
             return Ok(());
@@ -98,8 +107,9 @@ pub(crate) fn decode_chunks(
     let mut rest = out;
     for chunk in chunks {
         let (bytes, after) = rest.split_at_mut(tensor.chunk_symbols(chunk));
-        let decoded = decode_nibbles(level, tensor, chunk, bytes, far) || tiered::decode(level, tensor, chunk, buffers, bytes, far);
-        if !decoded {
+        let known = far.len();
+        if !decode_fast(level, tensor, chunk, buffers, bytes, far) {
+            far.truncate(known);
             decode_by_codec(tensor, chunk, bytes, far).map_err(|e| (chunk, e))?;
         }
         rest = after;
@@ -161,12 +171,25 @@ pub(crate) fn count_zeros(escapes: &[u8]) -> usize {
     escapes.iter().filter(|b| **b == 0).count()
 }
 
-/// Decodes a chunk of `fixed/b4`. False if it is none, or does not decode: `out` and `far` may then
-/// have changed.
-fn decode_nibbles(level: Level, tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
-    let Table::Fixed(table) = tensor.table() else {
-        return false;
-    };
+/// Decodes a chunk for which there is a kernel that takes one at a time. False if there is none, or it does not decode: `out` and
+/// `far` may then have changed.
+fn decode_fast(
+    level: Level,
+    tensor: &CodedTensor,
+    chunk: usize,
+    buffers: &mut tiered::Buffers,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
+    match tensor.table() {
+        Table::Fixed(table) => decode_nibbles(level, table, tensor, chunk, out, far),
+        Table::Tiered(_) => tiered::decode(level, tensor, chunk, buffers, out, far),
+        table => planes::table(table).is_some_and(|table| planes::decode(level, table, tensor, chunk, out, far)),
+    }
+}
+
+/// As [`decode_fast`], of `fixed/b4`.
+fn decode_nibbles(level: Level, table: &fixed::Table, tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     let params = table.params();
     let padded = tensor.chunk_with_padding(chunk);
     let bytes = &padded[..padded.len() - PADDING_BYTES];
@@ -178,14 +201,8 @@ fn decode_nibbles(level: Level, tensor: &CodedTensor, chunk: usize, out: &mut [u
     }
     let bias = (table.base() + 128 - i16::from(table.has_escape())) as u8;
     let escapes = with_padding(padded, parts.escapes);
-    let known = far.len();
     let (lines, tiles) = (parts.fields.as_chunks().0, out.as_chunks_mut().0);
-    let valid = unpack_nibbles(level, lines, bias, table.has_escape(), escapes, tiles)
-        && take_far(tensor, chunk, parts.far, parts.escapes, out, far);
-    if !valid {
-        far.truncate(known);
-    }
-    valid
+    unpack_nibbles(level, lines, bias, table.has_escape(), escapes, tiles) && take_far(tensor, chunk, parts.far, parts.escapes, out, far)
 }
 
 per_isa! {

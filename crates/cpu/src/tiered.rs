@@ -152,8 +152,8 @@ fn fields<I: Isa, const B: usize>(isa: I, lines: &[TileBytes; B]) -> [I::Tile; T
     let c = isa.load(&lines[2]);
     if B == 3 {
         let third = isa.splat(0b100);
-        let sixth = isa.select(third, isa.shift_right(b, 4), isa.shift_right(a, 6));
-        let seventh = isa.select(third, isa.shift_right(b, 5), isa.shift_right(c, 6));
+        let sixth = isa.select_bits(third, isa.shift_right(b, 4), isa.shift_right(a, 6));
+        let seventh = isa.select_bits(third, isa.shift_right(b, 5), isa.shift_right(c, 6));
         return [a, isa.shift_right(a, 3), b, isa.shift_right(b, 3), c, isa.shift_right(c, 3), sixth, seventh];
     }
     let d = isa.load(&lines[3]);

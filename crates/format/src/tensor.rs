@@ -478,6 +478,12 @@ impl CodedTensor {
         &self.inner.blob[range.start..range.end + PADDING_BYTES]
     }
 
+    /// As [`CodedTensor::chunk_with_padding`], of consecutive chunks and the zeros between them.
+    pub fn chunks_with_padding(&self, chunks: Range<usize>) -> &[u8] {
+        let (first, last) = (self.chunk_range(chunks.start), self.chunk_range(chunks.end - 1));
+        &self.inner.blob[first.start..last.end + PADDING_BYTES]
+    }
+
     /// Where chunk `chunk` lies in the blob.
     fn chunk_range(&self, chunk: usize) -> Range<usize> {
         let start = self.inner.starts[chunk] as usize;

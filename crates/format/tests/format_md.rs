@@ -182,6 +182,7 @@ fn parameter_ranges() {
     check(ranges(0, 3)[0], &|v| format!("fixed/b{v}"));
     check(ranges(1, 3)[0], &|v| format!("huffman/c{v}-l4"));
     check(ranges(1, 4)[0], &|v| format!("huffman/c12-l{v}"));
+    check(ranges(1, 3)[0], &|v| format!("huffman/c{v}-planes"));
     check(ranges(2, 3)[0], &|v| format!("rans/s16-w8-p{v}-l64"));
     check(ranges(2, 3)[1], &|v| format!("rans/s32-w16-p{v}-l64"));
     check(ranges(2, 4)[0], &|v| format!("rans/s16-w8-p7-l{v}"));

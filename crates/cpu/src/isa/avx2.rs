@@ -71,7 +71,7 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn select(self, mask: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+    fn select_bits(self, mask: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: registers only.
         unsafe { halves!(|i| _mm256_or_si256(_mm256_and_si256(mask[i], a[i]), _mm256_andnot_si256(mask[i], b[i]))) }
     }
@@ -103,6 +103,33 @@ impl Isa for Avx2 {
             });
             (merged, mask.count_ones() as usize)
         }
+    }
+
+    #[inline(always)]
+    fn select(self, mask: u64, zeros: [__m256i; 2], ones: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe {
+            // Each lane gets the byte of the mask that has its bit, and compares the bit.
+            let bytes = _mm256_set1_epi64x(mask as i64);
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
+            halves!(|i| {
+                let of = _mm256_add_epi8(_mm256_loadu_si256(MASK_BYTES.as_ptr().cast()), _mm256_set1_epi8(4 * i));
+                let own = _mm256_and_si256(_mm256_shuffle_epi8(bytes, of), bit);
+                _mm256_blendv_epi8(zeros[i as usize], ones[i as usize], _mm256_cmpeq_epi8(own, bit))
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn expand(self, mask: u64, zeros: [__m256i; 2], ones: *const u8) -> [__m256i; 2] {
+        // SAFETY: 64 readable bytes, by the contract.
+        self.select(mask, zeros, unsafe { expand(ones, mask) })
+    }
+
+    #[inline(always)]
+    unsafe fn merge(self, mask: u64, zeros: *const u8, ones: *const u8) -> [__m256i; 2] {
+        // SAFETY: 64 readable bytes at both, by the contract.
+        unsafe { merge(mask, zeros, ones) }
     }
 
     #[inline(always)]
@@ -283,6 +310,60 @@ pub(super) unsafe fn expand(bytes: *const u8, mask: u64) -> [__m256i; 2] {
         }};
     }
     // SAFETY: as above.
+    unsafe {
+        [
+            _mm256_set_m128i(_mm_unpacklo_epi64(part!(2), part!(3)), _mm_unpacklo_epi64(part!(0), part!(1))),
+            _mm256_set_m128i(_mm_unpacklo_epi64(part!(6), part!(7)), _mm_unpacklo_epi64(part!(4), part!(5))),
+        ]
+    }
+}
+
+/// Of the lower half of a tile: which byte of a 64-bit mask has a lane's bit.
+static MASK_BYTES: [u8; 32] = {
+    let mut table = [0; 32];
+    let mut lane = 0;
+    while lane < 32 {
+        table[lane] = lane as u8 / 8;
+        lane += 1;
+    }
+    table
+};
+
+/// By a mask of eight lanes: what each lane takes of eight bytes for the zeros and, behind them, eight for the ones. One more
+/// entry, so that 16 bytes may be read of each.
+static MERGE: [[u8; 8]; 257] = {
+    let mut table = [[0; 8]; 257];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut next) = (0, [0, 8]);
+        while lane < 8 {
+            let one = mask >> lane & 1;
+            table[mask][lane] = next[one];
+            next[one] += 1;
+            lane += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
+/// The next bytes at `ones` in the lanes of `mask`, those at `zeros` in the others: one shuffle for each eight lanes.
+///
+/// # Safety
+/// AVX2, POPCNT; 64 bytes at both are readable.
+#[inline(always)]
+unsafe fn merge(mask: u64, zeros: *const u8, ones: *const u8) -> [__m256i; 2] {
+    macro_rules! part {
+        ($i:literal) => {{
+            let before = (mask & ((1u64 << (8 * $i)) - 1)).count_ones() as usize;
+            let lanes = (mask >> (8 * $i)) as usize & 0xff;
+            let next = _mm_loadl_epi64(zeros.add(8 * $i - before).cast());
+            let next = _mm_unpacklo_epi64(next, _mm_loadl_epi64(ones.add(before).cast()));
+            _mm_shuffle_epi8(next, _mm_loadu_si128(MERGE.as_ptr().add(lanes).cast()))
+        }};
+    }
+    // SAFETY: part 7 begins at 56 bytes at most on either side. Of the table, entries up to 255 are read with the eight bytes
+    // behind.
     unsafe {
         [
             _mm256_set_m128i(_mm_unpacklo_epi64(part!(2), part!(3)), _mm_unpacklo_epi64(part!(0), part!(1))),

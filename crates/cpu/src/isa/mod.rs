@@ -10,6 +10,8 @@ pub(crate) mod avx2_rans;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_block_ans;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans_precise;
@@ -49,7 +51,7 @@ pub(crate) trait Isa: Copy {
     /// Each byte shifted right by `bits`; the highest `bits` bits of each are then anything.
     fn shift_right(self, tile: Self::Tile, bits: u32) -> Self::Tile;
     /// The bits of `a` where `mask` has ones, those of `b` elsewhere.
-    fn select(self, mask: Self::Tile, a: Self::Tile, b: Self::Tile) -> Self::Tile;
+    fn select_bits(self, mask: Self::Tile, a: Self::Tile, b: Self::Tile) -> Self::Tile;
     /// By byte, `table[index % 16]`. The table repeats itself every 16 bytes.
     fn lookup(self, table: Self::Tile, index: Self::Tile) -> Self::Tile;
     /// Replaces the bytes of `tile` that equal `escape` by the next bytes at `escapes`, in lane
@@ -58,6 +60,18 @@ pub(crate) trait Isa: Copy {
     /// # Safety
     /// 64 bytes at `escapes` are readable.
     unsafe fn unescape(self, tile: Self::Tile, escape: Self::Tile, escapes: *const u8) -> (Self::Tile, usize);
+    /// `ones` in the lanes of `mask`, `zeros` in the others.
+    fn select(self, mask: u64, zeros: Self::Tile, ones: Self::Tile) -> Self::Tile;
+    /// The next bytes at `ones`, in lane order, in the lanes of `mask`; `zeros` in the others.
+    ///
+    /// # Safety
+    /// 64 bytes at `ones` are readable.
+    unsafe fn expand(self, mask: u64, zeros: Self::Tile, ones: *const u8) -> Self::Tile;
+    /// The next bytes at `ones` in the lanes of `mask`, the next bytes at `zeros` in the others.
+    ///
+    /// # Safety
+    /// 64 bytes at both are readable.
+    unsafe fn merge(self, mask: u64, zeros: *const u8, ones: *const u8) -> Self::Tile;
     /// Fields of a tile of symbol bytes: `byte - bias` where that lies in `lowest..=15`, else 0,
     /// and the mask of the lanes where it does not.
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);

@@ -44,7 +44,7 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn select(self, mask: TileBytes, a: TileBytes, b: TileBytes) -> TileBytes {
+    fn select_bits(self, mask: TileBytes, a: TileBytes, b: TileBytes) -> TileBytes {
         std::array::from_fn(|i| a[i] & mask[i] | b[i] & !mask[i])
     }
 
@@ -64,6 +64,41 @@ impl Isa for Scalar {
             }
         }
         (tile, taken)
+    }
+
+    #[inline(always)]
+    fn select(self, mask: u64, zeros: TileBytes, ones: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| if mask >> i & 1 == 1 { ones[i] } else { zeros[i] })
+    }
+
+    #[inline(always)]
+    unsafe fn expand(self, mask: u64, mut zeros: TileBytes, mut ones: *const u8) -> TileBytes {
+        for (i, b) in zeros.iter_mut().enumerate() {
+            let one = mask >> i & 1;
+            // SAFETY: before lane `i` at most `i` bytes were taken, and 64 are readable.
+            unsafe {
+                let candidates = [*b, *ones];
+                *b = candidates[one as usize];
+                ones = ones.add(one as usize);
+            }
+        }
+        zeros
+    }
+
+    #[inline(always)]
+    unsafe fn merge(self, mask: u64, mut zeros: *const u8, mut ones: *const u8) -> TileBytes {
+        let mut tile = [0; TILE_SYMBOLS];
+        for (i, b) in tile.iter_mut().enumerate() {
+            let one = (mask >> i & 1) as usize;
+            // SAFETY: as above.
+            unsafe {
+                let candidates = [*zeros, *ones];
+                *b = candidates[one];
+                zeros = zeros.add(1 - one);
+                ones = ones.add(one);
+            }
+        }
+        tile
     }
 
     #[inline(always)]

@@ -24,6 +24,7 @@ pub fn levels() -> Vec<Level> {
 /// Every kind of codec, and every table size of the one with kernels of its own.
 pub fn codecs() -> Vec<Codec> {
     let small = |prob_bits| Codec::Rans(rans::Params { state_bits: 16, word_bits: 8, prob_bits, lanes: 64 });
+    let blocks = |prob_bits, block_symbols| Codec::BlockAns(block_ans::Params { state_bits: 16, word_bits: 8, prob_bits, block_symbols });
     vec![
         small(5),
         small(6),
@@ -33,8 +34,15 @@ pub fn codecs() -> Vec<Codec> {
         Codec::Rans(rans::Params::PRECISE),
         Codec::Rans(rans::Params { lanes: 64, ..rans::Params::PRECISE }),
         Codec::Huffman(huffman::Params::DEFAULT),
+        Codec::Huffman(huffman::Params { code_bits_max: 8, lanes: 0 }),
+        Codec::Huffman(huffman::Params { code_bits_max: 12, lanes: 4 }),
         Codec::BlockAns(block_ans::Params::DEFAULT),
         Codec::Tiered,
+        blocks(6, 64),
+        blocks(7, 128),
+        blocks(8, 100),
+        blocks(8, 1024),
+        Codec::BlockAns(block_ans::Params { state_bits: 32, word_bits: 16, prob_bits: 12, block_symbols: 1024 }),
         Codec::Fixed(fixed::Params { bits: 2 }),
         Codec::Fixed(fixed::Params { bits: 4 }),
         Codec::Fixed(fixed::Params { bits: 5 }),

@@ -2,7 +2,7 @@
 //!
 //! Words: (tiles, 64-column blocks, 32 lanes, 4) u32, one 16-byte load of a lane for each block. The words of a lane g, c are row g, row
 //! g + 8 of the first 32 columns, then of the next 32; a word is columns c·8 .. c·8 + 8, its even columns' nibbles biased by 8, its odd
-//! columns' in two's complement. Planes and far symbols are those of [`fragment`](super::fragment) and [`FarList`].
+//! columns' in two's complement. Planes and far symbols are those of [`fragment`] and [`FarList`].
 //!
 //! `low_bits` are chosen by price: 4 + low_bits + [`FAR_PRICE_BITS`] · (share of far symbols).
 

@@ -1,6 +1,6 @@
 //! The coded layout: Huffman-coded quads of symbols, decoded inside the product.
 //!
-//! A *quad* is four consecutive columns of a row ([`fragment`](super::fragment)). The likeliest have a code of at most `window_bits` bits; one lookup gives
+//! A *quad* is four consecutive columns of a row ([`fragment`]). The likeliest have a code of at most `window_bits` bits; one lookup gives
 //! four weights, and two lookups fit a 32-bit window.
 //!
 //! # A tile's streams

@@ -37,6 +37,7 @@ pub fn codecs() -> Vec<Codec> {
         "rans/s16-w8-p8-l8",
         "rans/s32-w16-p10-l1",
         "huffman/c8-l1",
+        "huffman/c12-planes",
         "block-ans/s32-w16-p12-n32",
         "block-ans/s16-w8-p8-n64",
         "fixed/b2",
@@ -101,7 +102,7 @@ pub fn write_tiny(path: &Path, force: bool) -> Result<(), FormatError> {
         writer.expect_coded(&format!("layers.{i}.weight"), matches!(kind, Kind::Affine(_)));
     }
     // Small tables: the tests open this directory thousands of times.
-    let codecs = ["rans/s16-w8-p7-l8", "huffman/c8-l2", "fixed/b4", "block-ans/s16-w8-p8-n64"];
+    let codecs = ["rans/s16-w8-p7-l8", "huffman/c8-l2", "huffman/c8-planes", "fixed/b4", "block-ans/s16-w8-p8-n64"];
     for (i, (kind, codec)) in KINDS.into_iter().zip(codecs).enumerate() {
         let tensor = tensor(&mut random, 18, 7, kind);
         let encoded = encode_tensor(&tensor, codec.parse().unwrap(), 64).expect("encodes");
