@@ -103,6 +103,9 @@ class CodedMatrix:
             raise ValueError(f"a coded matrix of {self.rows} x {self.cols}: MLX's layout needs columns in multiples of 32")
         self._handle.decode_affine4(start=0, stop=0)  # refuses symbols that are no nibbles
 
+    def __deepcopy__(self, memo):
+        return self  # nothing in it changes
+
     def give_up_bytes(self) -> None:
         """Frees the coded bytes, if they can be had again."""
         if self._reload:

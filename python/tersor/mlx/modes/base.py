@@ -40,18 +40,12 @@ class DecodeMode:
         return 0
 
     def _settings(self) -> dict:
+        """Arguments that make an equal object."""
         return {}
 
-    # Locks, threads and buffers belong to one object: a copied model gets fresh ones.
+    # Threads and buffers belong to one object: a copied model gets fresh ones.
     def __deepcopy__(self, memo):
-        return memo.setdefault(id(self), type(self)(**self._settings()))
-
-    def __reduce__(self):
-        return (_rebuild, (type(self), self._settings()))
-
-
-def _rebuild(mode, settings):
-    return mode(**settings)
+        return type(self)(**self._settings())
 
 
 def with_gradient(layer, forward, x: mx.array) -> mx.array:
