@@ -1,5 +1,6 @@
 """A coded matrix as the decode modes see it: the blob, its decoding by Rust, and the layouts of devices."""
 
+import copy
 from typing import Callable
 
 import mlx.core as mx
@@ -99,12 +100,16 @@ class CodedMatrix:
         self.words_per_row = self.cols // 8
         self._chunk_rows = self._handle.rows_per_chunk
         self._device_matrix = None
+        self.parameter: mx.array | None = None  # the layer's parameter that the blob came from
         if self.cols % 32:
             raise ValueError(f"a coded matrix of {self.rows} x {self.cols}: MLX's layout needs columns in multiples of 32")
         self._handle.decode_affine4(start=0, stop=0)  # refuses symbols that are no nibbles
 
     def __deepcopy__(self, memo):
-        return self  # nothing in it changes
+        """A copied layer has a copied parameter; the rest does not change and is shared."""
+        copied = copy.copy(self)
+        copied.parameter = copy.deepcopy(self.parameter, memo)
+        return copied
 
     def give_up_bytes(self) -> None:
         """Frees the coded bytes, if they can be had again."""

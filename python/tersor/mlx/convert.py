@@ -52,7 +52,7 @@ def convert(
             )
             source = quantized
         print("[INFO] Coding")
-        tersor.encode_checkpoint(source, mlx_path, codec=codec)
+        tersor.encode_dir(source, mlx_path, codec=codec)
     stored = sum(file.stat().st_size for file in Path(mlx_path).glob("model*.safetensors"))
     plain = sum(file.stat().st_size for file in Path(source).glob("model*.safetensors")) if Path(source).exists() else None
     saving = f", {1 - stored / plain:.1%} less than before" if plain else ""

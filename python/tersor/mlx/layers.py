@@ -93,23 +93,22 @@ class _EntropyCoded:
     def matrix(self) -> CodedMatrix:
         """The coded weights. Follows a change of the parameter ``coded``, by `load_weights` for instance."""
         coded = self["coded"]
-        if self._matrix is not None and self._matrix[0] is coded:
-            return self._matrix[1]
+        if self._matrix is not None and self._matrix.parameter is coded:
+            return self._matrix
         try:
             blob = np.array(coded, copy=False)
         except ValueError:
             # A placeholder of mx.compile, which captures parameters among its inputs: the weights are those of before.
             if self._matrix is not None:
-                return self._matrix[1]
+                return self._matrix
             raise ValueError("the coded weights are placeholders of mx.compile; build the layer outside of it") from None
-        if self._matrix is not None:
-            self.decoder.forget(self)
         reload = self._reload
         matrix = CodedMatrix(blob, (lambda: np.array(reload(), copy=False)) if reload else None)
         if reload:
             # The matrix has a copy: let the parameter be the file's bytes again, which are read when it is saved.
             self.coded = coded = reload()
-        self._matrix = (coded, matrix)
+        matrix.parameter = coded
+        self._matrix = matrix  # an attribute, no parameter: size tools do not count it
         return matrix
 
     @property

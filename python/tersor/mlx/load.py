@@ -190,9 +190,9 @@ def _affine_scales(handle, coded: mx.array, scales: mx.array, biases: mx.array |
         handle.decode_affine4(start=0, stop=0)
     except ValueError:
         return None
-    if handle.scheme == "group-affine":
+    if handle.scheme == "group affine":
         group_size = handle.group_size
-    elif handle.scheme == "group-symmetric":
+    elif handle.scheme == "group symmetric":
         group_size = handle.group_size
         biases = -8 * scales
     else:
@@ -212,9 +212,9 @@ def _dequantized(handle, coded: mx.array, scales: mx.array, biases: mx.array | N
     symbols = handle.decode().astype(np.float32)
     real = np.array(scales.astype(mx.float32))
     dtype = scales.dtype
-    if handle.scheme in ("group-affine", "group-symmetric"):
+    if handle.scheme in ("group affine", "group symmetric"):
         real = np.repeat(real, handle.group_size, axis=1)[:, : symbols.shape[1]]
-        if handle.scheme == "group-affine":
+        if handle.scheme == "group affine":
             shift = np.repeat(np.array(biases.astype(mx.float32)), handle.group_size, axis=1)[:, : symbols.shape[1]]
             return mx.array(real * (symbols + 8) + shift).astype(dtype)
         return mx.array(real * symbols).astype(dtype)

@@ -41,10 +41,15 @@ class Report:
         print(f"| {name} | {'pass' if passed else 'FAIL'} | {seen} |", flush=True)
 
 
+def activation_type() -> mx.Dtype:
+    """What models use on a GPU; on the CPU, where MLX emulates it slowly, ``float32``."""
+    return mx.float32 if on_cpu() else mx.float16
+
+
 def random_layer(rows: int, cols: int, bias: bool = False) -> nn.QuantizedLinear:
     layer = nn.Linear(cols, rows, bias=bias)
     layer.weight = 0.02 * mx.random.normal((rows, cols))
-    layer.set_dtype(mx.float16)
+    layer.set_dtype(activation_type())
     return nn.QuantizedLinear.from_linear(layer, 64, 4)
 
 
@@ -81,7 +86,7 @@ def check_kernels(report: Report, kernels: device.DeviceKernels) -> None:
         ids = mx.array([0, rows - 1, rows // 2])
         report.check(f"decode_rows, {shape}", lambda: compare(kernels.decode_rows(matrix, ids), quantized.weight[ids], exact=True))
         for tokens in (1, 3):
-            x = mx.random.normal((tokens, cols)).astype(mx.float16)
+            x = mx.random.normal((tokens, cols)).astype(activation_type())
             scales, biases = quantized.scales, quantized.biases
             wanted = mx.array(mirror.gemv(layout, np.array(scales), np.array(biases), 64, np.array(x)))
             report.check(
@@ -101,7 +106,7 @@ def check_modes(report: Report) -> None:
         coded = EntropyCodedLinear.from_quantized(plain, decode_mode=name)
         coded_embedding = EntropyCodedEmbedding.from_quantized(embedding, decode_mode=name)
         for tokens in (1, 5, 64):
-            x = mx.random.normal((tokens, 512)).astype(mx.float16)
+            x = mx.random.normal((tokens, 512)).astype(activation_type())
             # The first calls learn the order of layers, later ones run ahead.
             report.check(f"{name}, {tokens} tokens", lambda: compare([coded(x) for _ in range(3)][-1], plain(x), exact))
         report.check(f"{name}, embedding", lambda: compare(coded_embedding(ids), embedding(ids), exact=True))
@@ -114,7 +119,7 @@ def check_modes(report: Report) -> None:
 def time_modes(rows: int, cols: int, layers: int) -> None:
     """A chain of layers, one token: MLX's own, then every mode."""
     plain = [random_layer(rows, cols) for _ in range(layers)]
-    x = mx.random.normal((1, cols)).astype(mx.float16)
+    x = mx.random.normal((1, cols)).astype(activation_type())
 
     def chain(members):
         out = x

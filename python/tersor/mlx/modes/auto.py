@@ -11,7 +11,7 @@ import mlx.core as mx
 from .base import DecodeMode
 from .cached import CachedMode
 from .fused import FusedMode
-from .layer_map import LayerMap
+from .weak_map import WeakMap
 
 
 def default_budget_nbytes() -> int:
@@ -32,19 +32,20 @@ class AutoMode(DecodeMode):
             raise ValueError(f"a budget of {self.budget_nbytes} bytes is negative")
         self._cached = CachedMode()
         self._fused = FusedMode()
-        self._choices = LayerMap()  # the mode and the bytes of the budget that it takes
+        self._choices = WeakMap()  # by matrix: the mode and the bytes of the budget that it takes
 
     def _settings(self) -> dict:
         return {"budget_nbytes": self.budget_nbytes}
 
     def choice(self, layer) -> DecodeMode:
         """The mode that serves ``layer``."""
-        chosen = self._choices.get(layer)
+        matrix = layer.matrix
+        chosen = self._choices.get(matrix)
         if chosen is None:
-            nbytes = layer.matrix.decoded_nbytes
+            nbytes = matrix.decoded_nbytes
             spent = sum(nbytes for _, nbytes in self._choices.values())
             chosen = (self._cached, nbytes) if spent + nbytes <= self.budget_nbytes else (self._fused, 0)
-            self._choices.put(layer, chosen)
+            self._choices.put(matrix, chosen)
         return chosen[0]
 
     def packed(self, layer) -> mx.array:
@@ -57,7 +58,7 @@ class AutoMode(DecodeMode):
         return self.choice(layer).lookup(layer, ids)
 
     def forget(self, layer) -> None:
-        self._choices.pop(layer)
+        self._choices.pop(layer.matrix)
         self._cached.forget(layer)
 
     def resident_nbytes(self) -> int:

@@ -33,7 +33,7 @@ class DecodeMode:
         return layer.matrix.lookup(ids)
 
     def forget(self, layer) -> None:
-        """Drops what is held for ``layer``: its weights changed, or it uses another mode now."""
+        """Drops what is held for ``layer``, which uses another mode from now on."""
 
     def resident_nbytes(self) -> int:
         """Bytes of decoded weights held between calls, buffers included."""

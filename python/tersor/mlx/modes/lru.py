@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..coded import evaluated
 from .base import DecodeMode, quantized_matmul
-from .layer_map import LayerMap
+from .weak_map import WeakMap
 
 POLICIES = ("pin", "lru", "mru")
 
@@ -25,42 +25,43 @@ class LruMode(DecodeMode):
         self.budget_nbytes = budget_nbytes
         self.policy = policy
         self.hits = self.misses = 0
-        self._decoded = LayerMap()
+        self._decoded = WeakMap()  # by matrix
 
     def _settings(self) -> dict:
         return {"budget_nbytes": self.budget_nbytes, "policy": self.policy}
 
     def packed(self, layer) -> mx.array:
-        held = self._decoded.get(layer)
+        matrix = layer.matrix
+        held = self._decoded.get(matrix)
         if held is not None:
             self.hits += 1
             if self.policy != "pin":
-                self._decoded.put(layer, held)
+                self._decoded.put(matrix, held)
             return held
         self.misses += 1
-        nbytes = layer.matrix.decoded_nbytes
+        nbytes = matrix.decoded_nbytes
         if nbytes <= self.budget_nbytes and self.policy != "pin":
             while self.resident_nbytes() + nbytes > self.budget_nbytes:
                 self._decoded.pop_first() if self.policy == "lru" else self._decoded.pop_last()
-        packed = layer.matrix.decode()
+        packed = matrix.decode()
         if self.resident_nbytes() + nbytes <= self.budget_nbytes:
-            self._decoded.put(layer, packed)
+            self._decoded.put(matrix, packed)
         return packed
 
     def matmul(self, layer, x: mx.array) -> mx.array:
-        resident = self._decoded.get(layer) is not None
+        pinned = self.policy == "pin" and self._decoded.get(layer.matrix) is not None
         y = quantized_matmul(layer, x, self.packed(layer))
         # A lazy product would keep its weights alive beyond the budget, now or after a later eviction.
-        if not (resident and self.policy == "pin"):
+        if not pinned:
             evaluated(y)
         return y
 
     def lookup(self, layer, ids: mx.array) -> mx.array:
-        held = self._decoded.get(layer)
+        held = self._decoded.get(layer.matrix)
         return held[ids] if held is not None else super().lookup(layer, ids)
 
     def forget(self, layer) -> None:
-        self._decoded.pop(layer)
+        self._decoded.pop(layer.matrix)
 
     def resident_nbytes(self) -> int:
         return sum(array.nbytes for array in self._decoded.values())

@@ -2,14 +2,14 @@
 
 import weakref
 
-from .layer_map import LayerMap
+from .weak_map import WeakMap
 
 
 class CallOrder:
     """Remembers which layer followed which: a model calls its layers in the same order for every token."""
 
     def __init__(self):
-        self._next = LayerMap()
+        self._next = WeakMap()
         self._last: weakref.ref | None = None
 
     def called(self, layer):
