@@ -8,6 +8,7 @@ mod convert;
 mod engine;
 mod interrupt;
 mod machine;
+mod observer;
 mod options;
 mod output;
 mod progress;
@@ -16,6 +17,12 @@ use std::ffi::OsString;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+
+pub use commands::encode::{Options as EncodeOptions, Report as EncodeReport, encode};
+pub use commands::export::{Options as ExportOptions, Report as ExportReport, Target as ExportTarget, export};
+pub use commands::quantize::{Options as QuantizeOptions, Report as QuantizeReport, quantize};
+pub use observer::Observer;
+pub use options::Usage;
 
 use interrupt::Interrupted;
 use output::StdoutError;
@@ -38,6 +45,7 @@ enum Command {
     Bench(commands::bench::Args),
     Kernels(commands::kernels::Args),
     Eval(commands::eval::Args),
+    Export(commands::export::Args),
     Info(commands::info::Args),
 }
 
@@ -58,6 +66,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Bench(args) => commands::bench::run(&args),
         Command::Kernels(args) => commands::kernels::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Export(args) => commands::export::run(&args),
         Command::Info(args) => commands::info::run(&args),
     };
     match result {
@@ -95,7 +104,7 @@ fn fail(error: &anyhow::Error) -> u8 {
         return interrupt::EXIT_CODE;
     }
     eprintln!("error: {}", one_line(&chain(error)));
-    if error.is::<options::Usage>() { 2 } else { 1 }
+    if error.is::<Usage>() { 2 } else { 1 }
 }
 
 /// The causes from the outermost in, joined by `: `. A cause that its parent's text already ends with is not said twice.
