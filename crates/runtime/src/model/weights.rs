@@ -142,6 +142,16 @@ pub enum RunError {
         /// What was wrong.
         cause: String,
     },
+    /// A KV cache was handed to a backend that cannot read it: one in host memory to a device, or the reverse. Only a mistake of the caller
+    /// causes it: a cache is for the runner that made it.
+    #[error("the KV cache was made by another backend")]
+    ForeignKv,
+    /// The device or its driver failed.
+    #[error("device: {cause}")]
+    Device {
+        /// What it said, in one line.
+        cause: String,
+    },
     /// A helper thread of the strategy failed.
     #[error("decode worker failed: {cause}")]
     Worker {
