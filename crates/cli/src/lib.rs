@@ -20,9 +20,12 @@ use clap::{Parser, Subcommand};
 
 pub use commands::encode::{Options as EncodeOptions, Report as EncodeReport, encode};
 pub use commands::export::{Options as ExportOptions, Report as ExportReport, Target as ExportTarget, export};
+pub use commands::inspect::{Report as InspectReport, inspect};
 pub use commands::quantize::{Options as QuantizeOptions, Report as QuantizeReport, quantize};
+pub use engine::{Engine, LimitArgs, Opened, Setup};
+pub use machine::set_launcher;
 pub use observer::Observer;
-pub use options::Usage;
+pub use options::{ByteSize, Usage, default_threads};
 
 use interrupt::Interrupted;
 use output::StdoutError;
@@ -103,8 +106,13 @@ fn fail(error: &anyhow::Error) -> u8 {
         eprintln!("error: interrupted");
         return interrupt::EXIT_CODE;
     }
-    eprintln!("error: {}", one_line(&chain(error)));
+    eprintln!("error: {}", message(error));
     if error.is::<Usage>() { 2 } else { 1 }
+}
+
+/// An error in one line.
+pub fn message(error: &anyhow::Error) -> String {
+    one_line(&chain(error))
 }
 
 /// The causes from the outermost in, joined by `: `. A cause that its parent's text already ends with is not said twice.
