@@ -1,27 +1,84 @@
-"""Entropy-coded quantized weights: codecs over NumPy arrays.
+"""Language models with entropy-coded weights: codecs and quantizers over NumPy arrays, model directories, generation.
 
 A matrix of integer *symbols* (quantized weights) becomes a *blob*: a ``uint8`` array, the coded tensor of FORMAT.md to the byte. A blob
 is checked before it is used, never trusted. Long work releases the GIL and uses all cores.
 
 Errors come by kind: ``ValueError`` for what the caller got wrong, ``NotImplementedError`` for what this version does not support,
-``MemoryError``, ``OSError`` for files, and ``CorruptError`` (a ``ValueError``) for bytes that contradict the format.
+``MemoryError`` for memory and budgets, ``OSError`` for files, and ``CorruptError`` (a ``ValueError``) for bytes that contradict the format.
+
+``progress`` is told how long work gets on: either a callable ``progress(done, total)``, called for each tensor in the units of the
+phase (weights or bytes), or a tqdm bar, whose total, description and count are set. What it raises ends the work, and so does Ctrl-C;
+nothing half-written is left.
 """
 
-from ._native import Coded, CodedLinear, CorruptError, __version__, encode, encode_affine4, entropy
+import sys
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from . import _native
+from ._native import (
+    Coded,
+    CodedLinear,
+    CorruptError,
+    Model,
+    Stream,
+    __version__,
+    encode,
+    encode_affine4,
+    encode_dir,
+    entropy,
+    export,
+    inspect,
+    quantize,
+)
 
 __all__ = [
     "Coded",
     "CodedLinear",
     "CorruptError",
+    "Model",
+    "Quantized",
+    "Stream",
     "__version__",
     "blob_info",
     "decode",
     "decode_affine4",
     "encode",
     "encode_affine4",
+    "encode_dir",
     "entropy",
+    "export",
     "gemv",
+    "inspect",
+    "quantize",
+    "quantize_array",
 ]
+
+if sys.executable:
+    _native.set_launcher([sys.executable, "-m", "tersor"])
+
+
+class Quantized(NamedTuple):
+    """A quantized matrix."""
+
+    symbols: np.ndarray
+    """int16, (rows, cols)"""
+    scales: np.ndarray
+    """float32: (1) for the whole matrix, (rows), or (rows, groups)"""
+    biases: Optional[np.ndarray]
+    """float32, (rows, groups), for affine4; then w = scale * (symbol + 8) + bias, else w = scale * symbol"""
+    dequantized: np.ndarray
+    """float32, (rows, cols): the weights that symbols and scales stand for"""
+
+
+def quantize_array(w, *, scheme="ecsq", bpw=None, group_size=None):
+    """Quantizes a matrix: float16, float32, or bfloat16 (``ml_dtypes.bfloat16``, or its bits as uint16), (rows, cols).
+
+    ``scheme``: ``ecsq``, ``affine4`` (MLX's, bit for bit), ``q4_0`` (GGML's), ``int4-row``, ``int4-tensor``. ``bpw``, for ``ecsq``: bits
+    per weight of symbols (at their entropy) and scales together, 4.0 unless given. ``group_size``, for ``affine4``: 32, 64 or 128.
+    """
+    return Quantized(*_native.quantize_array(w, scheme=scheme, bpw=bpw, group_size=group_size))
 
 
 def decode(blob):

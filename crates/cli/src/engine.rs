@@ -9,19 +9,20 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use tersor_cpu::{Level, Pool};
 use tersor_format::ModelDir;
+use tersor_runtime::device::{self, Device};
 use tersor_runtime::model::kv::{KvCache, KvPrecision};
 use tersor_runtime::model::llama::{Model, SLICE_TOKENS_MAX};
-use tersor_runtime::model::weights::Weights;
+use tersor_runtime::model::{CpuRunner, Runner};
 use tersor_runtime::residency::dense::Dense;
-use tersor_runtime::residency::{self, MachineProfile, Plan, Policy, Strategy};
+use tersor_runtime::residency::{self, MachineProfile, OpenError, Plan, Policy, Strategy};
 
 use crate::machine;
-use crate::options::{ByteSize, Usage, default_threads, device_cpu, thread_count};
+use crate::options::{ByteSize, Usage, default_threads, thread_count};
 
 /// Options of the commands that run one model.
 #[derive(clap::Args, Clone)]
 pub struct EngineArgs {
-    /// Where weights live decoded: auto, fused, cached, prefetch, lru
+    /// Where weights live decoded: auto, fused, cached, prefetch, lru; on a GPU also gpu-async
     #[arg(long, value_name = "S", default_value = "auto")]
     pub strategy: Strategy,
     #[command(flatten)]
@@ -43,30 +44,45 @@ pub struct LimitArgs {
     /// SIMD level: scalar, avx2, avx512 [default: the best of this machine]
     #[arg(long, value_name = "LEVEL")]
     pub level: Option<Level>,
-    /// Where to run: cpu
-    #[arg(long, default_value = "cpu", value_parser = device_cpu)]
-    pub device: String,
+    /// Where to run: cpu, cuda or cuda:N
+    #[arg(long, value_name = "D", default_value_t = Device::Cpu)]
+    pub device: Device,
 }
 
 /// How a model is to be run.
 pub struct Setup {
     strategy: Strategy,
     limits: LimitArgs,
+    /// Threads of products and decoding together.
     pub threads: usize,
 }
 
 impl Setup {
     /// From the options of a command.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
     pub fn new(args: &EngineArgs) -> Result<Self> {
         Self::of(args.strategy, &args.limits, args.threads.unwrap_or_else(default_threads))
     }
 
     /// From its parts.
+    ///
+    /// # Errors
+    /// Parts that do not fit each other.
     pub fn of(strategy: Strategy, limits: &LimitArgs, threads: usize) -> Result<Self> {
-        if strategy == Strategy::GpuAsync {
-            return Err(Usage("strategy gpu-async needs a GPU, and this build has no CUDA yet; use prefetch or auto".to_owned()).into());
+        if !limits.device.strategies().contains(&strategy) {
+            return Err(Usage(OpenError::NeedsGpu.to_string()).into());
+        }
+        if let Some(level) = limits.level.filter(|_| limits.device != Device::Cpu) {
+            return Err(Usage(format!("--level {level}: for the CPU only, not for {}", limits.device)).into());
         }
         Ok(Self { strategy, limits: limits.clone(), threads })
+    }
+
+    /// Where the model is to run.
+    pub fn device(&self) -> Device {
+        self.limits.device
     }
 
     /// The SIMD level.
@@ -75,6 +91,9 @@ impl Setup {
     }
 
     /// What the machine can do: from the user's cache, or measured now, which a person at a terminal is told, as it takes a few seconds.
+    ///
+    /// # Errors
+    /// The measurement fails.
     pub fn profile(&self) -> Result<Arc<MachineProfile>> {
         let (directory, level) = (machine::cache_dir(), self.level());
         if let Some(profile) = MachineProfile::load(&directory, level, self.threads) {
@@ -85,9 +104,9 @@ impl Setup {
         }
         // In a process of its own, since what an allocator keeps of the samples would count as the model's memory.
         let threads = self.threads.to_string();
-        let child = std::env::current_exe().and_then(|program| {
+        let child = machine::this_program().and_then(|(program, first)| {
             let arguments = ["info", "--json", "--threads", &threads, "--level", level.name()];
-            Command::new(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
+            Command::new(program).args(first).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
         });
         match MachineProfile::load(&directory, level, self.threads).filter(|_| child.is_ok()) {
             Some(profile) => Ok(Arc::new(profile)),
@@ -107,6 +126,9 @@ pub struct Opened {
 
 impl Opened {
     /// Opens a Tersor directory or an unquantized Hugging Face one.
+    ///
+    /// # Errors
+    /// What is no model, or damaged.
     pub fn new(path: &Path) -> Result<Self> {
         let start = Instant::now();
         let dir = ModelDir::open(path)?;
@@ -115,6 +137,9 @@ impl Opened {
     }
 
     /// The longest context: what the user asks for, else `wanted` as far as the model was made for it.
+    ///
+    /// # Errors
+    /// More is asked for.
     pub fn context(&self, asked: Option<usize>, wanted: usize) -> Result<usize> {
         let most = self.model.config().context_max;
         match asked {
@@ -133,62 +158,75 @@ impl Opened {
         (bytes, bytes as f64 * 8.0 / weights.max(1.0))
     }
 
-    /// How the KV cache is stored: exactly for an unquantized model, which is the reference.
-    pub fn kv_precision(&self) -> KvPrecision {
-        if self.dir.is_tersor() { KvPrecision::F16 } else { KvPrecision::F32 }
+    /// Whether the model is coded, so that there are strategies and devices to choose from.
+    pub fn is_coded(&self) -> bool {
+        self.dir.is_tersor()
     }
 
     fn options(&self, setup: &Setup, context: usize, profile: Option<Arc<MachineProfile>>) -> residency::Options {
         let mut options = residency::Options::new(setup.threads, setup.level());
         options.memory_budget = setup.limits.memory_budget.map(|size| size.0);
-        options.kv_bytes = KvCache::bytes_for(self.model.config(), context, self.kv_precision());
+        options.kv_bytes = KvCache::bytes_for(self.model.config(), context, device::KV_PRECISION);
         options.model_bytes = self.model.bytes(SLICE_TOKENS_MAX.min(context));
         options.policy = setup.limits.lru_policy;
         options.profile = profile;
+        options.cache_dir = Some(machine::cache_dir());
         options
     }
 
     /// What the strategy would hold, and why. Nothing for an unquantized directory, which leaves no choice.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), but for damage in the coded bytes.
     pub fn explain(&self, setup: &Setup, context: usize) -> Result<Option<Plan>> {
         if !self.dir.is_tersor() {
             return Ok(None);
         }
-        let options = self.options(setup, context, Some(setup.profile()?));
-        Ok(Some(residency::explain(&self.dir, setup.strategy, &options)?))
+        let profile = if setup.device() == Device::Cpu { Some(setup.profile()?) } else { None };
+        let options = self.options(setup, context, profile);
+        Ok(Some(device::explain(&self.dir, setup.device(), setup.strategy, &options)?))
     }
 
     /// Loads the weights. `measured` asks for a machine profile even where the strategy does not need one, so that the report can tell
     /// how much of the products is decoding.
+    ///
+    /// # Errors
+    /// A damaged directory, a budget that is too small, a device that is absent or fails.
     pub fn load(self, setup: &Setup, context: usize, measured: bool) -> Result<Engine> {
-        let profile = if self.dir.is_tersor() && (measured || setup.strategy == Strategy::Auto) { Some(setup.profile()?) } else { None };
-        let kv_precision = self.kv_precision();
-        let start = Instant::now();
-        let weights: Box<dyn Weights> = if self.dir.is_tersor() {
+        let measured = measured || setup.strategy == Strategy::Auto;
+        let profile = if self.is_coded() && measured && setup.device() == Device::Cpu { Some(setup.profile()?) } else { None };
+        let (opening_seconds, start) = (self.seconds, Instant::now());
+        let runner = if self.is_coded() {
             let options = self.options(setup, context, profile);
-            residency::open(self.dir, setup.strategy, &options)?
+            device::open(self.dir, self.model, setup.device(), setup.strategy, &options)?
         } else {
-            if !matches!(setup.strategy, Strategy::Auto) {
-                bail!(Usage(format!("{}: not quantized, so there is nothing to decode; leave --strategy out", self.path.display())));
-            }
-            if let Some(budget) = setup.limits.memory_budget {
-                bail!(Usage(format!(
-                    "--memory-budget {}: {} is not quantized and is used where it lies; quantize it first",
-                    budget.0,
-                    self.path.display()
-                )));
-            }
-            Box::new(Dense::new(&self.dir, self.model.config(), Arc::new(Pool::new(setup.threads)), setup.level())?)
+            self.load_uncoded(setup)?
         };
-        let load_seconds = self.seconds + start.elapsed().as_secs_f64();
-        Ok(Engine { model: self.model, weights, kv_precision, context, load_seconds })
+        let load_seconds = opening_seconds + start.elapsed().as_secs_f64();
+        Ok(Engine { runner, context, load_seconds })
+    }
+
+    /// An unquantized model runs as it is, on the CPU, and stores keys and values exactly: it is the reference.
+    fn load_uncoded(self, setup: &Setup) -> Result<Box<dyn Runner>> {
+        let path = self.path.display();
+        if setup.device() != Device::Cpu {
+            bail!(Usage(format!("--device {}: {path} is not quantized and runs on the CPU only; quantize it first", setup.device())));
+        }
+        if setup.strategy != Strategy::Auto {
+            bail!(Usage(format!("{path}: not quantized, so there is nothing to decode; leave --strategy out")));
+        }
+        if let Some(budget) = setup.limits.memory_budget {
+            bail!(Usage(format!("--memory-budget {}: {path} is not quantized and is used where it lies; quantize it first", budget.0)));
+        }
+        let weights = Dense::new(&self.dir, self.model.config(), Arc::new(Pool::new(setup.threads)), setup.level())?;
+        Ok(Box::new(CpuRunner::new(self.model, Box::new(weights), KvPrecision::F32)))
     }
 }
 
 /// A model that can run.
 pub struct Engine {
-    pub model: Model,
-    pub weights: Box<dyn Weights>,
-    pub kv_precision: KvPrecision,
+    /// Model and weights.
+    pub runner: Box<dyn Runner>,
     /// Positions of a KV cache.
     pub context: usize,
     /// From opening the directory to being ready to run.

@@ -8,6 +8,7 @@ mod convert;
 mod engine;
 mod interrupt;
 mod machine;
+mod observer;
 mod options;
 mod output;
 mod progress;
@@ -16,6 +17,15 @@ use std::ffi::OsString;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+
+pub use commands::encode::{Options as EncodeOptions, Report as EncodeReport, encode};
+pub use commands::export::{Options as ExportOptions, Report as ExportReport, Target as ExportTarget, export};
+pub use commands::inspect::{Report as InspectReport, inspect};
+pub use commands::quantize::{Options as QuantizeOptions, Report as QuantizeReport, quantize};
+pub use engine::{Engine, LimitArgs, Opened, Setup};
+pub use machine::set_launcher;
+pub use observer::Observer;
+pub use options::{ByteSize, Usage, default_threads};
 
 use interrupt::Interrupted;
 use output::StdoutError;
@@ -38,6 +48,7 @@ enum Command {
     Bench(commands::bench::Args),
     Kernels(commands::kernels::Args),
     Eval(commands::eval::Args),
+    Export(commands::export::Args),
     Info(commands::info::Args),
 }
 
@@ -58,6 +69,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Bench(args) => commands::bench::run(&args),
         Command::Kernels(args) => commands::kernels::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Export(args) => commands::export::run(&args),
         Command::Info(args) => commands::info::run(&args),
     };
     match result {
@@ -94,8 +106,13 @@ fn fail(error: &anyhow::Error) -> u8 {
         eprintln!("error: interrupted");
         return interrupt::EXIT_CODE;
     }
-    eprintln!("error: {}", one_line(&chain(error)));
-    if error.is::<options::Usage>() { 2 } else { 1 }
+    eprintln!("error: {}", message(error));
+    if error.is::<Usage>() { 2 } else { 1 }
+}
+
+/// An error in one line.
+pub fn message(error: &anyhow::Error) -> String {
+    one_line(&chain(error))
 }
 
 /// The causes from the outermost in, joined by `: `. A cause that its parent's text already ends with is not said twice.

@@ -67,15 +67,6 @@ pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// The devices of this build: `cpu`.
-pub fn device_cpu(text: &str) -> Result<String, String> {
-    match text {
-        "cpu" => Ok(text.to_owned()),
-        _ if text == "cuda" || text.starts_with("cuda:") => Err("this build has no CUDA yet; use cpu".to_owned()),
-        _ => Err("unknown device; this build has cpu".to_owned()),
-    }
-}
-
 /// A finite number greater than zero.
 pub fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

@@ -32,7 +32,9 @@ fn encode_symbols<'py>(py: Python<'py>, rows: usize, cols: usize, symbols: Vec<i
     Ok(encoded.blob().to_pyarray(py))
 }
 
-/// encode(symbols, *, codec="rans")
+/// Codes symbols, (rows, cols), to a blob: (bytes). The blob says scheme ``tensor`` with scale 1: scales are the caller's business.
+///
+/// ``codec``: rans, rans-precise, huffman, block-ans, fixed, or a full id such as ``rans/s16-w8-p7-l64``.
 #[pyfunction]
 #[pyo3(signature = (symbols, *, codec = "rans"))]
 pub fn encode<'py>(py: Python<'py>, symbols: &Bound<'py, PyAny>, codec: &str) -> PyResult<Bound<'py, PyArray1<u8>>> {
@@ -41,7 +43,7 @@ pub fn encode<'py>(py: Python<'py>, symbols: &Bound<'py, PyAny>, codec: &str) ->
     encode_symbols(py, rows, cols, symbols, codec)
 }
 
-/// encode_affine4(packed, *, codec="rans")
+/// Codes 4-bit weights in MLX's layout, (rows, cols / 8), to the blob of their symbols, nibble - 8.
 #[pyfunction]
 #[pyo3(signature = (packed, *, codec = "rans"))]
 pub fn encode_affine4<'py>(py: Python<'py>, packed: &Bound<'py, PyAny>, codec: &str) -> PyResult<Bound<'py, PyArray1<u8>>> {
@@ -51,7 +53,7 @@ pub fn encode_affine4<'py>(py: Python<'py>, packed: &Bound<'py, PyAny>, codec: &
     encode_symbols(py, rows, row_words * 8, symbols, codec)
 }
 
-/// entropy(symbols)
+/// Empirical entropy of symbols of any shape, bits per symbol.
 #[pyfunction]
 pub fn entropy(py: Python<'_>, symbols: &Bound<'_, PyAny>) -> PyResult<f64> {
     let symbols = arrays::symbols_any(symbols)?;
@@ -64,7 +66,9 @@ fn entropy_bits(symbols: &[i16]) -> f64 {
     histogram.entropy_bits()
 }
 
-/// An open blob: checked once, then decoded as often as one likes.
+/// A blob, opened: header, table, index and the checksums of all chunks are checked once.
+///
+/// A blob of any scheme will do, such as ``X.coded`` of a model directory: symbols are what comes out, scales are not applied.
 #[pyclass(frozen, module = "tersor")]
 pub struct Coded {
     tensor: CodedTensor,
@@ -110,50 +114,60 @@ impl Coded {
         (self.tensor.rows(), self.tensor.cols())
     }
 
+    /// The codec's full id.
     #[getter]
     fn codec(&self) -> String {
         self.tensor.codec().to_string()
     }
 
+    /// How symbols become weights, by the header: tensor, row, group affine, group symmetric.
     #[getter]
     fn scheme(&self) -> &'static str {
         self.header.scheme.name()
     }
 
+    /// Columns that share a scale, by the header; 0 for schemes without groups.
     #[getter]
     fn group_size(&self) -> u32 {
         self.header.group_size
     }
 
+    /// Bytes of the blob.
     #[getter]
     fn nbytes(&self) -> u64 {
         self.tensor.coded_bytes()
     }
 
+    /// All bytes of the blob, in bits per weight.
     #[getter]
     fn bits_per_weight(&self) -> f64 {
         self.tensor.coded_bytes() as f64 * 8.0 / (self.tensor.rows() as f64 * self.tensor.cols() as f64)
     }
 
+    /// Rows that are coded together: the least that decoding some rows takes.
     #[getter]
     fn rows_per_chunk(&self) -> usize {
         self.header.row_tiles_per_chunk as usize * tersor_format::TILE_ROWS
     }
 
+    /// A copy of the blob.
     fn blob<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u8>> {
         self.tensor.blob().to_pyarray(py)
     }
 
+    /// The symbols: (rows, cols).
     fn decode<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<i16>>> {
         let decoded = py.detach(|| decode_tensor(&self.tensor)).or_raise()?;
         matrix(py, decoded.symbols, decoded.rows, decoded.cols)
     }
 
+    /// Empirical entropy of the symbols, bits per weight; decodes them.
     fn entropy(&self, py: Python<'_>) -> PyResult<f64> {
         let entropy = || decode_tensor(&self.tensor).map(|decoded| entropy_bits(&decoded.symbols));
         py.detach(entropy).or_raise()
     }
 
+    /// See :func:`tersor.blob_info`.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let info = PyDict::new(py);
         info.set_item("rows", self.rows())?;
@@ -171,6 +185,7 @@ impl Coded {
         Ok(info)
     }
 
+    /// Rows ``start`` to ``stop`` in MLX's layout: (stop - start, cols / 8). ``out``, C-contiguous, is filled and returned if given.
     #[pyo3(signature = (out = None, *, start = 0, stop = None))]
     fn decode_affine4<'py>(
         &self,
@@ -208,7 +223,9 @@ impl Coded {
     }
 }
 
-/// A coded matrix with group scales, ready to be multiplied without being materialized.
+/// A blob with its group scales, ready to be multiplied without being materialized.
+///
+/// ``scales``, ``biases``: (rows, cols / group_size), float16, float32, or bfloat16 (``ml_dtypes``, or its bits as uint16).
 #[pyclass(frozen, module = "tersor")]
 pub struct CodedLinear {
     tensor: CodedTensor,
@@ -250,6 +267,7 @@ impl CodedLinear {
         (self.tensor.rows(), self.tensor.cols())
     }
 
+    /// ``x``: (cols) or (tokens, cols). Returns (rows) or (tokens, rows). Activations are rounded to int8 with one scale for each group.
     fn __call__<'py>(&self, py: Python<'py>, x: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let (tokens, cols, values) = arrays::activations(x)?;
         let rows = self.tensor.rows();

@@ -5,7 +5,11 @@
 
 mod arrays;
 mod coded;
+mod directories;
 mod errors;
+mod model;
+mod progress;
+mod quantizers;
 
 use std::ffi::OsString;
 use std::sync::OnceLock;
@@ -22,7 +26,7 @@ fn machine() -> &'static (Pool, Level) {
     })
 }
 
-/// The command line; returns the exit code.
+/// Runs the command line, whose first argument is the program's name; returns the exit code. Takes over the process's signals.
 #[pyfunction]
 fn command(py: Python<'_>, arguments: Vec<OsString>) -> u8 {
     py.detach(|| tersor_cli::main(arguments))
@@ -38,5 +42,13 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(coded::encode, m)?)?;
     m.add_function(wrap_pyfunction!(coded::encode_affine4, m)?)?;
     m.add_function(wrap_pyfunction!(coded::entropy, m)?)?;
+    m.add_function(wrap_pyfunction!(quantizers::quantize_array, m)?)?;
+    m.add_function(wrap_pyfunction!(directories::quantize, m)?)?;
+    m.add_function(wrap_pyfunction!(directories::encode_dir, m)?)?;
+    m.add_function(wrap_pyfunction!(directories::export, m)?)?;
+    m.add_function(wrap_pyfunction!(directories::inspect, m)?)?;
+    m.add_class::<model::Model>()?;
+    m.add_class::<model::Stream>()?;
+    m.add_function(wrap_pyfunction!(model::set_launcher, m)?)?;
     Ok(())
 }

@@ -1,30 +1,15 @@
 //! Perplexity, and divergence from a reference model.
 
-use crate::model::kv::{KvCache, KvPrecision};
-use crate::model::llama::{LogitsOf, Model, SLICE_TOKENS_MAX};
-use crate::model::weights::{RunError, Weights};
+use crate::model::kv::KvCache;
+use crate::model::llama::{LogitsOf, SLICE_TOKENS_MAX};
+use crate::model::runner::Runner;
+use crate::model::weights::RunError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tersor_cpu::ops;
 use thiserror::Error;
 
 /// Logits that are held at a time, in floats: 32 MiB.
 const LOGITS_MAX: usize = 8 << 20;
-
-/// A model with its weights.
-pub struct Subject<'a> {
-    /// The model.
-    pub model: &'a mut Model,
-    /// Its weights.
-    pub weights: &'a mut dyn Weights,
-    /// How its cache stores keys and values.
-    pub kv_precision: KvPrecision,
-}
-
-impl std::fmt::Debug for Subject<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Subject").field("config", self.model.config()).finish_non_exhaustive()
-    }
-}
 
 /// How well a model predicts a text.
 #[derive(Clone, Debug, PartialEq)]
@@ -97,8 +82,8 @@ pub enum EvalError {
 pub fn evaluate(
     text: &[u32],
     context: usize,
-    mut subject: Subject<'_>,
-    mut reference: Option<Subject<'_>>,
+    subject: &mut dyn Runner,
+    reference: Option<&mut dyn Runner>,
     interrupt: &AtomicBool,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Report, EvalError> {
@@ -108,23 +93,23 @@ pub fn evaluate(
     if text.len() < 2 {
         return Err(EvalError::TextTooShort { tokens: text.len() });
     }
-    let vocab = subject.model.config().vocab;
+    let vocab = subject.config().vocab;
     if let Some(reference) = &reference {
-        let found = reference.model.config().vocab;
+        let found = reference.config().vocab;
         if found != vocab {
             return Err(EvalError::VocabularyDiffers { subject: vocab, reference: found });
         }
     }
     let piece = (LOGITS_MAX / vocab).clamp(1, SLICE_TOKENS_MAX);
-    let new_cache = |side: &Subject<'_>| KvCache::new(side.model.config(), context.min(text.len()), side.kv_precision);
-    let mut cache = new_cache(&subject)?;
-    let mut reference_cache = reference.as_ref().map(new_cache).transpose()?;
+    let positions = context.min(text.len());
+    let mut subject = Side::new(subject, positions)?;
+    let mut reference = reference.map(|runner| Side::new(runner, positions)).transpose()?;
     let mut sums = Sums::default();
     let mut read = 0;
     for window in text.chunks(context).filter(|window| window.len() > 1) {
-        cache.truncate(0);
-        if let Some(cache) = &mut reference_cache {
-            cache.truncate(0);
+        subject.cache.truncate(0);
+        if let Some(reference) = &mut reference {
+            reference.cache.truncate(0);
         }
         // The last token predicts nothing inside the window.
         let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
@@ -132,11 +117,8 @@ pub fn evaluate(
             if interrupt.load(Ordering::Relaxed) {
                 return Err(EvalError::Interrupted);
             }
-            let logits = logits_of(&mut subject, &mut cache, inputs)?;
-            let reference_logits = match (&mut reference, &mut reference_cache) {
-                (Some(side), Some(cache)) => Some(logits_of(side, cache, inputs)?),
-                _ => None,
-            };
+            let logits = subject.logits_of(inputs)?;
+            let reference_logits = reference.as_mut().map(|side| side.logits_of(inputs)).transpose()?;
             for (i, (row, &target)) in logits.chunks_exact(vocab).zip(targets).enumerate() {
                 let reference_row = reference_logits.map(|logits| &logits[i * vocab..(i + 1) * vocab]);
                 sums.add(row, reference_row, target as usize)?;
@@ -149,13 +131,28 @@ pub fn evaluate(
     Ok(sums.report(read))
 }
 
-fn logits_of<'a>(side: &'a mut Subject<'_>, cache: &mut KvCache, inputs: &[u32]) -> Result<&'a [f32], RunError> {
-    let position = cache.len();
-    let vocab = side.model.config().vocab;
-    let logits = side.model.forward(side.weights, cache, inputs, LogitsOf::All)?;
-    match logits.iter().position(|logit| !logit.is_finite()) {
-        Some(at) => Err(RunError::NotFinite { position: position + at / vocab }),
-        None => Ok(logits),
+/// One of the models that read the text.
+struct Side<'a> {
+    runner: &'a mut dyn Runner,
+    cache: KvCache,
+    /// (tokens, vocab) of the last call.
+    logits: Vec<f32>,
+}
+
+impl<'a> Side<'a> {
+    fn new(runner: &'a mut dyn Runner, positions: usize) -> Result<Self, RunError> {
+        let cache = runner.new_kv(positions)?;
+        Ok(Self { runner, cache, logits: Vec::new() })
+    }
+
+    /// Logits of all `inputs`, (tokens, vocab).
+    fn logits_of(&mut self, inputs: &[u32]) -> Result<&[f32], RunError> {
+        let position = self.cache.len();
+        self.runner.forward(&mut self.cache, inputs, LogitsOf::All, &mut self.logits)?;
+        match self.logits.iter().position(|logit| !logit.is_finite()) {
+            Some(at) => Err(RunError::NotFinite { position: position + at / self.runner.config().vocab }),
+            None => Ok(&self.logits),
+        }
     }
 }
 

@@ -2,25 +2,24 @@
 
 mod common;
 
-use common::{golden_dir, open, shared_data};
+use common::{golden_dir, shared_data};
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use tersor_cpu::Level;
-use tersor_runtime::eval::{EvalError, Report, Subject, evaluate};
+use tersor_runtime::eval::{EvalError, Report, evaluate};
 use tersor_runtime::generate::tokenizer::Tokenizer;
-use tersor_runtime::model::Model;
-use tersor_runtime::model::kv::{KvCache, KvPrecision};
+use tersor_runtime::model::kv::KvPrecision;
 use tersor_runtime::model::llama::LogitsOf;
-use tersor_runtime::residency::dense::Dense;
+use tersor_runtime::model::{CpuRunner, Runner};
 
-type Side = (Model, Dense);
-
-fn subject(side: &mut Side) -> Subject<'_> {
-    Subject { model: &mut side.0, weights: &mut side.1, kv_precision: KvPrecision::F32 }
+fn open(dir: &Path, level: Level, threads: usize) -> CpuRunner {
+    common::runner(dir, level, threads, KvPrecision::F32)
 }
 
-fn run(text: &[u32], context: usize, side: &mut Side, reference: Option<&mut Side>) -> Result<Report, EvalError> {
-    evaluate(text, context, subject(side), reference.map(subject), &AtomicBool::new(false), &mut |_| ())
+fn run(text: &[u32], context: usize, subject: &mut CpuRunner, reference: Option<&mut CpuRunner>) -> Result<Report, EvalError> {
+    let reference = reference.map(|runner| runner as &mut dyn Runner);
+    evaluate(text, context, subject, reference, &AtomicBool::new(false), &mut |_| ())
 }
 
 #[test]
@@ -30,8 +29,9 @@ fn nll_is_that_of_windows_done_by_hand() {
     let text: Vec<u32> = (0..21).map(|i| (i * 13) % 64).collect();
     let mut nll = 0.0;
     for window in [&text[..10], &text[10..20]] {
-        let mut kv = KvCache::new(side.0.config(), 10, KvPrecision::F32).unwrap();
-        let logits = side.0.forward(&mut side.1, &mut kv, window, LogitsOf::All).unwrap();
+        let mut kv = side.new_kv(10).unwrap();
+        let mut logits = Vec::new();
+        side.forward(&mut kv, window, LogitsOf::All, &mut logits).unwrap();
         for (row, &target) in logits.chunks(64).zip(&window[1..]) {
             let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
             nll += sum.ln() - f64::from(row[target as usize]);
@@ -68,7 +68,7 @@ fn texts_and_contexts_that_predict_nothing_are_refused() {
     assert!(matches!(run(&[1, 2], 1, &mut side, None), Err(EvalError::ContextTooShort { context: 1 })));
     assert!(matches!(run(&[1], 9, &mut side, None), Err(EvalError::TextTooShort { tokens: 1 })));
     let stop = AtomicBool::new(true);
-    let result = evaluate(&[1, 2, 3], 9, subject(&mut side), None, &stop, &mut |_| ());
+    let result = evaluate(&[1, 2, 3], 9, &mut side, None, &stop, &mut |_| ());
     assert!(matches!(result, Err(EvalError::Interrupted)));
 }
 

@@ -2,49 +2,50 @@
 
 mod common;
 
-use common::{golden_dir, open};
+use common::{golden_dir, runner};
 use std::fs;
 use std::sync::atomic::AtomicBool;
 use tersor_cpu::Level;
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{Generation, Options, Session, SessionError, Stop, generate, step};
 use tersor_runtime::generate::tokenizer::{Tokenizer, TokenizerError};
-use tersor_runtime::model::kv::{KvCache, KvPrecision};
-use tersor_runtime::model::llama::{LogitsOf, Model};
-use tersor_runtime::model::weights::RunError;
-use tersor_runtime::residency::dense::Dense;
+use tersor_runtime::model::kv::{DeviceKv, KvCache, KvPrecision};
+use tersor_runtime::model::llama::{Continuation, LogitsOf};
+use tersor_runtime::model::weights::{ResidencyReport, RunError};
+use tersor_runtime::model::{CpuRunner, Runner, config::Config};
 use xxhash_rust::xxh3::xxh3_64;
 
 fn options(tokens_max: usize) -> Options {
-    Options { tokens_max, context: 600, kv_precision: KvPrecision::F16, sampling: Sampling::default(), ignore_eos: true }
+    Options { tokens_max, context: 600, sampling: Sampling::default(), ignore_eos: true }
 }
 
-fn run(model: &mut Model, weights: &mut Dense, session: &mut Session) -> (Generation, Vec<u32>) {
+fn run(runner: &mut dyn Runner, session: &mut Session) -> (Generation, Vec<u32>) {
     let mut seen = Vec::new();
-    let done = generate(model, weights, session, &AtomicBool::new(false), &mut |token| seen.push(token)).unwrap();
+    let done = generate(runner, session, &AtomicBool::new(false), &mut |token| seen.push(token)).unwrap();
     assert_eq!(seen, session.generated());
     (done, seen)
 }
 
-fn llama3() -> (Model, Dense) {
-    open(&golden_dir().join("llama3"), Level::best(), 2)
+fn llama3() -> CpuRunner {
+    runner(&golden_dir().join("llama3"), Level::best(), 2, KvPrecision::F16)
 }
 
 #[test]
 fn greedy_generation_is_what_the_forward_pass_says() {
-    let (mut model, mut weights) = llama3();
+    let mut llama3 = llama3();
     // Two slices of prompt.
     let prompt: Vec<u32> = (0..300).map(|i| (i * 11) % 64).collect();
-    let mut session = Session::new(model.config(), &prompt, &options(20)).unwrap();
-    let (done, tokens) = run(&mut model, &mut weights, &mut session);
+    let mut session = Session::new(&llama3, &prompt, &options(20)).unwrap();
+    let (done, tokens) = run(&mut llama3, &mut session);
     assert_eq!((done.stop, done.prompt_tokens, done.generated_tokens), (Stop::Length, 300, 20));
     assert!(done.prefill.as_nanos() > 0 && done.steps.as_nanos() > 0);
     assert!(done.prefill_tokens_per_second() > 0.0 && done.step_tokens_per_second() > 0.0);
 
     // The same by hand, the whole sequence at once.
     let sequence: Vec<u32> = prompt.iter().chain(&tokens).copied().collect();
-    let mut kv = KvCache::new(model.config(), sequence.len(), KvPrecision::F16).unwrap();
-    let logits = model.forward(&mut weights, &mut kv, &sequence[..319], LogitsOf::All).unwrap();
+    let mut kv = llama3.new_kv(sequence.len()).unwrap();
+    let mut logits = Vec::new();
+    llama3.forward(&mut kv, &sequence[..319], LogitsOf::All, &mut logits).unwrap();
     let generated = &logits[299 * 64..];
     let likely: Vec<u32> = generated.chunks(64).map(|row| tersor_cpu::ops::argmax(row) as u32).collect();
     assert_eq!(tokens, likely);
@@ -54,21 +55,21 @@ fn greedy_generation_is_what_the_forward_pass_says() {
 
 #[test]
 fn sessions_in_a_batch_do_what_they_do_alone() {
-    let (mut model, mut weights) = llama3();
+    let mut llama3 = llama3();
     let prompts: [Vec<u32>; 3] = [vec![1, 2, 3], (0..270).map(|i| i % 64).collect(), vec![60]];
     let sampled = |seed| Options { sampling: Sampling { temperature: 1.0, seed, ..Sampling::default() }, ..options(12) };
-    let new = |model: &Model, i: usize| Session::new(model.config(), &prompts[i], &sampled(i as u64)).unwrap();
+    let new = |runner: &CpuRunner, i: usize| Session::new(runner, &prompts[i], &sampled(i as u64)).unwrap();
     let alone: Vec<(Vec<u32>, u64)> = (0..3)
         .map(|i| {
-            let mut session = new(&model, i);
-            let (_, tokens) = run(&mut model, &mut weights, &mut session);
+            let mut session = new(&llama3, i);
+            let (_, tokens) = run(&mut llama3, &mut session);
             (tokens, session.logits_hash())
         })
         .collect();
-    let mut sessions: Vec<Session> = (0..3).map(|i| new(&model, i)).collect();
+    let mut sessions: Vec<Session> = (0..3).map(|i| new(&llama3, i)).collect();
     while sessions.iter().any(|session| session.stop().is_none()) {
         let mut batch: Vec<&mut Session> = sessions.iter_mut().collect();
-        step(&mut model, &mut weights, &mut batch).unwrap();
+        step(&mut llama3, &mut batch).unwrap();
     }
     for (session, (tokens, hash)) in sessions.iter().zip(&alone) {
         assert_eq!((session.generated(), session.logits_hash()), (&tokens[..], *hash));
@@ -77,10 +78,10 @@ fn sessions_in_a_batch_do_what_they_do_alone() {
 
 #[test]
 fn every_reason_to_stop() {
-    let (mut model, mut weights) = llama3();
+    let mut llama3 = llama3();
     let mut start = |options: &Options| {
-        let mut session = Session::new(model.config(), &[5, 6], options).unwrap();
-        run(&mut model, &mut weights, &mut session)
+        let mut session = Session::new(&llama3, &[5, 6], options).unwrap();
+        run(&mut llama3, &mut session)
     };
     let (done, tokens) = start(&options(0));
     assert_eq!((done.stop, tokens.len()), (Stop::Length, 0));
@@ -98,11 +99,10 @@ fn every_reason_to_stop() {
     assert_eq!(done.stop, Stop::Length);
     assert_eq!(longer[..tokens.len()], tokens, "ignoring the end changes nothing before it");
 
-    let (mut model, mut weights) = llama3();
-    let mut session = Session::new(model.config(), &[5, 6], &options(100)).unwrap();
+    let mut session = Session::new(&llama3, &[5, 6], &options(100)).unwrap();
     let flag = AtomicBool::new(false);
     let mut count = 0;
-    let done = generate(&mut model, &mut weights, &mut session, &flag, &mut |_| {
+    let done = generate(&mut llama3, &mut session, &flag, &mut |_| {
         count += 1;
         flag.store(count == 3, std::sync::atomic::Ordering::Relaxed);
     });
@@ -111,8 +111,8 @@ fn every_reason_to_stop() {
 
 #[test]
 fn sessions_that_cannot_begin() {
-    let (model, _) = llama3();
-    let new = |prompt: &[u32], options: &Options| Session::new(model.config(), prompt, options).unwrap_err();
+    let llama3 = llama3();
+    let new = |prompt: &[u32], options: &Options| Session::new(&llama3, prompt, options).unwrap_err();
     assert!(matches!(new(&[], &options(1)), SessionError::EmptyPrompt));
     let short = Options { context: 3, ..options(1) };
     assert!(matches!(new(&[1; 3], &short), SessionError::PromptTooLong { tokens: 3, context: 3 }));
@@ -129,10 +129,65 @@ fn weights_that_are_not_numbers_are_reported() {
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[8 + header..8 + header + 2].copy_from_slice(&[0xc0, 0x7f]);
     fs::write(&path, bytes).unwrap();
-    let (mut model, mut weights) = open(copy.path(), Level::best(), 1);
-    let mut session = Session::new(model.config(), &[5, 6], &options(3)).unwrap();
-    let result = generate(&mut model, &mut weights, &mut session, &AtomicBool::new(false), &mut |_| ());
+    let mut broken = runner(copy.path(), Level::best(), 1, KvPrecision::F16);
+    let mut session = Session::new(&broken, &[5, 6], &options(3)).unwrap();
+    let result = generate(&mut broken, &mut session, &AtomicBool::new(false), &mut |_| ());
     assert!(matches!(result, Err(RunError::NotFinite { position: 2 })), "{result:?}");
+}
+
+/// A backend of another kind: the caches of its sequences lie elsewhere, and it always wants the next token.
+struct Successor(CpuRunner);
+
+/// The tokens seen.
+#[derive(Debug)]
+struct Seen(Vec<u32>);
+
+impl DeviceKv for Seen {
+    fn bytes(&self) -> u64 {
+        4 * self.0.len() as u64
+    }
+}
+
+impl Runner for Successor {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+
+    fn new_kv(&self, capacity: usize) -> Result<KvCache, RunError> {
+        Ok(KvCache::on_device(Box::new(Seen(Vec::new())), capacity))
+    }
+
+    fn forward_batch(&mut self, batch: &mut [Continuation<'_>], sink: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), RunError> {
+        for (i, sequence) in batch.iter_mut().enumerate() {
+            sequence.check(self.0.config().vocab)?;
+            sequence.kv.device::<Seen>()?.0.extend(sequence.tokens);
+            sequence.kv.advance(sequence.tokens.len());
+            let last = sequence.tokens.len() - 1;
+            if sequence.want == LogitsOf::Last {
+                let mut row = vec![0.0; self.0.config().vocab];
+                row[sequence.tokens[last] as usize + 1] = 1.0;
+                sink(i, last, &row);
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&self) -> ResidencyReport {
+        ResidencyReport::default()
+    }
+}
+
+#[test]
+fn sessions_run_on_any_backend_but_only_on_their_own() {
+    let (mut cpu, mut other) = (llama3(), Successor(llama3()));
+    let mut session = Session::new(&other, &[5, 6], &options(4)).unwrap();
+    assert_eq!(run(&mut other, &mut session).1, [7, 8, 9, 10]);
+    let on = |made_by: &dyn Runner, runner: &mut dyn Runner| {
+        let mut session = Session::new(made_by, &[5, 6], &options(4)).unwrap();
+        step(runner, &mut [&mut session])
+    };
+    assert!(matches!(on(&other, &mut cpu), Err(RunError::ForeignKv)));
+    assert!(matches!(on(&cpu, &mut other), Err(RunError::ForeignKv)));
 }
 
 fn byte_tokenizer() -> Tokenizer {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use tersor_runtime::device::{self, Device};
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Generation, Options, Session, Stop};
 use tersor_runtime::residency::Strategy;
@@ -32,7 +33,7 @@ pub struct Args {
     /// Model directory
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Strategies (auto, fused, cached, prefetch, lru), or all
+    /// Strategies (auto, fused, cached, prefetch, lru; on a GPU also gpu-async), or all of the device
     #[arg(long, value_name = "S,S", value_delimiter = ',', default_value = "auto")]
     strategy: Vec<String>,
     /// Tokens of the prompt [default: 512, less for models of a short context]
@@ -70,6 +71,9 @@ struct Machine {
     level: String,
     cores: usize,
     memory_bytes: u64,
+    /// The maker's name of the GPU, where one is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -91,7 +95,7 @@ struct Run {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let strategies = strategies(&args.strategy)?;
+    let strategies = strategies(&args.strategy, args.limits.device)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let (prompt_tokens, tokens) = lengths(args)?;
     let combinations: Vec<(Strategy, usize)> =
@@ -115,6 +119,10 @@ fn alone(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usize, 
         level: setup.level().to_string(),
         cores: default_threads(),
         memory_bytes: machine::memory_bytes(),
+        device: match setup.device() {
+            Device::Cuda(index) => Some(device::info(index)?.name),
+            _ => None,
+        },
     };
     Ok(Report { machine, prompt_tokens, tokens, repeat: args.repeat, logits_hash: format!("{hash:016x}"), runs: vec![run] })
 }
@@ -184,9 +192,9 @@ fn in_child(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usiz
     serde_json::from_slice(&output.stdout).context("the report of a run")
 }
 
-fn strategies(names: &[String]) -> Result<Vec<Strategy>> {
+fn strategies(names: &[String], device: Device) -> Result<Vec<Strategy>> {
     if names.iter().any(|name| name == "all") {
-        return Ok(Strategy::CPU.to_vec());
+        return Ok(device.strategies().to_vec());
     }
     names.iter().map(|name| name.parse().map_err(|error| Usage(format!("--strategy: {error}")).into())).collect()
 }
@@ -210,11 +218,11 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
     let opened = Opened::new(&args.directory)?;
     let context = opened.context(None, prompt_tokens + tokens)?;
     let mut engine = opened.load(setup, context, true)?;
-    let prompt = prompt(prompt_tokens, engine.model.config().vocab);
+    let prompt = prompt(prompt_tokens, engine.runner.config().vocab);
     generate(&mut engine, &prompt, WARM_UP_TOKENS.min(tokens))?;
     progress.add(1);
 
-    let before = engine.weights.report();
+    let before = engine.runner.report();
     let (mut prefill, mut step, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
     let mut time = Duration::ZERO;
     for _ in 0..args.repeat {
@@ -226,13 +234,13 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
         progress.add(1);
     }
     ensure!(hashes.iter().all(|hash| *hash == hashes[0]), "two equal runs gave different logits");
-    let after = engine.weights.report();
+    let after = engine.runner.report();
     let decode_ns = (after.decode_exposed_ns - before.decode_exposed_ns) + (after.decode_fused_ns - before.decode_fused_ns);
     let (hit, miss) = (after.hit_bytes - before.hit_bytes, after.miss_bytes - before.miss_bytes);
     let run = Run {
         strategy: after.strategy,
         strategy_detail: after.detail,
-        device: args.limits.device.clone(),
+        device: setup.device().to_string(),
         threads: setup.threads,
         load_seconds: engine.load_seconds,
         prefill_tokens_per_second: median(prefill),
@@ -246,15 +254,9 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
 }
 
 fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize) -> Result<(Generation, u64)> {
-    let options = Options {
-        tokens_max: tokens,
-        context: engine.context,
-        kv_precision: engine.kv_precision,
-        sampling: Sampling::default(),
-        ignore_eos: true,
-    };
-    let mut session = Session::new(engine.model.config(), prompt, &options)?;
-    let generation = session::generate(&mut engine.model, engine.weights.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
+    let options = Options { tokens_max: tokens, context: engine.context, sampling: Sampling::default(), ignore_eos: true };
+    let mut session = Session::new(engine.runner.as_ref(), prompt, &options)?;
+    let generation = session::generate(engine.runner.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
     if generation.stop == Stop::Interrupted {
         return Err(Interrupted.into());
     }
@@ -283,7 +285,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn render(report: &Report) -> String {
     let mut text = format!(
-        "{}, {} cores, {}; {} prompt tokens, {} generated; medians of {}; all logits equal ({})\n\n",
+        "{}{}, {} cores, {}; {} prompt tokens, {} generated; medians of {}; all logits equal ({})\n\n",
+        report.machine.device.as_ref().map_or(String::new(), |name| format!("{name}; ")),
         report.machine.cpu,
         report.machine.cores,
         report.machine.level,

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tersor_cpu::Level;
-use tersor_runtime::eval::{self, EvalError, Subject};
+use tersor_runtime::device::Device;
+use tersor_runtime::eval::{self, EvalError};
 use tersor_runtime::generate::tokenizer::Tokenizer;
+use tersor_runtime::model::Runner;
 use tersor_runtime::residency::Strategy;
 
 use crate::engine::{Engine, EngineArgs, LimitArgs, Opened, Setup};
@@ -82,9 +84,9 @@ pub fn run(args: &Args) -> Result<()> {
     let _graceful = interrupt::graceful();
     let progress = Progress::new("eval", tokens.len() as u64);
     let start = std::time::Instant::now();
-    let report = eval::evaluate(&tokens, context, subject(&mut engine), reference.as_mut().map(subject), interrupt::flag(), &mut |read| {
-        progress.set(read as u64)
-    });
+    let subject = engine.runner.as_mut();
+    let against = reference.as_mut().map(|engine| engine.runner.as_mut() as &mut dyn Runner);
+    let report = eval::evaluate(&tokens, context, subject, against, interrupt::flag(), &mut |read| progress.set(read as u64));
     let report = match report {
         Err(EvalError::Interrupted) => return Err(Interrupted.into()),
         other => other.with_context(|| args.text.display().to_string())?,
@@ -101,7 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
         kl_p99: divergence.map(|d| d.kl_p99),
         top1_agreement: divergence.map(|d| d.top1_agreement),
         reference_perplexity: divergence.map(|d| d.reference_perplexity),
-        strategy: engine.weights.report().strategy,
+        strategy: engine.runner.report().strategy,
         weight_bytes,
         bpw,
         seconds: start.elapsed().as_secs_f64(),
@@ -109,16 +111,14 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json { output::json(&report) } else { output::text(&render(&report)) }
 }
 
-/// The reference has all the machine: no budget, whatever the level of the model under test.
+/// The reference has all the machine: no budget, whatever the level of the model under test. An unquantized one runs on the CPU.
 fn load_reference(path: &std::path::Path, args: &Args, context: usize, threads: usize) -> Result<Engine> {
     let opened = Opened::new(path)?;
     let context = opened.context(Some(context), context)?;
-    let limits = LimitArgs { memory_budget: None, level: Some(Level::best()), ..args.engine.limits.clone() };
+    let device = if opened.is_coded() { args.engine.limits.device } else { Device::Cpu };
+    let level = (device == Device::Cpu).then(Level::best);
+    let limits = LimitArgs { memory_budget: None, level, device, ..args.engine.limits.clone() };
     opened.load(&Setup::of(Strategy::Auto, &limits, threads)?, context, false)
-}
-
-fn subject(engine: &mut Engine) -> Subject<'_> {
-    Subject { model: &mut engine.model, weights: engine.weights.as_mut(), kv_precision: engine.kv_precision }
 }
 
 fn render(report: &Report) -> String {

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
+use tersor_runtime::device::Device;
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Options, Session, SessionError, Stop};
 use tersor_runtime::generate::tokenizer::Tokenizer;
-use tersor_runtime::model::kv::KvPrecision;
 use tersor_runtime::model::weights::ResidencyReport;
 use tersor_runtime::residency::{Plan, PlanRow};
 
-use crate::engine::{Engine, EngineArgs, Opened, Setup};
+use crate::engine::{EngineArgs, Opened, Setup};
 use crate::interrupt::{self, Interrupted};
 use crate::machine;
 use crate::options::Usage;
@@ -72,7 +72,7 @@ struct Report {
     stop: &'static str,
     strategy: String,
     strategy_detail: String,
-    device: String,
+    device: Device,
     level: String,
     threads: usize,
     context: usize,
@@ -121,21 +121,21 @@ pub fn run(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.directory)?;
     let prompt = tokenizer.encode(&args.prompt)?;
     let context = opened.context(args.context, prompt.len().saturating_add(args.tokens))?;
-    let options = options(args, context, opened.kv_precision(), opened.model.config().repetition_penalty);
+    let options = options(args, context, opened.model.config().repetition_penalty);
     // Checks the prompt and the sampler's options before the weights are loaded.
-    let mut session = Session::new(opened.model.config(), &prompt, &options).map_err(usage_if_sampling)?;
+    options.check(&prompt).map_err(usage_if_sampling)?;
     let plan = if args.explain { opened.explain(&setup, context)? } else { None };
     if args.explain {
         eprint!("{}", explain(plan.as_ref()));
     }
     let mut engine = opened.load(&setup, context, false)?;
+    let mut session = Session::new(engine.runner.as_ref(), &prompt, &options)?;
 
     let _graceful = interrupt::graceful();
     let mut detokenizer = tokenizer.detokenizer(&prompt);
     let mut text = String::new();
     let mut stdout = if args.json { Ok(()) } else { output::text(&args.prompt) };
-    let Engine { model, weights, .. } = &mut engine;
-    let generation = session::generate(model, weights.as_mut(), &mut session, interrupt::flag(), &mut |token| {
+    let generation = session::generate(engine.runner.as_mut(), &mut session, interrupt::flag(), &mut |token| {
         let piece = detokenizer.push(token);
         if !args.json && stdout.is_ok() {
             stdout = output::text(&piece);
@@ -154,7 +154,7 @@ pub fn run(args: &Args) -> Result<()> {
     if generation.stop == Stop::Interrupted {
         return Err(Interrupted.into());
     }
-    let report = engine.weights.report();
+    let report = engine.runner.report();
     let hit_rate = hit_rate(&report);
     let report = Report {
         text,
@@ -168,7 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
         },
         strategy: report.strategy,
         strategy_detail: report.detail,
-        device: args.engine.limits.device.clone(),
+        device: setup.device(),
         level: setup.level().to_string(),
         threads: setup.threads,
         context,
@@ -210,11 +210,10 @@ fn hit_rate(report: &ResidencyReport) -> Option<f64> {
     (used > 0).then(|| report.hit_bytes as f64 / used as f64)
 }
 
-fn options(args: &Args, context: usize, kv_precision: KvPrecision, advised_penalty: Option<f32>) -> Options {
+fn options(args: &Args, context: usize, advised_penalty: Option<f32>) -> Options {
     Options {
         tokens_max: args.tokens,
         context,
-        kv_precision,
         sampling: Sampling {
             temperature: args.temperature,
             top_k: args.top_k,

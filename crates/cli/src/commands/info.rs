@@ -3,6 +3,7 @@
 use anyhow::Result;
 use serde::Serialize;
 use tersor_cpu::Level;
+use tersor_runtime::device::{self, DeviceInfo};
 use tersor_runtime::residency::MachineProfile;
 
 use crate::machine;
@@ -37,7 +38,7 @@ struct Report {
     levels_available: Vec<String>,
     cores: usize,
     memory_bytes: u64,
-    devices: Vec<&'static str>,
+    devices: Vec<DeviceInfo>,
     profile_file: String,
     profile: MachineProfile,
 }
@@ -65,7 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
         levels_available: Level::available().iter().map(Level::to_string).collect(),
         cores: default_threads(),
         memory_bytes: machine::memory_bytes(),
-        devices: vec!["cpu"],
+        devices: device::list(),
         profile_file: MachineProfile::path(&directory, level, threads).display().to_string(),
         profile,
     };
@@ -74,6 +75,8 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn render(report: &Report) -> String {
     let profile = &report.profile;
+    let devices: Vec<String> =
+        report.devices.iter().map(|info| format!("{}, {}, {} memory", info.device, info.name, units::bytes(info.memory_bytes))).collect();
     let mut text = format!(
         "tersor {}\n{}, {} cores, {} memory\nlevels: {} (best: {}); devices: {}\n\nprofile of {} threads at {}, measured in {}: {}\n",
         report.version,
@@ -82,7 +85,7 @@ fn render(report: &Report) -> String {
         units::bytes(report.memory_bytes),
         report.levels_available.join(", "),
         report.level,
-        report.devices.join(", "),
+        if devices.is_empty() { "only the CPU".to_owned() } else { devices.join("; ") },
         profile.threads,
         profile.level,
         units::seconds(profile.measured_seconds),

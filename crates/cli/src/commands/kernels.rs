@@ -13,9 +13,10 @@ use tersor_codec::{Codec, Histogram};
 use tersor_cpu::{Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_into, matmul, read_row};
 use tersor_format::{Bytes, CHUNK_SYMBOLS_TARGET, CodedTensor, encode_tensor};
 use tersor_quant::{QuantizedTensor, Scales};
+use tersor_runtime::device::{self, Device, KernelReport, KernelRequest};
 
 use crate::machine;
-use crate::options::{Usage, default_threads, device_cpu, positive, thread_count};
+use crate::options::{Usage, default_threads, positive, thread_count};
 use crate::output::table::Table;
 use crate::output::{self, units};
 use crate::progress::Progress;
@@ -57,9 +58,9 @@ pub struct Args {
     /// Least time for each row, seconds
     #[arg(long, default_value_t = 0.2, value_parser = positive)]
     seconds: f64,
-    /// cpu
-    #[arg(long, default_value = "cpu", value_parser = device_cpu)]
-    device: String,
+    /// Where to run: cpu, cuda or cuda:N
+    #[arg(long, value_name = "D", default_value_t = Device::Cpu)]
+    device: Device,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -77,12 +78,15 @@ struct Machine {
     level: String,
     cores: usize,
     read_gb_per_second: BTreeMap<String, f64>,
+    /// The maker's name of the GPU, where one is measured; the bandwidth is then its memory's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
 }
 
 #[derive(Serialize)]
 struct Row {
     kernel: &'static str,
-    device: String,
+    device: Device,
     codec: String,
     level: String,
     threads: usize,
@@ -94,9 +98,25 @@ struct Row {
     fraction_of_bandwidth: Option<f64>,
 }
 
+impl Row {
+    /// What rows to compare with each other have in common.
+    fn setting(&self) -> (&str, &str, usize, &str) {
+        (&self.codec, &self.level, self.threads, self.working_set)
+    }
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
     let codecs = codecs(&args.codec)?;
+    ensure!(args.entropy <= 7.0, Usage("--entropy: at most 7 bits".to_owned()));
+    let report = match args.device {
+        Device::Cuda(index) => on_gpu(args, &codecs, index)?,
+        _ => on_cpu(args, &codecs)?,
+    };
+    if args.json { output::json(&report) } else { output::text(&render(&report, args)) }
+}
+
+fn on_cpu(args: &Args, codecs: &[Codec]) -> Result<Report> {
     let levels = levels(&args.level)?;
     let mut threads = args.threads.clone();
     if threads.is_empty() {
@@ -104,8 +124,6 @@ pub fn run(args: &Args) -> Result<()> {
     }
     threads.sort_unstable();
     threads.dedup();
-    ensure!(args.entropy <= 7.0, Usage("--entropy: at most 7 bits".to_owned()));
-
     let memory_bytes = memory_working_set();
     let mut bandwidth = BTreeMap::new();
     let progress = Progress::new(
@@ -123,7 +141,7 @@ pub fn run(args: &Args) -> Result<()> {
     // Both working sets of a codec are measured one after the other, so that their ratio is of one moment.
     let large = Sample::gaussian(args.rows as usize, args.cols as usize, args.entropy);
     let mut rows = Vec::new();
-    for &codec in &codecs {
+    for &codec in codecs {
         for &count in &threads {
             let cache_rows = (CACHE_WEIGHTS * count / args.cols as usize).clamp(1, args.rows as usize);
             let small = Sample::gaussian(cache_rows, args.cols as usize, args.entropy);
@@ -142,7 +160,7 @@ pub fn run(args: &Args) -> Result<()> {
                         let read = measured.weights_per_second * measured.bytes_per_weight;
                         rows.push(Row {
                             kernel: measured.kernel,
-                            device: args.device.clone(),
+                            device: args.device,
                             codec: codec.to_string(),
                             level: level.to_string(),
                             threads: count,
@@ -165,9 +183,55 @@ pub fn run(args: &Args) -> Result<()> {
         level: Level::best().to_string(),
         cores: default_threads(),
         read_gb_per_second: bandwidth.iter().map(|(count, bytes)| (count.to_string(), bytes / 1e9)).collect(),
+        device: None,
     };
-    let report = Report { machine, rows };
-    if args.json { output::json(&report) } else { output::text(&render(&report, args)) }
+    Ok(Report { machine, rows })
+}
+
+/// On a GPU there are no threads or levels to choose, and the matrices come from its memory.
+fn on_gpu(args: &Args, codecs: &[Codec], index: usize) -> Result<Report> {
+    ensure!(
+        args.level.is_empty() && args.threads.is_empty() && args.working_set != "cache",
+        Usage(format!("--level, --threads and --working-set cache: for the CPU only, not for {}", args.device))
+    );
+    device::info(index)?;
+    let sample = Sample::gaussian(args.rows as usize, args.cols as usize, args.entropy);
+    let coded = codecs.iter().map(|&codec| {
+        let encoded = encode_tensor(&sample.tensor, codec, CHUNK_SYMBOLS_TARGET).with_context(|| codec.to_string())?;
+        Ok(encoded.tensor().clone())
+    });
+    let coded = coded.collect::<Result<Vec<CodedTensor>>>()?;
+    let cache_dir = machine::cache_dir();
+    let measured = device::kernels(index, &KernelRequest { samples: &coded, seconds: args.seconds, cache_dir: Some(&cache_dir) })?;
+    Ok(gpu_report(&measured, args.device, codecs, sample.entropy_bits))
+}
+
+/// `codecs` are those of the samples.
+fn gpu_report(measured: &KernelReport, device: Device, codecs: &[Codec], entropy_bits: f64) -> Report {
+    let row = |row: &device::KernelRow| {
+        let read = row.weights_per_second * row.bytes_per_weight;
+        Row {
+            kernel: row.kernel,
+            device,
+            codec: codecs[row.sample].to_string(),
+            level: measured.level.clone(),
+            threads: 1,
+            entropy_bits,
+            bpw: row.bytes_per_weight * 8.0,
+            working_set: "memory",
+            weights_per_second: row.weights_per_second,
+            coded_gb_per_second: read / 1e9,
+            fraction_of_bandwidth: Some(read / measured.read_bytes_per_second),
+        }
+    };
+    let machine = Machine {
+        cpu: machine::cpu_name(),
+        level: measured.level.clone(),
+        cores: default_threads(),
+        read_gb_per_second: BTreeMap::from([("1".to_owned(), measured.read_bytes_per_second / 1e9)]),
+        device: Some(measured.name.clone()),
+    };
+    Report { machine, rows: measured.rows.iter().map(row).collect() }
 }
 
 fn codecs(names: &[String]) -> Result<Vec<Codec>> {
@@ -418,40 +482,41 @@ impl Bench<'_> {
 
 fn render(report: &Report, args: &Args) -> String {
     let machine = &report.machine;
-    let bandwidth: Vec<String> = machine
-        .read_gb_per_second
-        .iter()
-        .map(|(threads, rate)| format!("{} GB/s with {threads} thread{}", units::digits3(*rate), if threads == "1" { "" } else { "s" }))
-        .collect();
+    let bandwidth = machine.read_gb_per_second.iter().map(|(threads, rate)| {
+        let rate = units::digits3(*rate);
+        match (&machine.device, threads.as_str()) {
+            (Some(_), _) => format!("{rate} GB/s"),
+            (None, "1") => format!("{rate} GB/s with 1 thread"),
+            (None, _) => format!("{rate} GB/s with {threads} threads"),
+        }
+    });
+    let who = match &machine.device {
+        Some(name) => format!("{name} ({})", machine.level),
+        None => format!("{}, {} cores, best level {}", machine.cpu, machine.cores, machine.level),
+    };
     let mut text = format!(
-        "{}, {} cores, best level {}; read bandwidth {}\n{} x {}, Gaussian symbols of {:.2} bits; every kernel's answer was checked before it was timed\n\n",
-        machine.cpu,
-        machine.cores,
-        machine.level,
-        bandwidth.join(", "),
+        "{who}; read bandwidth {}\n{} x {}, Gaussian symbols of {:.2} bits; every kernel's answer was checked before it was timed\n\n",
+        bandwidth.collect::<Vec<_>>().join(", "),
         args.rows,
         args.cols,
         args.entropy
     );
     let mut table =
         Table::new(&["codec", "level", ">threads", "in", "kernel", ">bpw", ">G weights/s", ">GB/s read", ">of bandwidth", ">of gemv"]);
-    // Rows come in threes, gemv last.
-    for rows in report.rows.chunks(3) {
-        let gemv = rows.last().map_or(f64::NAN, |row| row.weights_per_second);
-        for row in rows {
-            table.row([
-                row.codec.clone(),
-                row.level.clone(),
-                row.threads.to_string(),
-                row.working_set.to_owned(),
-                row.kernel.to_owned(),
-                format!("{:.3}", row.bpw),
-                units::digits3(row.weights_per_second / 1e9),
-                units::digits3(row.coded_gb_per_second),
-                row.fraction_of_bandwidth.map_or("-".to_owned(), |part| format!("{part:.2}")),
-                format!("{:.2}", row.weights_per_second / gemv),
-            ]);
-        }
+    for row in &report.rows {
+        let gemv = report.rows.iter().find(|other| other.kernel == "gemv" && other.setting() == row.setting());
+        table.row([
+            row.codec.clone(),
+            row.level.clone(),
+            row.threads.to_string(),
+            row.working_set.to_owned(),
+            row.kernel.to_owned(),
+            format!("{:.3}", row.bpw),
+            units::digits3(row.weights_per_second / 1e9),
+            units::digits3(row.coded_gb_per_second),
+            row.fraction_of_bandwidth.map_or("-".to_owned(), |part| format!("{part:.2}")),
+            gemv.map_or("-".to_owned(), |gemv| format!("{:.2}", row.weights_per_second / gemv.weights_per_second)),
+        ]);
     }
     text += &table.render();
     text
@@ -460,6 +525,42 @@ fn render(report: &Report, args: &Args) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn rows_of_a_gpu_are_set_beside_its_bandwidth_and_its_gemv() {
+        let row = |kernel, sample, weights_per_second, bytes_per_weight| device::KernelRow {
+            kernel,
+            sample,
+            weights_per_second,
+            bytes_per_weight,
+        };
+        let measured = KernelReport {
+            name: "Example GPU".to_owned(),
+            level: "sm_90".to_owned(),
+            read_bytes_per_second: 1e12,
+            rows: vec![row("fused-gemv", 1, 2e12, 0.25), row("gemv", 0, 1e12, 0.5), row("gemv", 1, 1e12, 0.5)],
+        };
+        let codecs = codecs(&["fixed".to_owned(), "rans".to_owned()]).unwrap();
+        let report = gpu_report(&measured, Device::Cuda(1), &codecs, 2.25);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["machine"]["device"], "Example GPU");
+        let fused = &json["rows"][0];
+        assert_eq!((fused["device"].as_str(), fused["codec"].as_str()), (Some("cuda:1"), Some(codecs[1].to_string().as_str())));
+        assert_eq!((fused["bpw"].as_f64(), fused["coded_gb_per_second"].as_f64()), (Some(2.0), Some(500.0)));
+        assert_eq!(fused["fraction_of_bandwidth"], 0.5);
+        let args = Cli::parse_from(["kernels", "--device", "cuda:1"]).args;
+        let text = render(&report, &args);
+        assert!(text.starts_with("Example GPU (sm_90); read bandwidth 1000 GB/s\n"), "{text}");
+        let line = text.lines().find(|line| line.contains("fused-gemv")).unwrap();
+        assert!(line.trim_end().ends_with("0.50     2.00"), "{line:?}");
+    }
 
     #[test]
     fn samples_have_the_entropy_asked_for() {

@@ -33,10 +33,12 @@ fn wrong_usage_is_2() {
         (&["frobnicate"], "frobnicate"),
         (&["generate", "src"], "--prompt"),
         (&["generate", "src", "--prompt", "w5", "--strategy", "magic"], "magic"),
-        (&["generate", "src", "--prompt", "w5", "--strategy", "gpu-async"], "CUDA"),
+        (&["generate", "src", "--prompt", "w5", "--strategy", "gpu-async"], "needs a GPU"),
         (&["generate", "src", "--prompt", "w5", "--strategy", "fused"], "not quantized"),
-        (&["generate", "src", "--prompt", "w5", "--device", "cuda"], "no CUDA yet"),
-        (&["generate", "src", "--prompt", "w5", "--device", "cuda:1"], "no CUDA yet"),
+        (&["generate", "src", "--prompt", "w5", "--device", "tpu"], "unknown device"),
+        (&["generate", "src", "--prompt", "w5", "--device", "cuda:1"], "not quantized"),
+        (&["generate", "src", "--prompt", "w5", "--device", "cuda", "--level", "avx2"], "CPU only"),
+        (&["kernels", "--device", "cuda", "--threads", "2"], "CPU only"),
         (&["generate", "src", "--prompt", "w5", "--memory-budget", "2 parsecs"], "parsecs"),
         (&["generate", "src", "--prompt", "w5", "--level", "mmx"], "mmx"),
         (&["generate", "src", "--prompt", "w5", "--temp", "-1"], "temperature"),
@@ -51,6 +53,26 @@ fn wrong_usage_is_2() {
         contains(&scratch.fails(2, args), &[part]);
     }
     assert_eq!(scratch.names(), ["src"]);
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_named() {
+    let scratch = Scratch::new();
+    scratch.llama("src", TINY);
+    scratch.ok(&["quantize", "src", "-o", "out", "--scheme", "int4-row"]);
+    std::fs::write(scratch.path("text"), "w5 w6 w7").unwrap();
+    // No machine has so many.
+    let device = ["--device", "cuda:99"];
+    for command in [
+        &["generate", "out", "--prompt", "w5", "--strategy", "gpu-async"][..],
+        &["generate", "out", "--prompt", "w5", "--explain"],
+        &["bench", "out", "--strategy", "all"],
+        &["bench", "out"],
+        &["kernels"],
+        &["eval", "out", "--text", "text"],
+    ] {
+        contains(&scratch.fails(1, &[command, &device].concat()), &["cuda:99"]);
+    }
 }
 
 #[test]

@@ -41,6 +41,25 @@ pub struct SamplingError {
     pub range: &'static str,
 }
 
+impl Sampling {
+    /// Whether every parameter lies in its range.
+    ///
+    /// # Errors
+    /// [`SamplingError`] for the first that does not.
+    pub fn check(&self) -> Result<(), SamplingError> {
+        let checks = [
+            ("temperature", self.temperature, (0.0..=100.0).contains(&self.temperature), "0..=100"),
+            ("top-p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 up to 1"),
+            ("min-p", self.min_p, (0.0..=1.0).contains(&self.min_p), "0..=1"),
+            ("repetition-penalty", self.repetition_penalty, (0.01..=100.0).contains(&self.repetition_penalty), "0.01..=100"),
+        ];
+        match checks.iter().find(|check| !check.2) {
+            Some(&(name, value, _, range)) => Err(SamplingError { name, value, range }),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Chooses tokens by a [`Sampling`].
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -57,16 +76,7 @@ impl Sampler {
     /// # Errors
     /// [`SamplingError`] for the first parameter outside its range.
     pub fn new(sampling: Sampling) -> Result<Self, SamplingError> {
-        let s = &sampling;
-        let checks = [
-            ("temperature", s.temperature, (0.0..=100.0).contains(&s.temperature), "0..=100"),
-            ("top-p", s.top_p, s.top_p > 0.0 && s.top_p <= 1.0, "above 0 up to 1"),
-            ("min-p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0..=1"),
-            ("repetition-penalty", s.repetition_penalty, (0.01..=100.0).contains(&s.repetition_penalty), "0.01..=100"),
-        ];
-        if let Some(&(name, value, _, range)) = checks.iter().find(|check| !check.2) {
-            return Err(SamplingError { name, value, range });
-        }
+        sampling.check()?;
         let random = SplitMix64 { state: sampling.seed };
         Ok(Self { sampling, random, candidates: Vec::new(), seen: Vec::new() })
     }

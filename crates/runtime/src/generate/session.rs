@@ -1,10 +1,10 @@
 //! Generation: a session is one sequence, [`step`] moves a batch of them, [`generate`] runs one to its end.
 
 use super::sampler::{Sampler, Sampling, SamplingError};
-use crate::model::config::Config;
-use crate::model::kv::{KvCache, KvPrecision};
-use crate::model::llama::{Continuation, LogitsOf, Model, SLICE_TOKENS_MAX};
-use crate::model::weights::{RunError, Weights};
+use crate::model::kv::KvCache;
+use crate::model::llama::{Continuation, LogitsOf, SLICE_TOKENS_MAX};
+use crate::model::runner::Runner;
+use crate::model::weights::RunError;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -18,12 +18,26 @@ pub struct Options {
     pub tokens_max: usize,
     /// Positions of the KV cache: prompt and generated tokens together.
     pub context: usize,
-    /// How the cache stores keys and values.
-    pub kv_precision: KvPrecision,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Generate past end tokens, for measurements of a fixed length.
     pub ignore_eos: bool,
+}
+
+impl Options {
+    /// Whether a session could continue `prompt`, as far as can be told without a model.
+    ///
+    /// # Errors
+    /// A prompt that is empty or fills the context, sampling parameters outside their range.
+    pub fn check(&self, prompt: &[u32]) -> Result<(), SessionError> {
+        if prompt.is_empty() {
+            return Err(SessionError::EmptyPrompt);
+        }
+        if prompt.len() >= self.context {
+            return Err(SessionError::PromptTooLong { tokens: prompt.len(), context: self.context });
+        }
+        Ok(self.sampling.check()?)
+    }
 }
 
 /// Why a session cannot begin.
@@ -84,24 +98,19 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    /// A session that is to continue `prompt`.
+    /// A session in which `runner`, and no other, is to continue `prompt`.
     ///
     /// # Errors
-    /// A prompt that is empty or fills the context, sampling parameters outside their range, too little memory.
-    pub fn new(config: &Config, prompt: &[u32], options: &Options) -> Result<Self, SessionError> {
-        if prompt.is_empty() {
-            return Err(SessionError::EmptyPrompt);
-        }
-        if prompt.len() >= options.context {
-            return Err(SessionError::PromptTooLong { tokens: prompt.len(), context: options.context });
-        }
+    /// As [`Options::check`], and too little memory.
+    pub fn new(runner: &dyn Runner, prompt: &[u32], options: &Options) -> Result<Self, SessionError> {
+        options.check(prompt)?;
         Ok(Self {
             sampler: Sampler::new(options.sampling.clone())?,
-            kv: KvCache::new(config, options.context, options.kv_precision)?,
+            kv: runner.new_kv(options.context)?,
             tokens: prompt.to_vec(),
             prompt_tokens: prompt.len(),
             tokens_max: options.tokens_max,
-            eos: if options.ignore_eos { Vec::new() } else { config.eos.clone() },
+            eos: if options.ignore_eos { Vec::new() } else { runner.config().eos.clone() },
             hash: Xxh3Default::new(),
             stop: (options.tokens_max == 0).then_some(Stop::Length),
         })
@@ -160,11 +169,11 @@ impl Session {
 /// weight. Ended sessions are left alone.
 ///
 /// # Errors
-/// As [`Model::forward_batch`], and logits that are not finite.
-pub fn step(model: &mut Model, weights: &mut dyn Weights, sessions: &mut [&mut Session]) -> Result<(), RunError> {
+/// As [`Runner::forward_batch`], and logits that are not finite.
+pub fn step(runner: &mut dyn Runner, sessions: &mut [&mut Session]) -> Result<(), RunError> {
     let mut moving: Vec<&mut Session> =
         sessions.iter_mut().map(|session| &mut **session).filter(|session| session.stop.is_none()).collect();
-    let vocab = model.config().vocab;
+    let vocab = runner.config().vocab;
     let mut logits = vec![Vec::new(); moving.len()];
     let mut batch = Vec::with_capacity(moving.len());
     for session in &mut moving {
@@ -172,7 +181,7 @@ pub fn step(model: &mut Model, weights: &mut dyn Weights, sessions: &mut [&mut S
         let want = if pending.end == session.tokens.len() { LogitsOf::Last } else { LogitsOf::None };
         batch.push(Continuation { kv: &mut session.kv, tokens: &session.tokens[pending], want });
     }
-    model.forward_batch(weights, &mut batch, &mut |sequence, _, row| {
+    runner.forward_batch(&mut batch, &mut |sequence, _, row| {
         debug_assert_eq!(row.len(), vocab);
         logits[sequence].extend_from_slice(row);
     })?;
@@ -226,8 +235,7 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 /// # Errors
 /// As [`step`].
 pub fn generate(
-    model: &mut Model,
-    weights: &mut dyn Weights,
+    runner: &mut dyn Runner,
     session: &mut Session,
     interrupt: &AtomicBool,
     on_token: &mut dyn FnMut(u32),
@@ -242,7 +250,7 @@ pub fn generate(
             break;
         }
         let known = session.tokens.len();
-        step(model, weights, &mut [session])?;
+        step(runner, &mut [session])?;
         if session.tokens.len() > known {
             last = Instant::now();
             first.get_or_insert(last);

@@ -3,6 +3,8 @@
 use super::config::Config;
 use super::weights::RunError;
 use half::f16;
+use std::any::Any;
+use std::fmt;
 use tersor_cpu::ops::{KvElement, KvView, store_kv};
 
 /// How keys and values are stored.
@@ -25,15 +27,36 @@ impl KvPrecision {
 
 /// Keys and values of one sequence, for all layers. All memory is allocated at once, so that a budget set at the start holds.
 ///
+/// They lie where the forward pass runs: in host memory, or in a form of a device's own ([`DeviceKv`]).
+///
 /// Attention windows do not shorten it: positions outside a window are masked, not dropped.
 #[derive(Debug)]
 pub struct KvCache {
+    storage: Storage,
+    capacity: usize,
+    len: usize,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Host(HostKv),
+    Device(Box<dyn DeviceKv>),
+}
+
+/// Keys and values in the memory of a device; only its backend knows their form.
+pub trait DeviceKv: Any + Send + fmt::Debug {
+    /// Bytes allocated.
+    fn bytes(&self) -> u64;
+}
+
+/// Keys and values in host memory.
+#[derive(Debug)]
+pub(super) struct HostKv {
     /// Each (layers, kv_heads, capacity, head_dim).
     elements: Elements,
     layer_elements: usize,
     head_dim: usize,
     capacity: usize,
-    len: usize,
 }
 
 #[derive(Debug)]
@@ -50,7 +73,7 @@ pub(super) enum LayerView<'a> {
 }
 
 impl KvCache {
-    /// An empty cache for `capacity` positions.
+    /// An empty cache for `capacity` positions in host memory.
     ///
     /// # Errors
     /// [`RunError::KvTooLarge`] if the memory cannot be had.
@@ -62,7 +85,14 @@ impl KvCache {
             KvPrecision::F16 => Elements::F16 { keys: zeros(count).ok_or_else(too_large)?, values: zeros(count).ok_or_else(too_large)? },
             KvPrecision::F32 => Elements::F32 { keys: zeros(count).ok_or_else(too_large)?, values: zeros(count).ok_or_else(too_large)? },
         };
-        Ok(Self { elements, layer_elements: count / config.layers, head_dim: config.head_dim, capacity, len: 0 })
+        let host = HostKv { elements, layer_elements: count / config.layers, head_dim: config.head_dim, capacity };
+        Ok(Self { storage: Storage::Host(host), capacity, len: 0 })
+    }
+
+    /// An empty cache for `capacity` positions in the memory of a device, for its backend.
+    #[must_use]
+    pub fn on_device(storage: Box<dyn DeviceKv>, capacity: usize) -> Self {
+        Self { storage: Storage::Device(storage), capacity, len: 0 }
     }
 
     /// Bytes of a cache for `capacity` positions: what it adds to a memory budget. Saturates.
@@ -76,9 +106,9 @@ impl KvCache {
     /// Bytes allocated.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        match &self.elements {
-            Elements::F16 { keys, .. } => keys.len() as u64 * 4,
-            Elements::F32 { keys, .. } => keys.len() as u64 * 8,
+        match &self.storage {
+            Storage::Host(host) => host.bytes(),
+            Storage::Device(device) => device.bytes(),
         }
     }
 
@@ -105,10 +135,44 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
-    /// Counts `tokens` positions as filled, after all layers have stored theirs.
-    pub(super) fn advance(&mut self, tokens: usize) {
+    /// Counts `tokens` positions as filled, after all layers have stored theirs: for backends.
+    ///
+    /// # Panics
+    /// If there is no room for them: a backend checks that first ([`Continuation::check`](super::llama::Continuation::check)).
+    pub fn advance(&mut self, tokens: usize) {
         assert!(self.len + tokens <= self.capacity, "positions are checked before they are stored");
         self.len += tokens;
+    }
+
+    /// The storage in host memory.
+    ///
+    /// # Errors
+    /// [`RunError::ForeignKv`] if the cache lies on a device.
+    pub(super) fn host(&mut self) -> Result<&mut HostKv, RunError> {
+        match &mut self.storage {
+            Storage::Host(host) => Ok(host),
+            Storage::Device(_) => Err(RunError::ForeignKv),
+        }
+    }
+
+    /// The storage of the backend whose storage is a `T`.
+    ///
+    /// # Errors
+    /// [`RunError::ForeignKv`] if the cache lies in host memory or is another backend's.
+    pub fn device<T: DeviceKv>(&mut self) -> Result<&mut T, RunError> {
+        match &mut self.storage {
+            Storage::Host(_) => Err(RunError::ForeignKv),
+            Storage::Device(device) => (device.as_mut() as &mut dyn Any).downcast_mut().ok_or(RunError::ForeignKv),
+        }
+    }
+}
+
+impl HostKv {
+    fn bytes(&self) -> u64 {
+        match &self.elements {
+            Elements::F16 { keys, .. } => keys.len() as u64 * 4,
+            Elements::F32 { keys, .. } => keys.len() as u64 * 8,
+        }
     }
 
     /// Stores keys and values, (tokens, kv_heads, head_dim) each, from position `position` on.
@@ -167,4 +231,40 @@ fn zeros<E: KvElement>(count: usize) -> Option<Vec<E>> {
     elements.try_reserve_exact(count).ok()?;
     elements.resize(count, E::default());
     Some(elements)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Pages(u64);
+
+    impl DeviceKv for Pages {
+        fn bytes(&self) -> u64 {
+            self.0
+        }
+    }
+
+    #[derive(Debug)]
+    struct OtherPages;
+
+    impl DeviceKv for OtherPages {
+        fn bytes(&self) -> u64 {
+            0
+        }
+    }
+
+    #[test]
+    fn a_device_cache_counts_positions_and_opens_to_its_backend_only() {
+        let mut cache = KvCache::on_device(Box::new(Pages(4096)), 10);
+        assert_eq!((cache.bytes(), cache.capacity(), cache.len()), (4096, 10, 0));
+        cache.advance(7);
+        cache.truncate(5);
+        assert_eq!(cache.len(), 5);
+        cache.device::<Pages>().unwrap().0 = 1;
+        assert_eq!(cache.bytes(), 1);
+        assert!(matches!(cache.device::<OtherPages>(), Err(RunError::ForeignKv)));
+        assert!(matches!(cache.host(), Err(RunError::ForeignKv)));
+    }
 }

@@ -55,6 +55,23 @@ pub struct Continuation<'a> {
     pub want: LogitsOf,
 }
 
+impl Continuation<'_> {
+    /// What every backend asks of a continuation before it computes anything.
+    ///
+    /// # Errors
+    /// No tokens, a token that is none of the `vocab` ones, a cache without room for all of them.
+    pub fn check(&self, vocab: usize) -> Result<(), RunError> {
+        if self.tokens.is_empty() {
+            return Err(RunError::NoTokens);
+        }
+        if let Some(&token) = self.tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(RunError::TokenOutOfRange { token, vocab });
+        }
+        let (needed, capacity) = (self.kv.len() + self.tokens.len(), self.kv.capacity());
+        if needed > capacity { Err(RunError::ContextFull { needed, capacity }) } else { Ok(()) }
+    }
+}
+
 /// A model less its matrices: configuration, norms and biases, and the buffers of a forward pass.
 #[derive(Debug)]
 pub struct Model {
@@ -165,7 +182,7 @@ impl Model {
     /// and can be truncated and used again.
     ///
     /// # Errors
-    /// No tokens, a token outside the vocabulary, a full cache, weights that cannot be decoded.
+    /// No tokens, a token outside the vocabulary, a cache that is full or on a device, weights that cannot be decoded.
     pub fn forward(&mut self, weights: &mut dyn Weights, kv: &mut KvCache, tokens: &[u32], want: LogitsOf) -> Result<&[f32], RunError> {
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
@@ -189,25 +206,14 @@ impl Model {
         batch: &mut [Continuation<'_>],
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RunError> {
-        for sequence in batch.iter() {
-            self.check(sequence)?;
+        for sequence in batch.iter_mut() {
+            sequence.check(self.config.vocab)?;
+            sequence.kv.host()?;
         }
         let mut buffers = std::mem::take(&mut self.buffers);
         let result = slices(batch).into_iter().try_for_each(|slice| self.forward_slice(weights, batch, &slice, &mut buffers, sink));
         self.buffers = buffers;
         result
-    }
-
-    fn check(&self, sequence: &Continuation<'_>) -> Result<(), RunError> {
-        let vocab = self.config.vocab;
-        if sequence.tokens.is_empty() {
-            return Err(RunError::NoTokens);
-        }
-        if let Some(&token) = sequence.tokens.iter().find(|&&token| token as usize >= vocab) {
-            return Err(RunError::TokenOutOfRange { token, vocab });
-        }
-        let (needed, capacity) = (sequence.kv.len() + sequence.tokens.len(), sequence.kv.capacity());
-        if needed > capacity { Err(RunError::ContextFull { needed, capacity }) } else { Ok(()) }
     }
 
     fn forward_slice(
@@ -282,7 +288,7 @@ impl Model {
         let (q_row, k_row) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let mut first = 0;
         for piece in slice {
-            let kv = &mut *batch[piece.sequence].kv;
+            let kv = batch[piece.sequence].kv.host()?;
             let rows = first..first + piece.tokens.len();
             first = rows.end;
             let (q, k) = (rows.start * q_row..rows.end * q_row, rows.start * k_row..rows.end * k_row);

@@ -1,14 +1,17 @@
 //! The Llama-family decoder: configuration, tensor names, forward pass, KV cache.
 //!
-//! Nothing here knows how weights are stored: matrices are reached through [`weights::Weights`] only.
+//! Nothing here knows how weights are stored: matrices are reached through [`weights::Weights`] only. Whoever uses a model holds a
+//! [`runner::Runner`], and does not know where it computes.
 
 pub mod config;
 pub mod kv;
 pub mod llama;
 pub mod names;
+pub mod runner;
 pub mod weights;
 
 pub use llama::Model;
+pub use runner::{CpuRunner, Runner};
 
 use std::path::PathBuf;
 use tersor_format::{ModelDir, Place, Tensor};

@@ -68,6 +68,8 @@ impl Strategy {
     pub const ALL: [Self; 6] = [Self::Auto, Self::Fused, Self::Cached, Self::Prefetch, Self::Lru, Self::GpuAsync];
     /// Those that [`open`] runs on a CPU.
     pub const CPU: [Self; 5] = [Self::Auto, Self::Fused, Self::Cached, Self::Prefetch, Self::Lru];
+    /// Those that run on an NVIDIA GPU.
+    pub const CUDA: [Self; 6] = Self::ALL;
 
     /// As the command line spells it.
     #[must_use]
@@ -169,13 +171,15 @@ pub struct Options {
     /// What the machine can do. `auto` and [`explain`] measure it if it is missing, which takes up to 3 s; the other strategies use it to tell how
     /// much of their products is decoding.
     pub profile: Option<Arc<MachineProfile>>,
+    /// Where a device's backend keeps compiled kernels and its own profile between runs; `None`: nowhere. The CPU keeps nothing.
+    pub cache_dir: Option<PathBuf>,
 }
 
 impl Options {
     /// No budget, the default policy, no profile.
     #[must_use]
     pub fn new(threads: usize, level: Level) -> Self {
-        Self { memory_budget: None, kv_bytes: 0, model_bytes: 0, threads, level, policy: Policy::default(), profile: None }
+        Self { memory_budget: None, kv_bytes: 0, model_bytes: 0, threads, level, policy: Policy::default(), profile: None, cache_dir: None }
     }
 }
 
@@ -231,6 +235,12 @@ pub enum OpenError {
     /// A strategy for GPUs.
     #[error("strategy gpu-async needs a GPU: on the CPU use prefetch, which decodes ahead with threads, or auto")]
     NeedsGpu,
+    /// The device is absent, too small, or failed.
+    #[error("{cause}")]
+    Device {
+        /// Names the device and says what is wrong, in one line.
+        cause: String,
+    },
     /// No machine profile.
     #[error(transparent)]
     Profile(#[from] ProfileError),

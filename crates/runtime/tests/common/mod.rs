@@ -8,7 +8,8 @@ use std::sync::Arc;
 use tempfile::TempDir;
 use tersor_cpu::{Level, Pool};
 use tersor_format::ModelDir;
-use tersor_runtime::model::Model;
+use tersor_runtime::model::kv::KvPrecision;
+use tersor_runtime::model::{CpuRunner, Model};
 use tersor_runtime::residency::dense::Dense;
 
 /// The tiny models.
@@ -27,6 +28,12 @@ pub fn open_with(dir: &Path, level: Level, pool: Arc<Pool>) -> (Model, Dense) {
     let model = Model::load(&dir).unwrap();
     let weights = Dense::new(&dir, model.config(), pool, level).unwrap();
     (model, weights)
+}
+
+/// An unquantized model as sessions and evaluations take it.
+pub fn runner(dir: &Path, level: Level, threads: usize, precision: KvPrecision) -> CpuRunner {
+    let (model, weights) = open(dir, level, threads);
+    CpuRunner::new(model, Box::new(weights), precision)
 }
 
 /// A copy of a tiny model with another `config.json`.

@@ -1,0 +1,41 @@
+//! What the kernels must know of the layouts, as CUDA C++.
+
+use super::{CODE_BITS_MAX, GROUP_WORDS, LANES, RING_GROUPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS};
+
+/// `constexpr` definitions of the constants that kernels share with this crate, to be put before their source.
+pub fn header() -> String {
+    let group_bytes = GROUP_WORDS * STREAMS * size_of::<u32>();
+    let constants = [
+        ("TILE_ROWS", TILE_ROWS, "rows of a tile"),
+        ("SUPERSTEP", SUPERSTEP_COLS, "columns of a superstep"),
+        ("SUPERSTEPS_MAX", SUPERSTEPS_MAX, "most supersteps in a tile"),
+        ("TILE_COLS_MAX", TILE_COLS_MAX, "most columns of a tile"),
+        ("LANES", LANES, "threads of a warp"),
+        ("GROWS", GROUP_WORDS, "rows of 64 words in a group of the ring"),
+        ("GB", group_bytes, "bytes of a group"),
+        ("GR", RING_GROUPS, "groups that the ring holds"),
+        ("RING_BYTES", (RING_GROUPS + 1) * group_bytes, "bytes of a warp's ring: its first group is stored twice"),
+        ("CODE_BITS_MAX", CODE_BITS_MAX as usize, "longest code"),
+    ];
+    let mut text = String::from("// generated from crates/cuda/src/layout: do not edit\n");
+    for (name, value, meaning) in constants {
+        text += &format!("constexpr int {name} = {value}; // {meaning}\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn header_states_the_ring() {
+        let header = super::header();
+        for line in [
+            "constexpr int GROWS = 4;",
+            "constexpr int GB = 1024;",
+            "constexpr int RING_BYTES = 5120;",
+            "constexpr int TILE_COLS_MAX = 4096;",
+        ] {
+            assert!(header.contains(line), "{line} not in\n{header}");
+        }
+    }
+}
