@@ -1,8 +1,11 @@
-"""The GPU layout and kernels, without a GPU: the NumPy mirror against the packed matrix, and the CUDA text through NVRTC."""
+"""The GPU layout and kernels, without a GPU: the NumPy mirror against the packed matrix, the kernels' text on CPU threads, and its CUDA form
+through NVRTC."""
 
 import ctypes
 import itertools
 import pathlib
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -109,6 +112,113 @@ def test_metal_and_cuda_texts_differ_by_their_dialect_alone():
             cuda = cuda.replace(getattr(description.CUDA, field), getattr(description.METAL, field))
         without_spaces = lambda text: text.replace("device ", "").replace(" ", "")  # noqa: E731
         assert without_spaces(cuda) == without_spaces(metal)
+
+
+# A third dialect: one CPU thread for each lane, ballots by barriers. So the text itself runs, not only its mirror.
+HOST = description.Dialect(
+    name="host",
+    shared="static",
+    device="",
+    lane="host_lane",
+    simdgroup="host_simdgroup",
+    threadgroup="host_threadgroup",
+    ballot="host_ballot(wants)",
+    popcount="__builtin_popcount",
+    barrier="host_barrier()",
+    unroll="",
+)
+
+HOST_PROGRAM = """
+#include <barrier>
+#include <cstdint>
+#include <thread>
+#include <vector>
+{constants}
+using T = float;
+static thread_local uint32_t host_lane, host_simdgroup, host_threadgroup;
+static std::barrier<>* all_lanes;
+static std::barrier<>* simdgroup_lanes[SIMDGROUPS];
+static bool asks[SIMDGROUPS][32];
+static void host_barrier() {{ all_lanes->arrive_and_wait(); }}
+static uint32_t host_ballot(bool wants) {{
+  asks[host_simdgroup][host_lane] = wants;
+  simdgroup_lanes[host_simdgroup]->arrive_and_wait();
+  uint32_t mask = 0;
+  for (int lane = 0; lane < 32; ++lane) mask |= uint32_t(asks[host_simdgroup][lane]) << lane;
+  simdgroup_lanes[host_simdgroup]->arrive_and_wait();
+  return mask;
+}}
+static void kernel({parameters}) {{
+{source}
+}}
+extern "C" void launch(int threadgroups, {parameters}) {{
+  all_lanes = new std::barrier<>(32 * SIMDGROUPS);
+  for (auto& barrier : simdgroup_lanes) barrier = new std::barrier<>(32);
+  for (int block = 0; block < threadgroups; ++block) {{
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 32 * SIMDGROUPS; ++i)
+      threads.emplace_back([=] {{
+        host_lane = i % 32; host_simdgroup = i / 32; host_threadgroup = block;
+        kernel({names});
+      }});
+    for (auto& thread : threads) thread.join();
+  }}
+}}
+"""
+
+
+def run_on_host(folder, kernel: str, coded: layout.DeviceLayout, inputs: dict, output: np.ndarray, **own: int) -> np.ndarray:
+    """Compiles the kernel's text with the C++ compiler and runs it, a thread for each lane."""
+    compiler = shutil.which("c++") or skip("c++", "there is no C++ compiler")
+    buffers = {"lut": coded.table, "starts": coded.strip_starts, "words": coded.words, **inputs}
+    input_names, (output_name,) = description.KERNELS[kernel]
+    types = {"lut": "uint16_t", "starts": "uint32_t", "words": "uint32_t", "packed": "uint32_t", "ids": "int32_t"}
+    parameters = [f"const {types.get(name, 'float')}* {name}" for name in input_names]
+    parameters.append(f"{types.get(output_name, 'float')}* {output_name}")
+    program = HOST_PROGRAM.format(
+        constants="\n".join(f"constexpr int {name} = {value};" for name, value in description.constants(coded, **own)),
+        parameters=", ".join(parameters),
+        names=", ".join([*input_names, output_name]),
+        source=description.source(kernel, HOST),
+    )
+    (folder / "kernel.cpp").write_text(program)
+    library = folder / "kernel.so"
+    command = [compiler, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", str(folder / "kernel.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arrays = [np.ascontiguousarray(buffers[name]) for name in input_names]
+    threadgroups = own.get("IDS", coded.row_tiles)
+    ctypes.CDLL(str(library)).launch(threadgroups, *(ctypes.c_void_p(a.ctypes.data) for a in [*arrays, output]))
+    return output
+
+
+@pytest.mark.parametrize("rows, cols, segment", [(40, 544, 512), (33, 384, 128)])
+def test_kernel_text_decodes_on_the_cpu(rows, cols, segment, tmp_path):
+    packed = packed_matrix(rows, cols)
+    coded = layout.transcode(packed, segment)
+    out = np.full_like(packed, 0xDEADBEEF)
+    assert np.array_equal(run_on_host(tmp_path, "decode", coded, {}, out), packed)
+
+
+def test_kernel_text_looks_rows_up_on_the_cpu(tmp_path):
+    packed = packed_matrix(70, 384)
+    coded = layout.transcode(packed, 128)
+    ids = np.array([69, 0, 33], np.int32)
+    out = np.zeros((3, 48), np.uint32)
+    assert np.array_equal(run_on_host(tmp_path, "decode_rows", coded, {"ids": ids}, out, IDS=3), packed[ids])
+
+
+def test_kernel_text_multiplies_on_the_cpu(tmp_path):
+    rng = np.random.default_rng(2)
+    packed = packed_matrix(40, 320)
+    coded = layout.transcode(packed, 128)
+    scales = rng.normal(0.01, 0.002, (40, 5)).astype(np.float32)
+    biases = (-8 * scales).astype(np.float32)
+    x = rng.standard_normal((2, 320)).astype(np.float32)
+    y = np.full((2, 40), np.nan, np.float32)
+    run_on_host(tmp_path, "gemv", coded, {"scales": scales, "biases": biases, "x": x}, y, GROUP=64, TOKENS=2)
+    expected = mirror.gemv(coded, scales, biases, 64, x)
+    assert np.abs(y - expected).max() < 1e-6 * np.abs(expected).max()
 
 
 def nvrtc_folder() -> pathlib.Path:

@@ -6,8 +6,8 @@ machine without a GPU, and bench/mlx/cuda_check.py) this does the same, so that 
 
 from .description import CUDA, KERNELS, source
 
-# MLX includes its own header here, which brings these two and CUDA's C++ library.
-_HEADER = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cooperative_groups.h>\n"
+# Of what MLX's own header brings, the part that the kernels need.
+_HEADER = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
 
 _TYPES = {
     "lut": "uint16_t",
@@ -25,7 +25,7 @@ def translation_unit(kernel: str, constants: list[tuple[str, int]], dtype: str =
     inputs, outputs = KERNELS[kernel]
     parameters = [f"    const {_TYPES.get(name, FLOATS[dtype])}* {name}" for name in inputs]
     parameters += [f"    {_TYPES.get(name, FLOATS[dtype])}* {name}" for name in outputs]
-    lines = [_HEADER, "namespace mlx::core::cu {", "namespace cg = cooperative_groups;", f'extern "C" __global__ void {kernel}(']
+    lines = [_HEADER, "namespace mlx::core::cu {", f'extern "C" __global__ void {kernel}(']
     lines += [",\n".join(parameters) + ") {"]
     lines += [f"  constexpr int {name} = {value};" for name, value in constants]
     lines += [f"  using T = {FLOATS[dtype]};", source(kernel, CUDA), "}", "}  // namespace mlx::core::cu", ""]
