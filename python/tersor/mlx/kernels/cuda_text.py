@@ -6,8 +6,8 @@ machine without a GPU, and bench/mlx/cuda_check.py) this does the same, so that 
 
 from .description import CUDA, KERNELS, source
 
-# Of what MLX's own header brings, the part that the kernels need.
-_HEADER = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
+# The kernels need half types and fixed-width integers; MLX includes these headers, too (the last brings the integers).
+_HEADER = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cooperative_groups.h>\n"
 
 _TYPES = {
     "lut": "uint16_t",
