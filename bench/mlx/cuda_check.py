@@ -4,8 +4,8 @@
     python3 bench/mlx/cuda_check.py --backend mlx      needs MLX's CUDA wheels: the same text through mx.fast.cuda_kernel
 
 The first compares with NumPy and times beside torch's `_weight_int4pack_mm`, the second compares with and times beside
-`mx.quantized_matmul`. Decoding must be exact. Weights are Gaussian, quantized affinely to 4 bits in groups of 64; timings rotate over copies
-that exceed the level-2 cache. Neither the native module nor the rest of the package is needed. Exit code 1 if a check fails.
+`mx.quantized_matmul`. Decoding must be exact. Weights are Gaussian, quantized affinely to 4 bits in groups of 64; timings rotate
+over copies that exceed the level-2 cache. Neither the native module nor the rest of the package is needed. Exit code 1 if a check fails.
 """
 
 import argparse

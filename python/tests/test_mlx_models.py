@@ -18,7 +18,8 @@ import mlx_lm  # noqa: E402
 import numpy as np  # noqa: E402
 import tersor  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.utils import compute_bits_per_weight, load_model as mlx_load_model  # noqa: E402
+from mlx_lm.utils import compute_bits_per_weight, save_config, save_model  # noqa: E402
+from mlx_lm.utils import load_model as mlx_load_model  # noqa: E402
 from tersor import mlx as tm  # noqa: E402
 from tersor.mlx.load import is_tersor_directory  # noqa: E402
 
@@ -73,7 +74,7 @@ def test_coding_is_lossless_and_near_the_entropy(books_4bit):
     model, _ = tm.load(str(books_4bit), codec="rans-precise")
     assert compute_bits_per_weight(model) < compute_bits_per_weight(plain) - 0.2
     coded_bits = entropy_bits = weights = 0
-    for path, layer in tm.coded_layers(model):
+    for _, layer in tm.coded_layers(model):
         count = layer.matrix.rows * layer.matrix.cols
         coded_bits += 8 * layer.coded.nbytes
         entropy_bits += count * tersor.blob_info(np.array(layer.coded))["entropy_bits"]
@@ -115,6 +116,17 @@ def test_directories_equal_what_they_code(books_f32, books_coded, tmp_path):
     saved = mx.load(str(tmp_path / "weights.safetensors"))
     assert saved.keys() == stored.keys()
     assert all(same(saved[name], stored[name]) for name in stored)
+
+
+def test_mlx_lm_saves_coded_models(books_coded, tmp_path):
+    """What `mlx_lm`'s own writer makes of a coded model loads again."""
+    model, config = tm.load_model(books_coded)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    again, _ = tm.load_model(tmp_path, decode_mode="fused")
+    tokens = mx.array([[17, 4000]])
+    assert len(tm.coded_layers(again)) == len(tm.coded_layers(model))
+    assert same(again(tokens), model(tokens))
 
 
 def test_convert_prints_and_refuses(books_f32, books_coded, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """A coded matrix as the decode modes see it: the blob, its decoding by Rust, and the layouts of devices."""
 
 import copy
-from typing import Callable
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np

@@ -9,7 +9,7 @@ from .statistics import statistics
 
 
 def generate(model, tokenizer, prompt, verbose: bool = False, **kwargs: Any) -> str:
-    """Generates a completion; arguments are those of `mlx_lm.generate`. ``verbose`` prints its statistics and those of the coded weights."""
+    """Generates a completion; arguments are those of `mlx_lm.generate`. ``verbose`` prints its statistics and ours."""
     import mlx_lm
 
     text = mlx_lm.generate(model, tokenizer, prompt, verbose=verbose, **kwargs)

@@ -5,7 +5,7 @@ They are MLX's quantized layers in every respect but one: instead of ``weight`` 
 is still there to read, decoded on demand, because `mlx_lm`'s size tools and LoRA ask for it.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn

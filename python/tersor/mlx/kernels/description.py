@@ -24,7 +24,7 @@ gemv's sums are ordered by column within a segment and by SIMD group after that:
 from dataclasses import dataclass
 from string import Template
 
-from .layout import CODE_BITS_MAX, LANES, REFILL_BELOW, SYMBOLS_PER_REFILL, TABLE_ENTRIES, DeviceLayout
+from .layout import LANES, REFILL_BELOW, SYMBOLS_PER_REFILL, TABLE_ENTRIES, DeviceLayout
 from .mirror import SIMDGROUPS_MAX
 
 KERNELS = {
