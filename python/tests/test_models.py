@@ -96,7 +96,7 @@ def test_bpw_is_what_symbols_and_scales_take():
         ({"scheme": "ecsq", "group_size": 64}, "group_size"),
         ({"scheme": "affine4", "group_size": 48}, "48"),
         ({"scheme": "affine4", "group_size": 128}, "192 columns"),
-        ({"bpw": 0.0001}, ""),
+        ({"bpw": 0.0001}, "out of reach"),
     ],
 )
 def test_quantizers_refuse_by_value_error(arguments, words):

@@ -12,6 +12,7 @@ mod observer;
 mod options;
 mod output;
 mod progress;
+mod sampling;
 
 use std::ffi::OsString;
 
@@ -45,6 +46,7 @@ enum Command {
     Inspect(commands::inspect::Args),
     Verify(commands::verify::Args),
     Generate(commands::generate::Args),
+    Chat(commands::chat::Args),
     Bench(commands::bench::Args),
     Kernels(commands::kernels::Args),
     Eval(commands::eval::Args),
@@ -66,6 +68,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Verify(args) => commands::verify::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Kernels(args) => commands::kernels::run(&args),
         Command::Eval(args) => commands::eval::run(&args),

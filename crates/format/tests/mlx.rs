@@ -104,8 +104,8 @@ fn write_shards(path: &Path) {
         )
         .replace("other", &format!("l{shard}.other"));
         let mut data: Vec<u8> = (0..716).map(|_| random.next() as u8).collect();
-        for half in data[140..172].as_chunks_mut().0.iter_mut().chain(data[684..].as_chunks_mut().0) {
-            *half = random.scale().to_le_bytes();
+        for part in [140..172, 684..716] {
+            data[part].as_chunks_mut().0.iter_mut().for_each(|half| *half = random.scale().to_le_bytes());
         }
         for part in ["norm.weight", "q.scales", "q.biases", "q.weight", "other"] {
             map.insert(format!("l{shard}.{part}"), json!(name));
@@ -184,7 +184,7 @@ fn what_would_not_be_the_same_is_not_written() {
     changed(b"by\":\"hand", b"by\":\"head");
     refused("does not come out as the original was");
     changed(b"[128,140]", b"[128,144]");
-    refused("model-0000");
+    refused("does not fit its 16 bytes");
     changed(b"l1.norm.weight", b"l1.form.weight");
     refused("l1.form.weight");
     changed(b"tersor-original", b"tersor-anything");

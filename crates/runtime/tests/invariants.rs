@@ -71,15 +71,20 @@ fn kernels_open_no_file() {
 }
 
 #[test]
+fn device_layouts_have_no_unsafe_and_know_no_driver() {
+    assert_absent("crates/cuda/src/layout", &["unsafe", "cudarc", "std::fs", "tersor_cpu", "tersor_format"]);
+}
+
+#[test]
 fn only_binaries_read_the_environment_or_print() {
-    for krate in ["codec", "quant", "format", "cpu", "runtime"] {
+    for krate in ["codec", "quant", "format", "cpu", "cuda", "runtime"] {
         assert_absent(&format!("crates/{krate}/src"), &["env::var", "println!", "eprintln!", "print!(", "dbg!"]);
     }
 }
 
 #[test]
 fn arrows_point_down() {
-    let order = ["codec", "quant", "format", "cpu", "runtime", "cli", "python"];
+    let order = ["codec", "quant", "format", "cpu", "cuda", "runtime", "cli", "python"];
     for (level, krate) in order.iter().enumerate() {
         let manifest = fs::read_to_string(workspace().join(format!("crates/{krate}/Cargo.toml"))).unwrap();
         let dependencies = manifest.split("[dev-dependencies]").next().unwrap();

@@ -28,8 +28,8 @@ impl Book {
     pub(super) fn new(ranking: &Ranking, window_bits: u32) -> Self {
         let full = 1usize << window_bits;
         let mut best: Option<(u64, Vec<(u8, u16)>)> = None;
-        // 1/32, 3/64, 1/16, 3/32 .. 3/4 of the codes that there could be; the cost falls, then rises
-        let sizes = (0..10).map(|i| (full * [2, 3][i % 2]) >> (6 - i / 2)).map(|size| size.max(2));
+        // 4/128, 5/128, 6/128, 7/128, 4/64 .. 7/8 of the codes that there could be; the cost falls, then rises
+        let sizes = (0..20).map(|i| (full * (4 + i % 4)) >> (7 - i / 4)).map(|size| size.max(2));
         for size in sizes {
             let lengths = code_lengths(ranking, size, window_bits);
             match &best {

@@ -1,6 +1,6 @@
 //! What the kernels must know of the layouts, as CUDA C++.
 
-use super::{CODE_BITS_MAX, GROUP_WORDS, LANES, RING_GROUPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS};
+use super::{CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS};
 
 /// `constexpr` definitions of the constants that kernels share with this crate, to be put before their source.
 pub fn header() -> String {
@@ -10,10 +10,9 @@ pub fn header() -> String {
         ("SUPERSTEP", SUPERSTEP_COLS, "columns of a superstep"),
         ("SUPERSTEPS_MAX", SUPERSTEPS_MAX, "most supersteps in a tile"),
         ("TILE_COLS_MAX", TILE_COLS_MAX, "most columns of a tile"),
-        ("LANES", LANES, "threads of a warp"),
-        ("GROWS", GROUP_WORDS, "rows of 64 words in a group of the ring"),
-        ("GB", group_bytes, "bytes of a group"),
-        ("GR", RING_GROUPS, "groups that the ring holds"),
+        ("GROUP_ROWS", GROUP_WORDS, "rows of 64 words in a group of the ring"),
+        ("GROUP_BYTES", group_bytes, "bytes of a group"),
+        ("RING_GROUPS", RING_GROUPS, "groups that the ring holds"),
         ("RING_BYTES", (RING_GROUPS + 1) * group_bytes, "bytes of a warp's ring: its first group is stored twice"),
         ("CODE_BITS_MAX", CODE_BITS_MAX as usize, "longest code"),
     ];
@@ -30,8 +29,8 @@ mod tests {
     fn header_states_the_ring() {
         let header = super::header();
         for line in [
-            "constexpr int GROWS = 4;",
-            "constexpr int GB = 1024;",
+            "constexpr int GROUP_ROWS = 4;",
+            "constexpr int GROUP_BYTES = 1024;",
             "constexpr int RING_BYTES = 5120;",
             "constexpr int TILE_COLS_MAX = 4096;",
         ] {

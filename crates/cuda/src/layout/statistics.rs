@@ -29,7 +29,7 @@ impl Statistics {
             let mut statistics = Self { symbols: Histogram::new(), quads: [0; 3].map(|_| vec![0; 1 << 16]) };
             let mut tiles = RowTiles::new(source, geometry);
             for sample in (worker..samples).step_by(workers) {
-                statistics.add(tiles.read(sample * stride));
+                statistics.add(tiles.read((sample * stride + stride / 2).min(geometry.row_tiles() - 1)));
             }
             statistics
         };

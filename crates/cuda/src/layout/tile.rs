@@ -191,3 +191,50 @@ pub(super) fn patched(patch: u32, tile_cols: usize) -> Option<(usize, u16)> {
     let (stream, z) = (lane + quad / 2 % 2 * LANES, quad / 4 * 2 + quad % 2);
     (lane < LANES && z < stream_quads(tile_cols)).then(|| (stream * stream_quads(tile_cols) + z, patch as u16 ^ DEVICE_FLIP))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{Geometry, Stack, Statistics};
+
+    /// FNV-1a of all arrays of a tile, in the order in which the lab's dump has them.
+    fn fingerprint(tile: &Tile) -> u64 {
+        let mut bytes = ((tile.whole_rows | tile.patches.len() << 16) as u32).to_le_bytes().to_vec();
+        bytes.extend(tile.lens.iter().chain([&tile.schedule]).flat_map(|value| value.to_le_bytes()));
+        for words in [&tile.words, &tile.patches] {
+            bytes.extend((words.len() as u32).to_le_bytes());
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        }
+        bytes.extend(&tile.planes);
+        bytes.extend((tile.far.len() as u32).to_le_bytes());
+        bytes.extend(tile.far.as_flattened().iter().flat_map(|value| value.to_le_bytes()));
+        bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    }
+
+    /// The expected values were made by `encode_tile` of bench/cuda/lab/quadlut.cu, compiled for the CPU, from the same symbols and codes.
+    #[test]
+    fn tiles_are_those_of_the_lab_encoder() {
+        for (low_bits, window_bits, copies_log2, coins, tile_cols, expected) in [
+            (0, 14, 0, 5, 4096, 0x253d_fe9d_00ea_f3bau64),
+            (0, 12, 2, 5, 2048, 0xffeb_3e7e_5b89_5f07),
+            (1, 13, 1, 14, 1024, 0x2801_5a39_ac9a_a55e),
+            (2, 14, 0, 39, 4096, 0x5d6a_31ee_09c3_ad29),
+        ] {
+            // binomial symbols of variance coins / 4, now and then a hundred times as large
+            let mut state = 1u64;
+            let symbols: Vec<i16> = (0..16 * tile_cols)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let heads = (state >> (64 - coins)).count_ones() as i16 - coins as i16 / 2;
+                    if state >> 12 & 1023 == 0 { heads * 100 } else { heads }
+                })
+                .collect();
+            let stack = Stack::new(tile_cols, &[&symbols]).unwrap();
+            let statistics = Statistics::sample(&stack, Geometry::new(16, tile_cols).unwrap(), 1);
+            let book = Book::new(&statistics.ranking(low_bits), window_bits);
+            let params = QuadParams { low_bits, window_bits, copies_log2 };
+            let tile = TileEncoder::new(&book, params, tile_cols).encode(&symbols, tile_cols, 0).unwrap();
+            assert_eq!(fingerprint(&tile), expected, "{params:?}, {tile_cols} columns");
+        }
+    }
+}

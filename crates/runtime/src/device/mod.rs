@@ -3,6 +3,7 @@
 //! On the CPU a strategy is a [`Weights`](crate::model::weights::Weights) under the common forward pass. Another backend runs the whole pass itself:
 //! it is a [`Runner`] of its own, which takes norms and biases from the [`Model`].
 
+mod cuda;
 mod kernels;
 
 pub use kernels::{KernelReport, KernelRequest, KernelRow, kernels};
@@ -94,7 +95,8 @@ pub struct DeviceInfo {
 /// The devices of this machine beside the CPU; none where there is no driver.
 #[must_use]
 pub fn list() -> Vec<DeviceInfo> {
-    Vec::new()
+    let gpu = |(index, name, memory_bytes)| DeviceInfo { device: Device::Cuda(index), name, memory_bytes };
+    cuda::list().into_iter().map(gpu).collect()
 }
 
 /// What is known of a GPU.
@@ -114,7 +116,7 @@ pub fn info(index: usize) -> Result<DeviceInfo, OpenError> {
 pub fn open(dir: ModelDir, model: Model, device: Device, strategy: Strategy, options: &Options) -> Result<Box<dyn Runner>, OpenError> {
     match device {
         Device::Cpu => Ok(Box::new(CpuRunner::new(model, residency::open(dir, strategy, options)?, KV_PRECISION))),
-        Device::Cuda(index) => Err(no_cuda(index)),
+        Device::Cuda(index) => cuda::open(&dir, &model, index, strategy, options),
     }
 }
 

@@ -76,7 +76,7 @@ impl Continuation<'_> {
 #[derive(Debug)]
 pub struct Model {
     config: Config,
-    layers: Vec<Layer>,
+    layers: Vec<LayerVectors>,
     final_norm: Vec<f32>,
     /// Radians per position, (head_dim / 2,).
     frequencies: Vec<f64>,
@@ -87,15 +87,15 @@ pub struct Model {
 
 /// The vectors of one layer, in f32.
 #[derive(Debug)]
-struct Layer {
+pub(crate) struct LayerVectors {
     /// Before attention, (hidden,).
-    input_norm: Vec<f32>,
+    pub input_norm: Vec<f32>,
     /// Before the feed-forward block, (hidden,).
-    post_norm: Vec<f32>,
+    pub post_norm: Vec<f32>,
     /// q, k, v, o; empty where there is none.
-    biases: [Vec<f32>; 4],
+    pub biases: [Vec<f32>; 4],
     /// q and k, (head_dim,) each.
-    head_norms: Option<[Vec<f32>; 2]>,
+    pub head_norms: Option<[Vec<f32>; 2]>,
 }
 
 /// Activations of one slice; `tokens` is the slice's.
@@ -147,7 +147,7 @@ impl Model {
         for linear in names::linears(&config) {
             super::find(dir, &linear.name, &[linear.rows, linear.cols])?;
         }
-        let layers = (0..config.layers).map(|layer| Layer::load(dir, &config, layer)).collect::<Result<_, _>>()?;
+        let layers = (0..config.layers).map(|layer| LayerVectors::load(dir, &config, layer)).collect::<Result<_, _>>()?;
         let final_norm = vector(dir, names::FINAL_NORM, config.hidden)?;
         let frequencies = config.rope_frequencies();
         Ok(Self { config, layers, final_norm, frequencies, buffers: Buffers::default(), logits: Vec::new() })
@@ -159,6 +159,21 @@ impl Model {
         &self.config
     }
 
+    /// Norms and biases, layer by layer, for backends that keep their own.
+    pub(crate) fn layers(&self) -> &[LayerVectors] {
+        &self.layers
+    }
+
+    /// Weight of the norm before the head, (hidden,).
+    pub(crate) fn final_norm(&self) -> &[f32] {
+        &self.final_norm
+    }
+
+    /// Rotary frequencies, radians per position, (head_dim / 2,).
+    pub(crate) fn frequencies(&self) -> &[f64] {
+        &self.frequencies
+    }
+
     /// Bytes of norms, biases and activation buffers for `tokens` tokens a pass: what the model itself adds to a memory
     /// budget.
     #[must_use]
@@ -168,7 +183,7 @@ impl Model {
         let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let a_token = 3 * c.hidden + 2 * queries + 2 * keys + 2 * c.ffn + c.head_dim;
         let logits = tokens.min(HEAD_TOKENS_MAX) * c.vocab;
-        let a_layer = |layer: &Layer| {
+        let a_layer = |layer: &LayerVectors| {
             let biases = layer.biases.iter().map(Vec::len).sum::<usize>();
             2 * c.hidden + biases + layer.head_norms.as_ref().map_or(0, |_| 2 * c.head_dim)
         };
@@ -361,7 +376,7 @@ impl Model {
     }
 }
 
-impl Layer {
+impl LayerVectors {
     fn load(dir: &ModelDir, c: &Config, layer: usize) -> Result<Self, ModelError> {
         let read = |part: &str, len| vector(dir, &names::in_layer(layer, part), len);
         let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);

@@ -23,7 +23,7 @@ mod held;
 mod lru;
 mod prefetch;
 pub mod profile;
-mod set;
+pub(crate) mod set;
 
 pub use auto::{Choice, Plan, PlanRow};
 pub use budget::Footprint;

@@ -21,7 +21,7 @@ const FETCHED_AHEAD: usize = 4;
 
 /// One matrix as it is stored.
 #[derive(Clone, Debug)]
-pub(super) struct Linear {
+pub(crate) struct Linear {
     pub id: LinearId,
     /// Name of its tensor, as the model calls it.
     pub name: String,
@@ -30,7 +30,7 @@ pub(super) struct Linear {
 
 /// The stored form.
 #[derive(Clone, Debug)]
-pub(super) enum Source {
+pub(crate) enum Source {
     /// Entropy coded, with scales as the kernels read them.
     Coded { tensor: CodedTensor, scales: KernelScales },
     /// Float elements in the mapped file; multiplied as they are.
@@ -39,7 +39,7 @@ pub(super) enum Source {
 
 /// A matrix of F32, BF16 or F16.
 #[derive(Clone, Debug)]
-pub(super) struct RawMatrix {
+pub(crate) struct RawMatrix {
     tensor: RawTensor,
     dtype: DenseType,
 }
@@ -139,7 +139,7 @@ fn table_bytes(table: &Table) -> u64 {
 
 /// All matrices of a model, in the order of `names::linears`: embedding, layers, head (unless tied).
 #[derive(Debug)]
-pub(super) struct TensorSet {
+pub(crate) struct TensorSet {
     pub linears: Vec<Linear>,
     pub index: Index,
     /// Norms and biases as f32.
@@ -148,7 +148,7 @@ pub(super) struct TensorSet {
 
 /// Where a matrix is found among a model's matrices.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Index {
+pub(crate) struct Index {
     pub layers: usize,
     pub tied: bool,
 }
@@ -273,7 +273,7 @@ fn open_linear(dir: &ModelDir, info: LinearInfo) -> Result<Linear, OpenError> {
 /// right after the check of a tensor, while its bytes are still in the cache.
 ///
 /// The error is that of the first bad tensor in the order of names, whatever the number of threads: damage does not end the sweep.
-pub(super) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync)) -> Result<(), OpenError> {
+pub(crate) fn verify(dir: &ModelDir, pool: &Pool, then: &(dyn Fn(&str) -> Result<(), OpenError> + Sync)) -> Result<(), OpenError> {
     let mut tensors: Vec<(&str, &Tensor)> = dir.tensors().collect();
     tensors.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.bytes()));
     let failures: Mutex<Vec<(&str, OpenError)>> = Mutex::new(Vec::new());

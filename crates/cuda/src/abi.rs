@@ -1,0 +1,168 @@
+//! Argument structures of the kernels, field for field as `kernels/common.cuh`, `kernels/rans.cu` and `kernels/ops.cu` declare them. Addresses
+//! are on the device. A test compares the sizes with what the CUDA compiler says.
+
+/// `Quad`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Quad {
+    pub words: u64,
+    pub head: u64,
+    pub lens: u64,
+    pub sched: u64,
+    pub far_off: u64,
+    pub far: u64,
+    pub patch_off: u64,
+    pub patches: u64,
+    pub planes: u64,
+    pub table: u64,
+    pub table_bytes: u32,
+    pub mask: u32,
+    pub lane_mask: u32,
+    pub magic: u32,
+    pub row_tiles: i32,
+    pub segs: i32,
+    pub tc: i32,
+    pub n: i32,
+    pub k: i32,
+    pub one: i32,
+    pub block_segs: i32,
+    pub unused: i32,
+}
+
+/// `Plain`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plain {
+    pub nibbles: u64,
+    pub planes: u64,
+    pub far_off: u64,
+    pub far: u64,
+    pub row_tiles: i32,
+    pub segs: i32,
+    pub tc: i32,
+    pub n: i32,
+    pub k: i32,
+    pub split: i32,
+}
+
+/// `Act`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Act {
+    pub frag: u64,
+    pub q: u64,
+    pub info: u64,
+}
+
+/// `Sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sums {
+    pub part: u64,
+    pub unit: u64,
+    pub scale: u64,
+    pub bias: u64,
+    pub parts: i32,
+    pub n: i32,
+}
+
+/// `Prepare`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prepare {
+    pub x: u64,
+    pub weight: u64,
+    pub rows: u64,
+    pub add: Sums,
+    pub frag: u64,
+    pub q: u64,
+    pub info: u64,
+    pub unit: u64,
+    pub eps: f32,
+    pub cols: i32,
+    pub k: i32,
+    pub tokens: i32,
+    pub nt: i32,
+    pub up_row: i32,
+}
+
+/// `Place`: where a token's keys and values are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Address of the keys, f16, (layers, kv_heads, capacity, head_dim).
+    pub keys: u64,
+    /// Address of the values, likewise.
+    pub values: u64,
+    /// Position of the token.
+    pub position: u32,
+    /// Positions of the cache.
+    pub capacity: u32,
+}
+
+/// `Rope`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rope {
+    pub sums: Sums,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub turn: u64,
+    pub places: u64,
+    pub q: u64,
+    pub eps: f32,
+    pub layer: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub k_row: i32,
+    pub v_row: i32,
+}
+
+/// `Attention`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attention {
+    pub q: u64,
+    pub places: u64,
+    pub out: u64,
+    pub scale: f32,
+    pub layer: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub window: i32,
+}
+
+/// `RansChunk`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RansChunk {
+    pub offset: u64,
+    pub words: u32,
+    pub escapes: u32,
+    pub row_tile: u32,
+    pub row_tiles: u32,
+}
+
+/// `RansJob`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RansJob {
+    pub payload: u64,
+    pub chunks: u64,
+    pub table: u64,
+    pub nibbles: u64,
+    pub planes: u64,
+    pub far: u64,
+    pub far_count: u64,
+    pub status: u64,
+    pub chunk_count: u32,
+    pub prob_bits: u32,
+    pub col_steps: u32,
+    pub row_tiles: u32,
+    pub tc: u32,
+    pub r: u32,
+    pub far_capacity: u32,
+    pub first_chunk: u32,
+}

@@ -1,0 +1,565 @@
+//! The kernels of a device and their launches: shapes, shared memory, order.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::abi::{self, Place};
+use crate::compile::{self, SOURCES};
+use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
+use crate::layout::{self, SUPERSTEP_COLS};
+use crate::matrix::{Form, PlainAt, QuadAt};
+use crate::{CudaError, layout::Geometry};
+
+/// Warps of a block of `quad`: its launch bound.
+const QUAD_WARPS_MAX: usize = 28;
+/// Warps of a block of `plain`.
+const PLAIN_WARPS: usize = 4;
+/// Warps on a multiprocessor that keep its memory busy in `plain`.
+const PLAIN_WARPS_WANTED: usize = 12;
+/// Fewest supersteps of a run of columns when tiles of `plain` are split.
+const SPLIT_SUPERSTEPS_MIN: usize = 4;
+/// Threads of the large kernels between products.
+const OPS_THREADS: usize = 512;
+/// Blocks of a cluster that take a token together in `prepare`, from compute capability 9.0 on: the largest that every GPU allows.
+const CLUSTER: usize = 8;
+/// Largest head that `attention` was made for.
+pub const HEAD_DIM_MAX: usize = 256;
+
+/// All kernels, loaded.
+#[derive(Debug)]
+pub struct Kernels {
+    device: Arc<Device>,
+    _modules: [Module; 4],
+    /// (low bits, batch of 1, 8, 16)
+    quad: [[Function; 3]; 3],
+    quad_store: Function,
+    /// (low bits, batch of 1, 8, 16, 32)
+    plain: [[Function; 4]; 3],
+    pub(crate) rans_decode: Function,
+    prepare_norm: Function,
+    prepare_copy: Function,
+    prepare_silu: Function,
+    rope: Function,
+    attention: [Function; 3],
+    logits: Function,
+}
+
+impl Kernels {
+    /// Compiles and loads all kernels; machine code is kept in `cache`.
+    ///
+    /// # Errors
+    /// Kernels that do not compile or load.
+    pub fn load(device: &Arc<Device>, cache: Option<&Path>) -> Result<Self, CudaError> {
+        // The compiler takes seconds for each file, on one core.
+        let mut modules = std::thread::scope(|scope| {
+            let workers = SOURCES.each_ref().map(|source| scope.spawn(move || compile::load(device, source, cache)));
+            workers.map(|worker| {
+                worker.join().unwrap_or(Err(CudaError::Call { call: "compiling", cause: "the compiler's thread panicked".into() }))
+            })
+        })
+        .into_iter();
+        let mut next = || modules.next().expect("one for each source");
+        let modules = [next()?, next()?, next()?, next()?];
+        let [quad, plain, rans, ops] = &modules;
+        let of = |names: [[&'static str; 4]; 3]| -> Result<_, CudaError> {
+            let row = |names: [&'static str; 4]| -> Result<[Function; 4], CudaError> {
+                Ok([plain.function(names[0])?, plain.function(names[1])?, plain.function(names[2])?, plain.function(names[3])?])
+            };
+            Ok([row(names[0])?, row(names[1])?, row(names[2])?])
+        };
+        let of_quad = |names: [[&'static str; 3]; 3]| -> Result<_, CudaError> {
+            let row = |names: [&'static str; 3]| -> Result<[Function; 3], CudaError> {
+                Ok([quad.function(names[0])?, quad.function(names[1])?, quad.function(names[2])?])
+            };
+            Ok([row(names[0])?, row(names[1])?, row(names[2])?])
+        };
+        Ok(Self {
+            quad: of_quad([
+                ["quad_r0_t1", "quad_r0_t8", "quad_r0_t16"],
+                ["quad_r1_t1", "quad_r1_t8", "quad_r1_t16"],
+                ["quad_r2_t1", "quad_r2_t8", "quad_r2_t16"],
+            ])?,
+            quad_store: quad.function("quad_store")?,
+            plain: of([
+                ["plain_r0_t1", "plain_r0_t8", "plain_r0_t16", "plain_r0_t32"],
+                ["plain_r1_t1", "plain_r1_t8", "plain_r1_t16", "plain_r1_t32"],
+                ["plain_r2_t1", "plain_r2_t8", "plain_r2_t16", "plain_r2_t32"],
+            ])?,
+            rans_decode: rans.function("rans_decode")?,
+            prepare_norm: ops.function("prepare_norm")?,
+            prepare_copy: ops.function("prepare_copy")?,
+            prepare_silu: ops.function("prepare_silu")?,
+            rope: ops.function("rope")?,
+            attention: [ops.function("attention_64")?, ops.function("attention_128")?, ops.function("attention_256")?],
+            logits: ops.function("logits")?,
+            device: Arc::clone(device),
+            _modules: modules,
+        })
+    }
+
+    /// The GPU.
+    #[must_use]
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The widest tiles that still give every multiprocessor enough warps, for a matrix that is to be multiplied on this device. Tiles of fewer than 8
+    /// supersteps would leave streams of the quad layout shorter than the ring's first groups.
+    ///
+    /// # Errors
+    /// [`CudaError::Unsupported`] for an empty or too large matrix.
+    pub fn geometry(&self, rows: usize, cols: usize) -> Result<Geometry, CudaError> {
+        let wanted = self.device.properties().multiprocessors as usize * QUAD_WARPS_MAX / 2;
+        let of = |supersteps: usize| {
+            Geometry::with_supersteps_max(rows, cols, supersteps).map_err(|e| CudaError::Unsupported { what: e.to_string() })
+        };
+        let mut geometry = of(layout::SUPERSTEPS_MAX)?;
+        let mut supersteps = geometry.supersteps();
+        while geometry.tiles() < wanted && supersteps >= 16 {
+            supersteps = supersteps.div_ceil(2);
+            geometry = of(supersteps)?;
+        }
+        Ok(geometry)
+    }
+
+    fn clusters(&self) -> bool {
+        self.device.properties().capability.0 >= 9
+    }
+}
+
+/// Sums that a product leaves: (tokens, parts, n) exact integers, which the next kernel makes numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct SumsAt<'a> {
+    /// The sums.
+    pub part: &'a Buffer,
+    /// Units of the activations, (tokens).
+    pub unit: &'a Buffer,
+    /// Scales of the rows, (n).
+    pub scale: &'a Buffer,
+    /// Biases of the rows, (n).
+    pub bias: Option<&'a Buffer>,
+    /// Partial sums of a row.
+    pub parts: usize,
+    /// Rows of the matrix, padded.
+    pub n: usize,
+}
+
+impl SumsAt<'_> {
+    fn args(&self) -> abi::Sums {
+        abi::Sums {
+            part: self.part.address(),
+            unit: self.unit.address(),
+            scale: self.scale.address(),
+            bias: self.bias.map_or(0, Buffer::address),
+            parts: self.parts as i32,
+            n: self.n as i32,
+        }
+    }
+}
+
+const NO_SUMS: abi::Sums = abi::Sums { part: 0, unit: 0, scale: 0, bias: 0, parts: 0, n: 0 };
+
+/// Room for the activations of a matrix's products, as the kernels read them.
+#[derive(Debug)]
+pub struct Activations {
+    frag: Buffer,
+    q: Buffer,
+    info: Buffer,
+    unit: Buffer,
+    tokens_max: usize,
+    cols_max: usize,
+}
+
+impl Activations {
+    /// For `tokens` tokens (rounded up to 32) of `cols` padded columns.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Arc<Device>, tokens: usize, cols: usize) -> Result<Self, CudaError> {
+        let tokens = if tokens > 1 { tokens.next_multiple_of(32) } else { 1 };
+        let room = |bytes| device.allocate(bytes, "activations");
+        Ok(Self {
+            frag: room(2 * tokens * cols)?,
+            q: room(tokens * cols)?,
+            info: room(tokens * cols / SUPERSTEP_COLS * 8)?,
+            unit: room(tokens * 4)?,
+            tokens_max: tokens,
+            cols_max: cols,
+        })
+    }
+
+    /// What was prepared for `tokens` tokens of `cols` padded columns, for checks: q (tokens, cols); {m, 128 * sum of even columns' q} (tokens, cols / 128);
+    /// unit (tokens).
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn download(&self, tokens: usize, cols: usize) -> Result<(Vec<i8>, Vec<[i32; 2]>, Vec<f32>), CudaError> {
+        let info: Vec<i32> = self.info.read(0, tokens * cols / SUPERSTEP_COLS * 2)?;
+        Ok((self.q.read(0, tokens * cols)?, info.as_chunks().0.to_vec(), self.unit.read(0, tokens)?))
+    }
+
+    /// Units of the tokens.
+    #[must_use]
+    pub fn unit(&self) -> &Buffer {
+        &self.unit
+    }
+
+    /// Bytes on the device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.frag.bytes() + self.q.bytes() + self.info.bytes() + self.unit.bytes()
+    }
+}
+
+/// What `prepare` makes int8 activations of.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// The RMS norm of the residual stream `x`, (tokens, cols), after `add` was added to it. `rows`: which rows of `x` and `add` are the tokens.
+    Norm {
+        /// Residual stream.
+        x: &'a Buffer,
+        /// Weight of the norm, (cols).
+        weight: &'a Buffer,
+        /// Epsilon of the norm.
+        eps: f32,
+        /// What a product adds to the stream.
+        add: Option<SumsAt<'a>>,
+        /// (tokens) u32
+        rows: Option<&'a Buffer>,
+    },
+    /// Floats, (tokens, cols).
+    Copy(&'a Buffer),
+    /// silu(gate) * up; rows of up begin at `up_row`.
+    Silu {
+        /// Sums of gate and up.
+        sums: SumsAt<'a>,
+        /// First row of up.
+        up_row: usize,
+    },
+}
+
+/// Heads of an attention layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Length of a head, even.
+    pub head_dim: usize,
+    /// First row of k among the stacked rows of q, k and v.
+    pub k_row: usize,
+    /// First row of v.
+    pub v_row: usize,
+}
+
+/// Launches kernels of one forward pass on the compute stream, each allowed to begin while the one before it ends.
+#[derive(Debug)]
+pub struct Queue<'a> {
+    kernels: &'a Kernels,
+    /// The last thing on the stream is a kernel of this queue.
+    after_kernel: bool,
+}
+
+macro_rules! launch {
+    ($queue:expr, $function:expr, $shape:expr, $stream:expr, $($arg:expr),+) => {{
+        let mut args = [$((&raw mut $arg).cast()),+];
+        // SAFETY: the arguments are those of the kernel (abi.rs), and the shapes were computed for the buffers they point to.
+        unsafe { $queue.kernels.device.launch($function, $shape, $stream, &mut args) }
+    }};
+}
+
+impl<'a> Queue<'a> {
+    /// A queue after work of other kinds.
+    #[must_use]
+    pub fn new(kernels: &'a Kernels) -> Self {
+        Self { kernels, after_kernel: false }
+    }
+
+    /// Says that something else was put on the stream: the next kernel begins after all of it.
+    pub fn interrupted(&mut self) {
+        self.after_kernel = false;
+    }
+
+    fn shape(&mut self, grid: (usize, usize), threads: usize, shared_bytes: usize, cluster: usize) -> Shape {
+        let programmatic = self.after_kernel && self.kernels.clusters();
+        self.after_kernel = true;
+        Shape {
+            grid: (grid.0 as u32, grid.1 as u32),
+            threads: threads as u32,
+            shared_bytes: shared_bytes as u32,
+            cluster: cluster as u32,
+            programmatic,
+        }
+    }
+
+    /// int8 activations of `tokens` tokens, of `cols` columns, for products with `form`.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If `out` has too little room.
+    pub fn prepare(&mut self, input: Input<'_>, out: &Activations, tokens: usize, cols: usize, form: &Form<'_>) -> Result<(), CudaError> {
+        let (k, nt) = (form.geometry().padded_cols(), form.batch(tokens));
+        let padded_tokens = tokens.next_multiple_of(nt);
+        assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
+        let supersteps = k / SUPERSTEP_COLS;
+        let cluster = if self.kernels.clusters() { CLUSTER.min(supersteps) } else { 1 };
+        let threads = (supersteps.div_ceil(cluster) * 16).next_multiple_of(32).min(OPS_THREADS);
+        let passes = supersteps.div_ceil(threads / 16 * cluster);
+        let mut args = abi::Prepare {
+            x: 0,
+            weight: 0,
+            rows: 0,
+            add: NO_SUMS,
+            frag: out.frag.address(),
+            q: out.q.address(),
+            info: out.info.address(),
+            unit: out.unit.address(),
+            eps: 0.0,
+            cols: cols as i32,
+            k: k as i32,
+            tokens: tokens as i32,
+            nt: nt as i32,
+            up_row: 0,
+        };
+        let function = match input {
+            Input::Norm { x, weight, eps, add, rows } => {
+                (args.x, args.weight, args.eps) = (x.address(), weight.address(), eps);
+                args.add = add.map_or(NO_SUMS, |add| add.args());
+                args.rows = rows.map_or(0, Buffer::address);
+                &self.kernels.prepare_norm
+            }
+            Input::Copy(x) => {
+                args.x = x.address();
+                &self.kernels.prepare_copy
+            }
+            Input::Silu { sums, up_row } => {
+                (args.add, args.up_row) = (sums.args(), up_row as i32);
+                &self.kernels.prepare_silu
+            }
+        };
+        let shared = passes * threads * 8 * size_of::<f32>();
+        if shared > function.shared_bytes as usize {
+            return Err(CudaError::Unsupported { what: format!("a matrix of {cols} columns") });
+        }
+        let shape = self.shape((cluster, padded_tokens), threads, shared, cluster);
+        launch!(self, function, shape, Stream::Compute, args)
+    }
+
+    /// Multiplies a matrix by `tokens` prepared tokens; `part` gets the sums. Returns the number of partial sums of a row.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If `part` has too little room.
+    pub fn product(&mut self, form: &Form<'_>, activations: &Activations, tokens: usize, part: &Buffer) -> Result<usize, CudaError> {
+        let g = form.geometry();
+        let nt = form.batch(tokens);
+        let parts = parts_of(self.kernels, form, tokens);
+        let batches = tokens.div_ceil(nt);
+        let stride = nt * parts * g.padded_rows() * size_of::<i64>();
+        assert!(batches * stride <= part.bytes(), "room for the sums");
+        let r = form.low_bits() as usize;
+        for batch in 0..batches {
+            let first = batch * nt;
+            let mut act = abi::Act {
+                frag: activations.frag.address() + (first * g.padded_cols() * if nt == 1 { 2 } else { 1 }) as u64,
+                q: activations.q.address() + (first * g.padded_cols()) as u64,
+                info: activations.info.address() + (first * g.padded_cols() / SUPERSTEP_COLS * 8) as u64,
+            };
+            let mut out = part.address() + (batch * stride) as u64;
+            match form {
+                Form::Quad(quad) => {
+                    let index = [1, 8, 16].iter().position(|&n| n == nt).expect("a batch of this form");
+                    let function = &self.kernels.quad[r][index];
+                    let (blocks, warps, block_segs, shared) = quad_shape(self.kernels, quad, nt, function.shared_bytes as usize)?;
+                    let mut args = quad.args(block_segs);
+                    let shape = self.shape((blocks, 1), warps * 32, shared, 1);
+                    launch!(self, function, shape, Stream::Compute, args, act, out)?;
+                }
+                Form::Plain(plain) => {
+                    let index = [1, 8, 16, 32].iter().position(|&n| n == nt).expect("a batch of this form");
+                    let mut args = plain.args(parts / g.segs());
+                    let shape = self.shape(((g.row_tiles() * parts).div_ceil(PLAIN_WARPS), 1), PLAIN_WARPS * 32, 0, 1);
+                    launch!(self, &self.kernels.plain[r][index], shape, Stream::Compute, args, act, out)?;
+                }
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Decodes a coded matrix to nibbles, on either stream.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn decode(&mut self, quad: &QuadAt<'_>, to: &PlainAt<'_>, stream: Stream) -> Result<(), CudaError> {
+        let function = &self.kernels.quad_store;
+        let (blocks, warps, block_segs, shared) = store_shape(self.kernels, quad, function.shared_bytes as usize)?;
+        let mut args = quad.args(block_segs);
+        let mut out = to.nibbles();
+        let mut shape =
+            Shape { grid: (blocks as u32, 1), threads: warps as u32 * 32, shared_bytes: shared as u32, cluster: 1, programmatic: false };
+        if stream == Stream::Compute {
+            shape = self.shape((blocks, 1), warps * 32, shared, 1);
+        }
+        launch!(self, function, shape, stream, args, out)
+    }
+
+    /// Norms and turns q and k of `tokens` tokens, and keeps k and v where `places` says. `q` becomes (tokens, heads, head_dim).
+    ///
+    /// # Errors
+    /// The driver's.
+    #[allow(clippy::too_many_arguments)] // They are the kernel's.
+    pub fn rope(
+        &mut self,
+        sums: SumsAt<'_>,
+        norms: Option<[&Buffer; 2]>,
+        eps: f32,
+        heads: Heads,
+        layer: usize,
+        tokens: usize,
+        turn: (&Buffer, usize),
+        places: (&Buffer, usize),
+        q: &Buffer,
+    ) -> Result<(), CudaError> {
+        let mut args = abi::Rope {
+            sums: sums.args(),
+            q_norm: norms.map_or(0, |n| n[0].address()),
+            k_norm: norms.map_or(0, |n| n[1].address()),
+            turn: turn.0.address() + turn.1 as u64,
+            places: places.0.address() + places.1 as u64,
+            q: q.address(),
+            eps,
+            layer: layer as i32,
+            heads: heads.heads as i32,
+            kv_heads: heads.kv_heads as i32,
+            head_dim: heads.head_dim as i32,
+            k_row: heads.k_row as i32,
+            v_row: heads.v_row as i32,
+        };
+        assert!(
+            places.1 + tokens * size_of::<Place>() <= places.0.bytes() && q.bytes() >= tokens * heads.heads * heads.head_dim * 4,
+            "room for the tokens"
+        );
+        let shape = self.shape((heads.heads + 2 * heads.kv_heads, tokens), (heads.head_dim / 2).next_multiple_of(32), 0, 1);
+        launch!(self, &self.kernels.rope, shape, Stream::Compute, args)
+    }
+
+    /// Attention of `tokens` tokens over the keys and values where `places` says. `out`: (tokens, heads, head_dim).
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn attention(
+        &mut self,
+        q: &Buffer,
+        heads: Heads,
+        layer: usize,
+        window: Option<usize>,
+        tokens: usize,
+        places: (&Buffer, usize),
+        out: &Buffer,
+    ) -> Result<(), CudaError> {
+        let index = [64, 128, HEAD_DIM_MAX].iter().position(|&dim| heads.head_dim <= dim);
+        let Some(index) = index else { return Err(CudaError::Unsupported { what: format!("a head of {} numbers", heads.head_dim) }) };
+        let mut args = abi::Attention {
+            q: q.address(),
+            places: places.0.address() + places.1 as u64,
+            out: out.address(),
+            scale: 1.0 / (heads.head_dim as f32).sqrt(),
+            layer: layer as i32,
+            heads: heads.heads as i32,
+            kv_heads: heads.kv_heads as i32,
+            head_dim: heads.head_dim as i32,
+            window: window.map_or(0, |w| w.min(i32::MAX as usize) as i32),
+        };
+        assert!(out.bytes() >= tokens * heads.heads * heads.head_dim * 4, "room for the tokens");
+        let shape = self.shape((heads.heads, tokens), 256, 0, 1);
+        launch!(self, &self.kernels.attention[index], shape, Stream::Compute, args)
+    }
+
+    /// The first `rows` rows of sums as numbers, (tokens, rows).
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn logits(&mut self, sums: SumsAt<'_>, tokens: usize, rows: usize, out: &Buffer) -> Result<(), CudaError> {
+        assert!(out.bytes() >= tokens * rows * 4, "room for the logits");
+        let (mut args, mut address, mut count) = (sums.args(), out.address(), rows as i32);
+        let shape = self.shape((rows.div_ceil(256), tokens), 256, 0, 1);
+        launch!(self, &self.kernels.logits, shape, Stream::Compute, args, address, count)
+    }
+}
+
+/// Partial sums of a row in a product of `tokens` tokens.
+#[must_use]
+pub fn parts_of(kernels: &Kernels, form: &Form<'_>, tokens: usize) -> usize {
+    let g = form.geometry();
+    match form {
+        Form::Quad(_) => g.segs(),
+        Form::Plain(_) => g.segs() * plain_split(kernels.device.properties().multiprocessors as usize, g, tokens),
+    }
+}
+
+/// Into how many runs of columns a tile is split: the fewest that give every multiprocessor enough warps. Many tokens make work enough.
+fn plain_split(multiprocessors: usize, g: &Geometry, tokens: usize) -> usize {
+    if tokens > 8 {
+        return 1;
+    }
+    let supersteps = g.supersteps();
+    let divisors = (1..=supersteps).filter(|d| supersteps.is_multiple_of(*d) && (*d == 1 || supersteps / d >= SPLIT_SUPERSTEPS_MIN));
+    let mut best = 1;
+    for split in divisors {
+        best = split;
+        if g.tiles() * split >= multiprocessors * PLAIN_WARPS_WANTED {
+            break;
+        }
+    }
+    best
+}
+
+/// Blocks, warps of a block, column segments of a block, shared memory of `quad_r*_t{nt}`.
+fn quad_shape(kernels: &Kernels, quad: &QuadAt<'_>, nt: usize, shared_max: usize) -> Result<(usize, usize, usize, usize), CudaError> {
+    let g = quad.places.geometry();
+    let multiprocessors = kernels.device.properties().multiprocessors as usize;
+    let rings = |warps: usize| 128 + (warps * 64).next_multiple_of(128) + warps * ring_bytes();
+    let table = quad.args(1).table_bytes as usize;
+    let x = |segs: usize| g.tile_cols() * if nt == 1 { 2 } else { nt } * segs + (g.supersteps() * 8 * nt * segs).next_multiple_of(128);
+    let segs_of = |warps: usize| {
+        let rt = g.row_tiles();
+        if nt > 1 || rt.is_multiple_of(warps) { 1 } else { g.segs().min((warps + rt - 2) / rt + 1) }
+    };
+    let shared = |warps: usize| table + x(segs_of(warps)) + rings(warps);
+    let fit = (1..=QUAD_WARPS_MAX).rev().find(|&warps| shared(warps) <= shared_max);
+    let Some(most) = fit else {
+        return Err(CudaError::Unsupported { what: format!("a coding table of {table} bytes in {shared_max} bytes of shared memory") });
+    };
+    let tasks = if nt == 1 { g.tiles() } else { g.row_tiles() };
+    let lanes_of_blocks = if nt == 1 { multiprocessors } else { multiprocessors.div_ceil(g.segs()) };
+    let waves = tasks.div_ceil(most * lanes_of_blocks);
+    let even = tasks.div_ceil(waves * lanes_of_blocks).clamp(1, most);
+    // Rounding may touch one segment more than the largest block did.
+    let warps = (1..=even).rev().find(|&warps| shared(warps) <= shared_max).unwrap_or(1);
+    let blocks = if nt == 1 { tasks.div_ceil(warps) } else { g.segs() * tasks.div_ceil(warps) };
+    Ok((blocks, warps, segs_of(warps), shared(warps)))
+}
+
+/// As [`quad_shape`], for `quad_store`, which needs no activations.
+fn store_shape(kernels: &Kernels, quad: &QuadAt<'_>, shared_max: usize) -> Result<(usize, usize, usize, usize), CudaError> {
+    let g = quad.places.geometry();
+    let table = quad.args(1).table_bytes as usize;
+    let shared = |warps: usize| table + 128 + (warps * 64).next_multiple_of(128) + warps * ring_bytes();
+    let Some(most) = (1..=QUAD_WARPS_MAX).rev().find(|&warps| shared(warps) <= shared_max) else {
+        return Err(CudaError::Unsupported { what: format!("a coding table of {table} bytes in {shared_max} bytes of shared memory") });
+    };
+    let multiprocessors = kernels.device.properties().multiprocessors as usize;
+    let waves = g.tiles().div_ceil(most * multiprocessors);
+    let warps = g.tiles().div_ceil(waves * multiprocessors).clamp(1, most);
+    Ok((g.tiles().div_ceil(warps), warps, 1, shared(warps)))
+}
+
+/// Bytes of a warp's ring, as `layout::header()` tells the kernels.
+fn ring_bytes() -> usize {
+    (layout::RING_GROUPS + 1) * layout::GROUP_WORDS * layout::STREAMS * size_of::<u32>()
+}

@@ -1,0 +1,142 @@
+// What the kernels share: argument structures (mirrored by `abi.rs`), PTX helpers, waiting for the kernel before.
+//
+// The generated constants (`layout::header()`) stand above this text.
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if __CUDA_ARCH__ >= 900
+#define HOPPER 1
+#else
+#define HOPPER 0
+#endif
+
+// A matrix in the quad layout (layout/quad.rs). Pointers into one allocation.
+struct Quad {
+  const u8* words;         // coded words
+  const uint2* head;       // (tiles): rows after the first groups, in units of 32 bytes | whole rows, patches << 16
+  const u64* lens;         // (tiles, 4): 64 nibbles, rows beyond the whole ones of each stream
+  const u64* sched;        // (tiles): 2 bits a superstep: 1 ask for a group, 2 wait for one
+  const u32* far_off;      // (tiles + 1)
+  const int2* far;         // lane | weight << 5, delta
+  const u32* patch_off;    // (tiles + 1)
+  const u32* patches;      // nibbles | quad << 16 | lane << 25
+  const u8* planes;        // (tiles, supersteps, lanes, 8 r)
+  const u32* table;        // (2^w, copies): code length | nibbles << 16
+  u32 table_bytes;
+  u32 mask;                // window bits that address the table, in place
+  u32 lane_mask;           // bits of lane * 4 that choose the table's copy
+  u32 magic;               // tile / row_tiles = umulhi(tile, magic); 0: divide
+  int row_tiles;
+  int segs;
+  int tc;                  // columns of a tile
+  int n;                   // padded rows
+  int k;                   // padded columns
+  int one;                 // 1, unknown to the compiler
+  int block_segs;          // most column segments that one block touches
+  int unused;
+};
+
+// A matrix in the plain layout (layout/plain.rs): the decoded form.
+struct Plain {
+  const uint4* nibbles;    // (segs, row_tiles, tc / 64, lanes)
+  const u8* planes;        // as in Quad
+  const u32* far_off;      // (tiles + 1)
+  const int2* far;
+  int row_tiles;
+  int segs;
+  int tc;
+  int n;
+  int k;
+  int split;               // warps that share a tile, each with tc / split columns
+};
+
+// Activations of a batch of tokens (ops.cu writes them).
+struct Act {
+  const uint4* frag;       // B fragments
+  const i8* q;             // (tokens, k)
+  const int2* info;        // (tokens, k / 128): m, 128 * sum of the even columns' q
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Programmatic dependent launch: the next kernel may begin, and must wait before it reads what this one writes.
+__device__ __forceinline__ void launch_dependents() {
+#if HOPPER
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if HOPPER
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// D += A * B for 16 rows, 8 columns, 32 products; int8 into int32.
+__device__ __forceinline__ void mma(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void copy_async_4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_8(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ u32 load_shared(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_shared_16(u32 address) {
+  uint4 v;
+  asm("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// 16 * (the far symbols' part of a tile's sums), added to a lane's rows g and g + 8. `q` and `info` begin at the tile's segment.
+// y[2 j], y[2 j + 1] are the tokens of lane c in token tile j; for one token y[0] counts in lanes c = 0.
+template <int NT, int NY>
+__device__ __forceinline__ void add_far(const u32 first, const u32 end, const int2* far, const i8* q, const int2* info, int k, i64 (&y0)[NY], i64 (&y1)[NY]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+#pragma unroll 1
+  for (u32 f = first; f < end; f++) {
+    const int2 e = far[f];
+    const int fl = e.x & 31, w = e.x >> 5, quad = w >> 2, fc = fl & 3, fg = fl >> 2;
+    const int col = (quad >> 3) * 64 + ((quad >> 2) & 1) * 32 + fc * 8 + (w & 7);
+#pragma unroll
+    for (int j = 0; j < NY; j++) {
+      const int token = NT == 1 ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
+      if (fg == g && (NT > 1 || c == 0)) {
+        const i64 z = (i64)info[(size_t)token * (k / SUPERSTEP) + col / SUPERSTEP].x * (16ll * e.y * q[(size_t)token * k + col]);
+        if (quad & 2) y1[j] += z; else y0[j] += z;
+      }
+    }
+  }
+}
+
+// Writes a tile's sums: part is (tokens, parts, n).
+template <int NT, int NY>
+__device__ __forceinline__ void store_sums(i64* part, int parts, int p, int n, int row_tile, const i64 (&y0)[NY], const i64 (&y1)[NY]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+#pragma unroll
+  for (int j = 0; j < NY; j++) {
+    const int token = NT == 1 ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
+    if (NT == 1 && c != 0) return;
+    i64* out = part + ((size_t)token * parts + p) * n + row_tile * TILE_ROWS + g;
+    out[0] = y0[j];
+    out[8] = y1[j];
+  }
+}

@@ -1,0 +1,382 @@
+// ops: what a transformer needs between its matrices.
+//
+// Every kernel computes a token from that token's numbers alone, in an order that depends on the model's shape only: logits do not
+// depend on how a prompt is sliced, on the batch, or on the strategy.
+
+// How a matrix's sums become numbers: value(row) = (sum of part[token][..][row]) * unit[token] / 16 * scale[row] (+ bias[row]).
+struct Sums {
+  const i64* part;     // (tokens, parts, n)
+  const float* unit;   // (tokens)
+  const float* scale;  // (n)
+  const float* bias;   // (n), or null
+  int parts;
+  int n;
+};
+
+__device__ __forceinline__ float value(const Sums& s, int token, int row) {
+  const i64* p = s.part + (size_t)token * s.parts * s.n + row;
+  i64 sum = 0;
+  for (int i = 0; i < s.parts; i++) sum += p[(size_t)i * s.n];
+  const float y = (float)((double)sum * 0.0625 * (double)s.unit[token]) * s.scale[row];
+  return s.bias ? y + s.bias[row] : y;
+}
+
+__device__ __forceinline__ u16 half_of(float x) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h) : "f"(x));
+  return h;
+}
+__device__ __forceinline__ float float_of(u16 h) {
+  float x;
+  asm("cvt.f32.f16 %0,%1;" : "=f"(x) : "h"(h));
+  return x;
+}
+
+// ---- Sums and maxima over a block, and over a cluster of blocks where there are clusters.
+
+__device__ __forceinline__ u32 cluster_blocks() {
+#if HOPPER
+  u32 n;
+  asm volatile("mov.u32 %0,%%cluster_nctaid.x;" : "=r"(n));
+  return n;
+#else
+  return 1;
+#endif
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if HOPPER
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ u32 load_of_block(const u32* p, u32 rank) { // p's place in another block of the cluster
+#if HOPPER
+  u32 a, v;
+  asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(a) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.u32 %0,[%1];" : "=r"(v) : "r"(a) : "memory");
+  return v;
+#else
+  return *p;
+#endif
+}
+
+// Combines one value of each thread over all threads of the cluster; all get the result. `slots`: 33 words of shared memory of this call
+// alone. The order is fixed by the launch's shape.
+template <class F>
+__device__ __forceinline__ u32 combine(u32 v, u32* slots, F f) {
+  for (int d = 16; d > 0; d >>= 1) v = f(v, __shfl_xor_sync(~0u, v, d));
+  if ((threadIdx.x & 31) == 0) slots[threadIdx.x >> 5] = v;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    u32 all = slots[0];
+    for (u32 i = 1; i < blockDim.x >> 5; i++) all = f(all, slots[i]);
+    slots[32] = all;
+  }
+  const u32 blocks = cluster_blocks();
+  if (blocks == 1) {
+    __syncthreads();
+    return slots[32];
+  }
+  cluster_barrier();
+  u32 all = load_of_block(slots + 32, 0);
+  for (u32 i = 1; i < blocks; i++) all = f(all, load_of_block(slots + 32, i));
+  return all;
+}
+
+enum Input { NORM = 0, COPY = 1, SILU = 2 };
+
+struct Prepare {
+  float* x;              // NORM: residual stream, (tokens, cols), updated; COPY: input, (tokens, cols)
+  const float* weight;   // NORM: (cols)
+  const u32* rows;       // NORM: token t reads row rows[t] of x and of the sums; null: t
+  Sums add;              // NORM: added to x first, if part is not null; SILU: gate at row i, up at row up_row + i
+  uint4* frag;           // see below
+  i8* q;                 // (tokens padded, k)
+  int2* info;            // (tokens padded, k / 128): m, 128 * sum of the even columns' q
+  float* unit;           // (tokens padded)
+  float eps;
+  int cols;
+  int k;                 // padded columns, a multiple of 128
+  int tokens;            // those beyond get zeros
+  int nt;                // tokens that a product takes together: 1 or a multiple of 8
+  int up_row;
+};
+
+// prepare: activations of the next matrix, as int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's
+// unit: q * m * unit. So that a product's sums over any columns are exact integers.
+//
+// A half warp takes 128 columns, a lane 8; a cluster of blocks takes a token (gridDim.y), for the unit needs the maximum of all.
+// frag is what the lanes of a product load: (batch of nt tokens, k / 64, nt / 8, lanes, 4 words); word w of lane (token % 8) * 4 + c holds the
+// even (w < 2) or odd columns among c * 8.. of the 32 columns w % 2. For nt = 1 there are 8 lanes, of which 4..7 hold odd columns twice.
+template <int INPUT>
+__device__ __forceinline__ void prepare(const Prepare& P) {
+  extern __shared__ float kept[]; // (passes, threads, 8)
+  __shared__ u32 slots[3][33];
+  const int t = blockIdx.y, lane16 = threadIdx.x & 15;
+  const int supersteps = P.k / SUPERSTEP, units = blockDim.x >> 4, stride = units * gridDim.x;
+  const int first = blockIdx.x * units + (threadIdx.x >> 4);
+  const int passes = (supersteps + stride - 1) / stride;
+  const bool there = t < P.tokens;
+  launch_dependents();
+  wait_for_kernel_before();
+  const int row = INPUT == NORM && P.rows && there ? P.rows[t] : t;
+  float squares = 0;
+  u32 largest = 0; // bits of |v|, compared as integers so that a NaN is the largest
+  for (int i = 0; i < passes; i++) {
+    float* v = kept + ((size_t)i * blockDim.x + threadIdx.x) * 8;
+    const int col = (first + i * stride) * SUPERSTEP + lane16 * 8;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float a = 0;
+      if (there && col + j < P.cols) {
+        if (INPUT == SILU) {
+          const float gate = value(P.add, t, col + j), up = value(P.add, t, P.up_row + col + j);
+          a = gate / (1.0f + expf(-gate)) * up;
+        } else {
+          a = P.x[(size_t)row * P.cols + col + j];
+          if (INPUT == NORM && P.add.part) {
+            a += value(P.add, row, col + j);
+            P.x[(size_t)row * P.cols + col + j] = a;
+          }
+        }
+      }
+      v[j] = a;
+      squares += a * a;
+    }
+  }
+  if (INPUT == NORM) {
+    const u32 sum = combine(__float_as_uint(squares), slots[0], [](u32 a, u32 b) { return __float_as_uint(__uint_as_float(a) + __uint_as_float(b)); });
+    const float inverse = 1.0f / sqrtf(__uint_as_float(sum) / P.cols + P.eps);
+    for (int i = 0; i < passes; i++) {
+      float* v = kept + ((size_t)i * blockDim.x + threadIdx.x) * 8;
+      const int col = (first + i * stride) * SUPERSTEP + lane16 * 8;
+#pragma unroll
+      for (int j = 0; j < 8; j++) if (col + j < P.cols) v[j] = v[j] * inverse * P.weight[col + j];
+    }
+  }
+  for (int i = 0; i < passes; i++)
+    for (int j = 0; j < 8; j++) largest = max(largest, __float_as_uint(kept[((size_t)i * blockDim.x + threadIdx.x) * 8 + j]) & 0x7fffffff);
+  const float top = __uint_as_float(combine(largest, slots[1], [](u32 a, u32 b) { return max(a, b); }));
+  const bool finite = top <= 3.4e38f;
+  const float unit = !finite ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top / (127.0f * 4095.0f);
+  if (threadIdx.x == 0 && blockIdx.x == 0) P.unit[t] = unit;
+  const int batch = t / P.nt, token = t - batch * P.nt, token_tiles = (P.nt + 7) / 8, lanes = P.nt == 1 ? 8 : 32;
+  for (int i = 0; i < passes; i++) {
+    const int superstep = first + i * stride;
+    const bool inside = superstep < supersteps;
+    const float* v = kept + ((size_t)i * blockDim.x + threadIdx.x) * 8;
+    u32 bits = 0;
+    for (int j = 0; j < 8; j++) bits = max(bits, __float_as_uint(v[j]) & 0x7fffffff);
+    for (int d = 8; d > 0; d >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
+    const float absmax = __uint_as_float(bits);
+    int m = 0;
+    float inverse = 0;
+    if (finite && unit > 0 && absmax > 0) {
+      m = min(max((int)ceilf(absmax / (127.0f * unit)), 1), 4095);
+      inverse = 1.0f / (m * unit);
+    }
+    u32 words[2] = {0, 0}; // even columns, odd columns
+    int even = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const int q = min(max(__float2int_rn(v[j] * inverse), -127), 127);
+      words[j & 1] |= (u32)(q & 255) << (j / 2 * 8);
+      if (!(j & 1)) even += q;
+    }
+    for (int d = 8; d > 0; d >>= 1) even += __shfl_xor_sync(~0u, even, d);
+    if (!inside) continue;
+    const int column_block = superstep * 2 + (lane16 >> 3), kb = (lane16 >> 2) & 1, c = lane16 & 3;
+    u32* f = (u32*)(P.frag + (((size_t)batch * (P.k / 64) + column_block) * token_tiles + token / 8) * lanes);
+    f[((token & 7) * 4 + c) * 4 + kb] = words[0];
+    f[((token & 7) * 4 + c) * 4 + 2 + kb] = words[1];
+    if (P.nt == 1) {
+      f[(4 + c) * 4 + kb] = words[1];
+      f[(4 + c) * 4 + 2 + kb] = words[1];
+    }
+    u32* q = (u32*)(P.q + (size_t)t * P.k + superstep * SUPERSTEP + lane16 * 8);
+    q[0] = __byte_perm(words[0], words[1], 0x5140);
+    q[1] = __byte_perm(words[0], words[1], 0x7362);
+    if (lane16 == 0) P.info[(size_t)t * supersteps + superstep] = make_int2(m, 128 * even);
+  }
+  cluster_barrier(); // no block leaves while another may read its slots
+}
+
+extern "C" __global__ void __launch_bounds__(512) prepare_norm(Prepare P) { prepare<NORM>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_copy(Prepare P) { prepare<COPY>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_silu(Prepare P) { prepare<SILU>(P); }
+
+// Where a token's keys and values are.
+struct Place {
+  u16* keys;       // f16, (layers, kv_heads, capacity, head_dim)
+  u16* values;
+  u32 position;
+  u32 capacity;
+};
+
+struct Rope {
+  Sums sums;             // q, k, v stacked; k begins at row k_row, v at v_row
+  const float* q_norm;   // (head_dim), or null
+  const float* k_norm;
+  const float* turn;     // (tokens, head_dim): head_dim / 2 cosines, then sines
+  const Place* places;   // (tokens)
+  float* q;              // (tokens, heads, head_dim)
+  float eps;
+  int layer;
+  int heads;
+  int kv_heads;
+  int head_dim;
+  int k_row;
+  int v_row;
+};
+
+// rope: norms (Qwen3) and turns the heads of q and k by their position, keeps k and v. Grid (heads + 2 kv_heads, tokens); a thread has the
+// pairs i and i + head_dim / 2.
+extern "C" __global__ void __launch_bounds__(256) rope(Rope P) {
+  __shared__ u32 slots[33];
+  const int t = blockIdx.y, half = P.head_dim / 2, i = threadIdx.x;
+  int head = blockIdx.x, row = head * P.head_dim;
+  const int kind = head < P.heads ? 0 : head < P.heads + P.kv_heads ? 1 : 2; // q, k, v
+  if (kind == 1) { head -= P.heads; row = P.k_row + head * P.head_dim; }
+  if (kind == 2) { head -= P.heads + P.kv_heads; row = P.v_row + head * P.head_dim; }
+  launch_dependents();
+  wait_for_kernel_before();
+  float a = 0, b = 0;
+  if (i < half) {
+    a = value(P.sums, t, row + i);
+    b = value(P.sums, t, row + half + i);
+  }
+  const float* norm = kind == 0 ? P.q_norm : kind == 1 ? P.k_norm : nullptr;
+  if (norm) {
+    float s = a * a + b * b;
+    for (int d = 16; d > 0; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
+    if ((i & 31) == 0) slots[i >> 5] = __float_as_uint(s);
+    __syncthreads();
+    s = 0;
+    for (u32 w = 0; w < blockDim.x >> 5; w++) s += __uint_as_float(slots[w]);
+    const float inverse = 1.0f / sqrtf(s / P.head_dim + P.eps);
+    if (i < half) {
+      a *= inverse * norm[i];
+      b *= inverse * norm[half + i];
+    }
+  }
+  if (i >= half) return;
+  if (kind < 2) {
+    const float cosine = P.turn[(size_t)t * P.head_dim + i], sine = P.turn[(size_t)t * P.head_dim + half + i], a0 = a;
+    a = a0 * cosine - b * sine;
+    b = b * cosine + a0 * sine;
+  }
+  if (kind == 0) {
+    float* q = P.q + ((size_t)t * P.heads + head) * P.head_dim;
+    q[i] = a;
+    q[half + i] = b;
+  } else {
+    const Place place = P.places[t];
+    u16* to = (kind == 1 ? place.keys : place.values) + (((size_t)P.layer * P.kv_heads + head) * place.capacity + place.position) * P.head_dim;
+    to[i] = half_of(a);
+    to[half + i] = half_of(b);
+  }
+}
+
+struct Attention {
+  const float* q;        // (tokens, heads, head_dim)
+  const Place* places;   // (tokens)
+  float* out;            // (tokens, heads, head_dim)
+  float scale;
+  int layer;
+  int heads;
+  int kv_heads;
+  int head_dim;
+  int window;            // positions that a token sees, its own included; 0: all
+};
+
+// attention: out = softmax(q . keys * scale) values. Grid (heads, tokens). Warp w takes the positions w, w + warps, ... four at a time with a
+// running maximum; the warps' results meet in shared memory. A lane holds the pairs of elements lane + 32 j.
+template <int PAIRS>
+__device__ __forceinline__ void attention(const Attention& P) {
+  constexpr int WARPS = 8, AT_ONCE = 4;
+  __shared__ float top_of[WARPS], sum_of[WARPS];
+  __shared__ float mixed[WARPS][PAIRS * 64];
+  const int head = blockIdx.x, t = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pairs = P.head_dim / 2;
+  launch_dependents();
+  wait_for_kernel_before();
+  const Place place = P.places[t];
+  const size_t base = ((size_t)P.layer * P.kv_heads + head / (P.heads / P.kv_heads)) * place.capacity * P.head_dim;
+  const u32* keys = (const u32*)(place.keys + base);
+  const u32* values = (const u32*)(place.values + base);
+  const int end = place.position + 1, begin = P.window > 0 && end > P.window ? end - P.window : 0;
+  float2 q[PAIRS], acc[PAIRS];
+#pragma unroll
+  for (int j = 0; j < PAIRS; j++) {
+    const int e = lane + 32 * j;
+    const float2 v = e < pairs ? ((const float2*)(P.q + ((size_t)t * P.heads + head) * P.head_dim))[e] : make_float2(0, 0);
+    q[j] = make_float2(v.x * P.scale, v.y * P.scale);
+    acc[j] = make_float2(0, 0);
+  }
+  float top = -__uint_as_float(0x7f800000), sum = 0;
+  for (int at = begin + warp * AT_ONCE; at < end; at += WARPS * AT_ONCE) {
+    float score[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      score[i] = 0;
+#pragma unroll
+      for (int j = 0; j < PAIRS; j++) {
+        const int e = lane + 32 * j;
+        const u32 k = at + i < end && e < pairs ? keys[(size_t)(at + i) * pairs + e] : 0;
+        score[i] += q[j].x * float_of((u16)k) + q[j].y * float_of((u16)(k >> 16));
+      }
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) {
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) score[i] += __shfl_xor_sync(~0u, score[i], d);
+    }
+    float higher = top;
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) if (at + i < end) higher = fmaxf(higher, score[i]);
+    const float shrink = expf(top - higher);
+    top = higher;
+    sum *= shrink;
+#pragma unroll
+    for (int j = 0; j < PAIRS; j++) { acc[j].x *= shrink; acc[j].y *= shrink; }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const float w = at + i < end ? expf(score[i] - top) : 0.0f;
+      sum += w;
+#pragma unroll
+      for (int j = 0; j < PAIRS; j++) {
+        const int e = lane + 32 * j;
+        const u32 v = at + i < end && e < pairs ? values[(size_t)(at + i) * pairs + e] : 0;
+        acc[j].x += w * float_of((u16)v);
+        acc[j].y += w * float_of((u16)(v >> 16));
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < PAIRS; j++) {
+    mixed[warp][(lane + 32 * j) * 2] = acc[j].x;
+    mixed[warp][(lane + 32 * j) * 2 + 1] = acc[j].y;
+  }
+  if (lane == 0) { top_of[warp] = top; sum_of[warp] = sum; }
+  __syncthreads();
+  float highest = top_of[0];
+  for (int w = 1; w < WARPS; w++) highest = fmaxf(highest, top_of[w]);
+  float total = 0;
+  for (int w = 0; w < WARPS; w++) total += sum_of[w] * expf(top_of[w] - highest);
+  for (int e = threadIdx.x; e < P.head_dim; e += blockDim.x) {
+    float y = 0;
+    for (int w = 0; w < WARPS; w++) y += mixed[w][e] * expf(top_of[w] - highest);
+    P.out[((size_t)t * P.heads + head) * P.head_dim + e] = y / total;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) attention_64(Attention P) { attention<1>(P); }   // head_dim <= 64
+extern "C" __global__ void __launch_bounds__(256) attention_128(Attention P) { attention<2>(P); }  // <= 128
+extern "C" __global__ void __launch_bounds__(256) attention_256(Attention P) { attention<4>(P); }  // <= 256
+
+// logits: the head's sums as numbers, (tokens, rows). Grid (blocks of rows, tokens).
+extern "C" __global__ void __launch_bounds__(256) logits(Sums sums, float* out, int rows) {
+  launch_dependents();
+  wait_for_kernel_before();
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row < rows) out[(size_t)blockIdx.y * rows + row] = value(sums, blockIdx.y, row);
+}

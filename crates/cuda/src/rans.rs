@@ -1,0 +1,281 @@
+//! The file's `rans` chunks, decoded on the device into the plain layout: coded bytes cross PCIe, not decoded ones.
+//!
+//! Chunks are gathered in pinned memory, two batches in turn, so that gathering, copying and decoding overlap.
+
+use std::sync::Arc;
+
+use tersor_codec::rans;
+
+use crate::CudaError;
+use crate::abi::{RansChunk, RansJob};
+use crate::driver::{Buffer, Device, Event, Pinned, Shape, Stream};
+use crate::kernels::Kernels;
+use crate::layout::{Geometry, LANES, TILE_ROWS};
+use crate::matrix::{PlainMatrix, nibble_bytes};
+
+/// Bytes of a batch: large enough that a copy's latency does not count.
+const BATCH_BYTES: usize = 32 << 20;
+/// Readable bytes behind a chunk that the kernel asks for.
+const CHUNK_PADDING: usize = 64;
+/// Chunks begin at multiples of this in the file, and so here.
+const CHUNK_ALIGN: usize = 16;
+/// Warps of a block.
+const WARPS: usize = 4;
+
+/// A matrix of a stack, as the file holds it.
+#[derive(Clone, Debug)]
+pub struct RansPart<'a> {
+    /// The table.
+    pub table: &'a rans::Table,
+    /// Chunks, in order, each with the row tiles that it holds.
+    pub chunks: Vec<(&'a [u8], usize)>,
+    /// Columns of the matrix.
+    pub cols: usize,
+    /// First row tile in the stack.
+    pub row_tile: usize,
+    /// Most symbols that may leave the nibbles and low bits: capacity of the list.
+    pub far_max: usize,
+}
+
+/// Whether the kernel was made for these parameters.
+#[must_use]
+pub fn supports(params: rans::Params) -> bool {
+    matches!(params, rans::Params { state_bits: 16, word_bits: 8, prob_bits: 1..=8, lanes: 64 })
+}
+
+/// Decodes chunks on the device.
+#[derive(Debug)]
+pub struct RansDecoder {
+    device: Arc<Device>,
+    staging: [Pinned; 2],
+    coded: [Buffer; 2],
+    descriptors: [Pinned; 2],
+    chunks: [Buffer; 2],
+    /// The copy from the staging area is done.
+    copied: [Event; 2],
+    /// The kernel that reads the buffer is done.
+    decoded: [Event; 2],
+    /// Status and number of far symbols.
+    counters: Buffer,
+    next: usize,
+}
+
+/// A chunk's place in the batch being filled.
+struct Batch {
+    bytes: usize,
+    chunks: Vec<RansChunk>,
+    first_chunk: usize,
+}
+
+impl RansDecoder {
+    /// With its staging areas.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let descriptor_bytes = BATCH_BYTES / CHUNK_ALIGN / 8 * size_of::<RansChunk>();
+        let pinned = |bytes| Ok::<_, CudaError>([device.pin(bytes)?, device.pin(bytes)?]);
+        let buffers = |bytes| Ok::<_, CudaError>([device.allocate(bytes, "coded chunks")?, device.allocate(bytes, "coded chunks")?]);
+        let events = || Ok::<_, CudaError>([device.event(false)?, device.event(false)?]);
+        Ok(Self {
+            device: Arc::clone(device),
+            staging: pinned(BATCH_BYTES)?,
+            coded: buffers(BATCH_BYTES)?,
+            descriptors: pinned(descriptor_bytes)?,
+            chunks: buffers(descriptor_bytes)?,
+            copied: events()?,
+            decoded: events()?,
+            counters: device.allocate(8, "counters")?,
+            next: 0,
+        })
+    }
+
+    /// Decodes the parts of a stack into the plain layout with `low_bits` raw low bits.
+    ///
+    /// # Errors
+    /// [`CudaError::Corrupt`] for chunks that no encoder wrote, out of memory, the driver's.
+    pub fn decode(
+        &mut self,
+        kernels: &Kernels,
+        geometry: Geometry,
+        low_bits: u32,
+        parts: &[RansPart<'_>],
+    ) -> Result<PlainMatrix, CudaError> {
+        let far_max: usize = parts.iter().map(|part| part.far_max).sum();
+        let mut matrix = PlainMatrix::empty(&self.device, geometry, low_bits)?;
+        let list = self.device.allocate(12 * far_max, "far symbols")?;
+        // Symbol 0 everywhere, so that cells that pad rows and columns stay that: even columns hold 0 + 8 in the low nibble, odd ones 0 in the high.
+        let (weights, planes) = matrix.weights();
+        weights.fill_range(0, nibble_bytes(&geometry), 0x08, Stream::Side)?;
+        weights.fill_range(planes, weights.bytes() - planes, 0, Stream::Side)?;
+        self.counters.fill_range(0, 8, 0, Stream::Side)?;
+        let mut far = Vec::new();
+        for part in parts {
+            self.decode_part(kernels, &matrix, &geometry, low_bits, part, &list, far_max, &mut far)?;
+        }
+        let counters: Vec<u32> = self.counters.read(0, 2)?;
+        if counters[0] != 0 {
+            return Err(CudaError::Corrupt { chunk: counters[0] as usize - 1 });
+        }
+        let found = counters[1] as usize;
+        if found > far_max {
+            return Err(CudaError::Unsupported {
+                what: format!("a matrix with {found} wide symbols where its header announces {far_max}"),
+            });
+        }
+        let words: Vec<u32> = list.read(0, 3 * found)?;
+        far.extend(words.as_chunks::<3>().0.iter().map(|&[tile, at, delta]| (tile, [at as i32, delta as i32])));
+        let (offsets, entries) = by_tile(far, geometry.tiles());
+        matrix.set_far(&self.device, &offsets, &entries)?;
+        Ok(matrix)
+    }
+
+    #[allow(clippy::too_many_arguments)] // What `decode` knows.
+    fn decode_part(
+        &mut self,
+        kernels: &Kernels,
+        matrix: &PlainMatrix,
+        geometry: &Geometry,
+        low_bits: u32,
+        part: &RansPart<'_>,
+        list: &Buffer,
+        far_max: usize,
+        far: &mut Vec<(u32, [i32; 2])>,
+    ) -> Result<(), CudaError> {
+        let params = part.table.params();
+        if !supports(params) {
+            return Err(CudaError::Unsupported { what: format!("decoding of {} on the device", tersor_codec::Codec::Rans(params)) });
+        }
+        let table = self.device.upload(&packed_table(part.table), "a decoding table")?;
+        let col_steps = part.cols.div_ceil(4);
+        let mut job = RansJob {
+            payload: 0,
+            chunks: 0,
+            table: table.address(),
+            nibbles: matrix.weights().0.address(),
+            planes: matrix.weights().0.address() + matrix.weights().1 as u64,
+            far: list.address(),
+            far_count: self.counters.address() + 4,
+            status: self.counters.address(),
+            chunk_count: 0,
+            prob_bits: u32::from(params.prob_bits),
+            col_steps: col_steps as u32,
+            row_tiles: geometry.row_tiles() as u32,
+            tc: geometry.tile_cols() as u32,
+            r: low_bits,
+            far_capacity: far_max as u32,
+            first_chunk: 0,
+        };
+        let mut batch = Batch { bytes: 0, chunks: Vec::new(), first_chunk: 0 };
+        let mut row_tile = part.row_tile;
+        for (number, (bytes, row_tiles)) in part.chunks.iter().enumerate() {
+            let symbols = row_tiles * col_steps * 4 * TILE_ROWS;
+            let chunk = rans::Chunk::parse(params, symbols, bytes).map_err(|_| CudaError::Corrupt { chunk: number })?;
+            for entry in chunk.far.iter() {
+                far.push(far_of(geometry, row_tile, col_steps, entry.position as usize, entry.symbol, low_bits));
+            }
+            let room = bytes.len() + CHUNK_PADDING;
+            if room > BATCH_BYTES {
+                return Err(CudaError::Unsupported { what: format!("a chunk of {} bytes", bytes.len()) });
+            }
+            if batch.bytes + room > BATCH_BYTES
+                || batch.chunks.len() * size_of::<RansChunk>() + size_of::<RansChunk>() > self.descriptors[0].bytes().len()
+            {
+                self.send(kernels, &mut job, &mut batch)?;
+            }
+            if batch.chunks.is_empty() {
+                batch.first_chunk = number;
+                // The area is free once its last copy is done.
+                self.copied[self.next].wait_on_host()?;
+            }
+            self.staging[self.next].bytes_mut()[batch.bytes..][..bytes.len()].copy_from_slice(bytes);
+            batch.chunks.push(RansChunk {
+                offset: batch.bytes as u64,
+                words: chunk.words.len() as u32,
+                escapes: chunk.escapes.len() as u32,
+                row_tile: row_tile as u32,
+                row_tiles: *row_tiles as u32,
+            });
+            batch.bytes = (batch.bytes + room).next_multiple_of(CHUNK_ALIGN);
+            row_tile += row_tiles;
+        }
+        self.send(kernels, &mut job, &mut batch)?;
+        // The table lives until the kernels have read it.
+        self.device.synchronize_stream(Stream::Compute)
+    }
+
+    /// Copies the batch on the side stream and decodes it on the compute stream.
+    fn send(&mut self, kernels: &Kernels, job: &mut RansJob, batch: &mut Batch) -> Result<(), CudaError> {
+        if batch.chunks.is_empty() {
+            return Ok(());
+        }
+        let i = self.next;
+        let descriptor_bytes = batch.chunks.len() * size_of::<RansChunk>();
+        for (chunk, out) in batch.chunks.iter().zip(self.descriptors[i].bytes_mut().chunks_exact_mut(size_of::<RansChunk>())) {
+            out[..8].copy_from_slice(&chunk.offset.to_le_bytes());
+            for (field, out) in [chunk.words, chunk.escapes, chunk.row_tile, chunk.row_tiles].iter().zip(out[8..].chunks_exact_mut(4)) {
+                out.copy_from_slice(&field.to_le_bytes());
+            }
+        }
+        let device = &self.device;
+        device.wait(&self.decoded[i], Stream::Side)?;
+        device.copy_in(&self.coded[i], 0, &self.staging[i], 0, batch.bytes.min(BATCH_BYTES), Stream::Side)?;
+        device.copy_in(&self.chunks[i], 0, &self.descriptors[i], 0, descriptor_bytes, Stream::Side)?;
+        device.record(&self.copied[i], Stream::Side)?;
+        device.wait(&self.copied[i], Stream::Compute)?;
+        (job.payload, job.chunks) = (self.coded[i].address(), self.chunks[i].address());
+        (job.chunk_count, job.first_chunk) = (batch.chunks.len() as u32, batch.first_chunk as u32);
+        let shape = Shape {
+            grid: (batch.chunks.len().div_ceil(WARPS) as u32, 1),
+            threads: (WARPS * LANES) as u32,
+            shared_bytes: 0,
+            cluster: 1,
+            programmatic: false,
+        };
+        // SAFETY: RansJob is the kernel's parameter; its addresses are buffers that live until the stream was synchronized.
+        unsafe { device.launch(&kernels.rans_decode, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
+        device.record(&self.decoded[i], Stream::Compute)?;
+        self.next ^= 1;
+        *batch = Batch { bytes: 0, chunks: Vec::new(), first_chunk: 0 };
+        Ok(())
+    }
+}
+
+/// (2^prob_bits): freq | offset << 12 | symbol byte << 24.
+fn packed_table(table: &rans::Table) -> Vec<u32> {
+    let slots = table.slots();
+    let fields = slots.freq.iter().zip(slots.offset).zip(slots.symbol_byte);
+    fields.map(|((&freq, &offset), &symbol)| u32::from(freq) | u32::from(offset) << 12 | u32::from(symbol) << 24).collect()
+}
+
+/// Tile and entry of a far symbol of the file, which the kernel stored as the least symbol of the nibbles with low bits 0.
+fn far_of(geometry: &Geometry, first_row_tile: usize, col_steps: usize, position: usize, symbol: i16, low_bits: u32) -> (u32, [i32; 2]) {
+    let (tile_index, in_tile) = (position / 64, position % 64);
+    let (row_tile, col_step) = (first_row_tile + tile_index / col_steps, tile_index % col_steps);
+    let (row, col) = (in_tile / 4, col_step * 4 + in_tile % 4);
+    let (tile, lane, weight) = place(geometry, row_tile, row, col);
+    let stored = -8i32 << low_bits;
+    (tile as u32, [(lane | weight << 5) as i32, i32::from(symbol) - stored])
+}
+
+/// Tile, lane and weight of a cell: row of the row tile, column of the matrix.
+fn place(geometry: &Geometry, row_tile: usize, row: usize, col: usize) -> (usize, usize, usize) {
+    let (seg, in_seg) = (col / geometry.tile_cols(), col % geometry.tile_cols());
+    let (block, in_block) = (in_seg / 64, in_seg % 64);
+    let (half, c, k) = (in_block / 32, in_block % 32 / 8, in_block % 8);
+    let quad = block * 8 + half * 4 + row / 8 * 2 + k / 4;
+    (seg * geometry.row_tiles() + row_tile, row % 8 * 4 + c, quad * 4 + k % 4)
+}
+
+/// Offsets (tiles + 1) and entries, tile by tile.
+fn by_tile(mut far: Vec<(u32, [i32; 2])>, tiles: usize) -> (Vec<u32>, Vec<[i32; 2]>) {
+    far.sort_unstable();
+    let mut offsets = vec![0u32; tiles + 1];
+    for (tile, _) in &far {
+        offsets[*tile as usize + 1] += 1;
+    }
+    for tile in 0..tiles {
+        offsets[tile + 1] += offsets[tile];
+    }
+    (offsets, far.into_iter().map(|(_, entry)| entry).collect())
+}

@@ -1,0 +1,512 @@
+//! Every kernel against the host: products and decoders exactly, on fresh pseudo-random inputs with outputs poisoned first; activations within their rounding.
+//!
+//! Needs a GPU; elsewhere it says so and passes, unless `TERSOR_REQUIRE` names `cuda`. `TERSOR_SEED` fixes the inputs.
+
+use std::sync::Arc;
+
+use tersor_codec::{Codec, Histogram, Table, encode_chunk, rans};
+use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Stack, Statistics, TILE_ROWS};
+use tersor_cuda::{
+    Activations, Buffer, Device, Form, Heads, Input, Kernels, Place, PlainMatrix, QuadAt, QuadPlaces, Queue, RansDecoder, RansPart, Stream,
+    SumsAt,
+};
+
+struct Gpu {
+    device: Arc<Device>,
+    kernels: Kernels,
+}
+
+fn gpu() -> Option<Gpu> {
+    let found = Device::open(0);
+    if let Err(e) = &found {
+        let required = std::env::var("TERSOR_REQUIRE").is_ok_and(|list| list.split(',').any(|name| name == "cuda"));
+        assert!(!required, "TERSOR_REQUIRE names cuda: {e}");
+        eprintln!("SKIPPED: {e}");
+        return None;
+    }
+    let device = found.unwrap();
+    let kernels = Kernels::load(&device, None).unwrap();
+    Some(Gpu { device, kernels })
+}
+
+/// xorshift64* (Vigna 2016).
+struct Rng(u64);
+
+impl Rng {
+    fn new(stream: u64) -> Self {
+        let seed = std::env::var("TERSOR_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = seed.unwrap_or_else(|| std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64);
+        eprintln!("TERSOR_SEED={seed}");
+        Self((seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// About Gaussian, by a sum of uniforms, with one outlier in 3000.
+    fn symbols(&mut self, count: usize, deviation: f64) -> Vec<i16> {
+        let one = |rng: &mut Self| {
+            let sum: f64 = (0..12).map(|_| rng.unit()).sum::<f64>() - 6.0;
+            let scale = if rng.next() % 3000 == 0 { 60.0 } else { 1.0 };
+            (sum * deviation * scale).round() as i16
+        };
+        (0..count).map(|_| one(self)).collect()
+    }
+
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| ((self.unit() - 0.5) * 4.0 * if self.next() % 97 == 0 { 20.0 } else { 1.0 }) as f32).collect()
+    }
+}
+
+/// Deviations for entropies of about 2.2, 3.0 and 3.8 bits, and the raw low bits that suit them.
+const KINDS: [(f64, u32); 3] = [(1.1, 0), (2.0, 1), (3.3, 2)];
+
+struct Case {
+    rows: usize,
+    cols: usize,
+    symbols: Vec<i16>,
+    /// (padded cols)
+    geometry: Geometry,
+    quad: QuadMatrix,
+    places: QuadPlaces,
+    coded: Buffer,
+    plain: Plain,
+}
+
+impl Case {
+    fn new(gpu: &Gpu, rng: &mut Rng, rows: usize, cols: usize, (deviation, low_bits): (f64, u32), supersteps: usize) -> Self {
+        let symbols = rng.symbols(rows * cols, deviation);
+        let stack = Stack::new(cols, &[&symbols]).unwrap();
+        let geometry = Geometry::with_supersteps_max(rows, cols, supersteps).unwrap();
+        let statistics = Statistics::sample(&stack, geometry, 2);
+        let params = QuadParams { low_bits, window_bits: 12, copies_log2: rng.next() as u32 % 3 };
+        let quad = QuadMatrix::encode(&stack, geometry, params, &statistics, 2).unwrap();
+        let plain = Plain::pack(&stack, geometry, low_bits, 2).unwrap();
+        let places = QuadPlaces::new(&quad);
+        let mut image = vec![0; places.bytes()];
+        places.write(&quad, &mut image);
+        let coded = gpu.device.upload(&image, "a case").unwrap();
+        Self { rows, cols, symbols, geometry, quad, places, coded, plain }
+    }
+
+    fn quad_at(&self) -> QuadAt<'_> {
+        QuadAt { places: &self.places, buffer: &self.coded, at: 0 }
+    }
+
+    /// 16 * the sums of a row, from what the device prepared.
+    fn expected(&self, q: &[i8], info: &[[i32; 2]], row: usize) -> i64 {
+        let row = &self.symbols[row * self.cols..][..self.cols];
+        let sums = row.chunks(128).zip(q.chunks(128)).zip(info);
+        sums.map(|((w, q), info)| i64::from(info[0]) * 16 * w.iter().zip(q).map(|(&w, &q)| i64::from(w) * i64::from(q)).sum::<i64>()).sum()
+    }
+}
+
+fn check_product(gpu: &Gpu, case: &Case, form: &Form<'_>, tokens: usize, rng: &mut Rng, what: &str) {
+    let k = case.geometry.padded_cols();
+    let x = rng.floats(tokens * case.cols);
+    let x = gpu.device.upload(&x, "x").unwrap();
+    let activations = Activations::new(&gpu.device, tokens, k).unwrap();
+    let rows = case.geometry.padded_rows();
+    let part = gpu.device.allocate(rows * 8 * 256 * tokens.next_multiple_of(32), "sums").unwrap();
+    part.fill_range(0, part.bytes(), 0xab, Stream::Compute).unwrap();
+    let mut queue = Queue::new(&gpu.kernels);
+    queue.prepare(Input::Copy(&x), &activations, tokens, case.cols, form).unwrap();
+    let parts = queue.product(form, &activations, tokens, &part).unwrap();
+    let sums: Vec<i64> = part.read(0, tokens * parts * rows).unwrap();
+    let (q, info, _) = activations.download(tokens, k).unwrap();
+    let mut wrong = 0;
+    for token in 0..tokens {
+        let (q, info) = (&q[token * k..][..k], &info[token * k / 128..][..k / 128]);
+        for row in 0..rows {
+            let found: i64 = (0..parts).map(|part| sums[(token * parts + part) * rows + row]).sum();
+            let expected = if row < case.rows { case.expected(q, info, row) } else { 0 };
+            if found != expected {
+                wrong += 1;
+                if wrong <= 3 {
+                    eprintln!("{what}: token {token} row {row}: {found} instead of {expected}");
+                }
+            }
+        }
+    }
+    assert_eq!(wrong, 0, "{what}: {wrong} of {} sums are wrong", tokens * rows);
+}
+
+/// (rows, cols, most supersteps of a tile)
+const SHAPES: [(usize, usize, usize); 6] = [(64, 1024, 8), (272, 2048, 16), (1000, 2816, 11), (16, 128, 1), (40, 4224, 32), (2048, 512, 4)];
+
+#[test]
+fn products_and_bulk_decoding_are_exact() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(1);
+    for (rows, cols, supersteps) in SHAPES {
+        for kind in KINDS {
+            let case = Case::new(&gpu, &mut rng, rows, cols, kind, supersteps);
+            let what = format!("{rows}x{cols} r{}", kind.1);
+            let decoded = PlainMatrix::upload(&gpu.device, &case.plain).unwrap();
+            assert_eq!(decoded.download().unwrap(), case.plain, "{what}: what was sent comes back");
+            for tokens in [1, 5, 8, 16, 20, 33] {
+                check_product(&gpu, &case, &decoded.form(), tokens, &mut rng, &format!("plain {what} t{tokens}"));
+                check_product(&gpu, &case, &Form::Quad(case.quad_at()), tokens, &mut rng, &format!("quad {what} t{tokens}"));
+            }
+            // Bulk decoding: the nibbles are those of the packer.
+            let nibbles = gpu.device.allocate(case.plain.words.len() * 4, "nibbles").unwrap();
+            nibbles.fill_range(0, nibbles.bytes(), 0xab, Stream::Side).unwrap();
+            let quad = case.quad_at();
+            let plain = quad.decoded(&nibbles, 0);
+            Queue::new(&gpu.kernels).decode(&quad, &plain, Stream::Side).unwrap();
+            gpu.device.synchronize().unwrap();
+            let words: Vec<u32> = nibbles.read(0, case.plain.words.len()).unwrap();
+            assert!(words == case.plain.words, "{what}: bulk decoding differs from the packer");
+            assert_eq!(case.quad.decode().unwrap(), case.symbols, "{what}: the oracle");
+            check_product(&gpu, &case, &Form::Plain(plain), 1, &mut rng, &format!("decoded {what}"));
+        }
+    }
+}
+
+/// The file's order of symbols: tiles of 16 rows x 4 columns.
+fn file_order(symbols: &[i16], rows: usize, cols: usize) -> Vec<i16> {
+    let steps = cols.div_ceil(4);
+    let mut out = vec![0; rows.div_ceil(16) * steps * 64];
+    for row in 0..rows {
+        for col in 0..cols {
+            out[((row / 16 * steps + col / 4) * 64) + row % 16 * 4 + col % 4] = symbols[row * cols + col];
+        }
+    }
+    out
+}
+
+#[test]
+fn chunks_of_the_file_decode_to_the_plain_layout() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(2);
+    let mut decoder = RansDecoder::new(&gpu.device).unwrap();
+    for (rows, cols, supersteps) in SHAPES.into_iter().chain([(33, 130, 2), (1, 1, 1)]) {
+        for prob_bits in [6, 7, 8] {
+            for (deviation, low_bits) in KINDS {
+                // Two matrices, one below the other.
+                let parts: Vec<Vec<i16>> = [rows, rows.div_ceil(3)].iter().map(|rows| rng.symbols(rows * cols, deviation)).collect();
+                let borrowed: Vec<&[i16]> = parts.iter().map(|part| &part[..]).collect();
+                let stack = Stack::new(cols, &borrowed).unwrap();
+                let geometry = Geometry::with_supersteps_max(stack.geometry().unwrap().rows(), cols, supersteps).unwrap();
+                let expected = Plain::pack(&stack, geometry, low_bits, 2).unwrap();
+                let params = rans::Params { prob_bits, ..rans::Params::DEFAULT };
+                let mut tables = Vec::new();
+                let mut chunks = Vec::new();
+                for part in &parts {
+                    let ordered = file_order(part, part.len() / cols, cols);
+                    let mut histogram = Histogram::new();
+                    histogram.add(&ordered);
+                    let table = Table::build(Codec::Rans(params), &histogram).unwrap();
+                    let row_tile = cols.div_ceil(4) * 64;
+                    let coded: Vec<(Vec<u8>, usize)> = ordered
+                        .chunks(row_tile * 2)
+                        .map(|symbols| {
+                            let mut bytes = Vec::new();
+                            encode_chunk(&table, symbols, &mut bytes).unwrap();
+                            (bytes, symbols.len() / row_tile)
+                        })
+                        .collect();
+                    tables.push(table);
+                    chunks.push(coded);
+                }
+                let jobs: Vec<RansPart<'_>> = (0..2)
+                    .map(|i| {
+                        let Table::Rans(table) = &tables[i] else { unreachable!() };
+                        RansPart {
+                            table,
+                            chunks: chunks[i].iter().map(|(bytes, row_tiles)| (&bytes[..], *row_tiles)).collect(),
+                            cols,
+                            row_tile: stack.first_row(i) / TILE_ROWS,
+                            far_max: parts[i].iter().filter(|symbol| !(-7..=7).contains(*symbol)).count(),
+                        }
+                    })
+                    .collect();
+                let decoded = decoder.decode(&gpu.kernels, geometry, low_bits, &jobs).unwrap().download().unwrap();
+                let what = format!("{rows}x{cols} p{prob_bits} r{low_bits}");
+                assert!(decoded.words == expected.words, "{what}: nibbles");
+                assert!(decoded.planes == expected.planes, "{what}: low bits");
+                assert_eq!(decoded.far.offsets, expected.far.offsets, "{what}: far offsets");
+                let sorted = |plain: &Plain| {
+                    let far = &plain.far;
+                    let mut tiles: Vec<Vec<[i32; 2]>> =
+                        far.offsets.windows(2).map(|w| far.entries[w[0] as usize..w[1] as usize].to_vec()).collect();
+                    tiles.iter_mut().for_each(|tile| tile.sort_unstable());
+                    tiles
+                };
+                assert_eq!(sorted(&decoded), sorted(&expected), "{what}: far symbols");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_damaged_chunk_is_refused() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(3);
+    let (rows, cols) = (64, 512);
+    let symbols = file_order(&rng.symbols(rows * cols, 2.0), rows, cols);
+    let mut histogram = Histogram::new();
+    histogram.add(&symbols);
+    let table = Table::build(Codec::Rans(rans::Params::DEFAULT), &histogram).unwrap();
+    let mut chunks: Vec<Vec<u8>> = Vec::new();
+    for part in symbols.chunks(symbols.len() / 4) {
+        let mut bytes = Vec::new();
+        encode_chunk(&table, part, &mut bytes).unwrap();
+        chunks.push(bytes);
+    }
+    let middle = 8 + 128 + chunks[2].len() / 3;
+    chunks[2][middle] ^= 0x10;
+    let Table::Rans(table) = &table else { unreachable!() };
+    let part = RansPart { table, chunks: chunks.iter().map(|bytes| (&bytes[..], 1)).collect(), cols, row_tile: 0, far_max: rows * cols };
+    let error = RansDecoder::new(&gpu.device).unwrap().decode(&gpu.kernels, Geometry::new(rows, cols).unwrap(), 0, &[part]).unwrap_err();
+    assert_eq!(error.to_string(), "chunk 2 is corrupt: words, escapes and states do not meet");
+}
+
+/// Prepared activations are the input within half a step of each superstep, and their statistics are right.
+fn check_prepared(q: &[i8], info: &[[i32; 2]], unit: f32, x: &[f32], what: &str) {
+    for (s, ((q, info), x)) in q.chunks(128).zip(info).zip(x.chunks(128)).enumerate() {
+        let step = info[0] as f32 * unit;
+        assert!((0..=4095).contains(&info[0]), "{what}: m {}", info[0]);
+        let even: i32 = q.iter().step_by(2).map(|&q| i32::from(q)).sum();
+        assert_eq!(info[1], 128 * even, "{what}: superstep {s}");
+        for (i, (&q, &x)) in q.iter().zip(x).enumerate() {
+            let error = (f32::from(q) * step - x).abs();
+            assert!(
+                error <= 0.501 * step + 1e-6 * x.abs() + 1e-30,
+                "{what}: column {}: {} for {x}, step {step}",
+                s * 128 + i,
+                f32::from(q) * step
+            );
+        }
+        let absmax = x.iter().fold(0f32, |m, x| m.max(x.abs()));
+        assert!(step <= absmax / 127.0 * 1.0001 + unit * 1.0001, "{what}: superstep {s} has a step of {step} for {absmax}");
+    }
+}
+
+#[test]
+fn activations_are_prepared() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(4);
+    for (cols, tokens) in [(512, 1), (300, 3), (4096, 1), (14336, 2), (28672, 1), (2816, 20)] {
+        let case = Case::new(&gpu, &mut rng, 16, cols, KINDS[0], 32);
+        let form = Form::Quad(case.quad_at());
+        let k = case.geometry.padded_cols();
+        let out = Activations::new(&gpu.device, tokens, k).unwrap();
+        let what = format!("{cols} columns, {tokens} tokens");
+        // Copy.
+        let x = rng.floats(tokens * cols);
+        let input = gpu.device.upload(&x, "x").unwrap();
+        Queue::new(&gpu.kernels).prepare(Input::Copy(&input), &out, tokens, cols, &form).unwrap();
+        let (q, info, unit) = out.download(tokens, k).unwrap();
+        for t in 0..tokens {
+            check_prepared(&q[t * k..][..k], &info[t * k / 128..][..k / 128], unit[t], &x[t * cols..][..cols], &format!("copy, {what}"));
+        }
+        // Norm with an addition, rows in reverse.
+        let n = cols.next_multiple_of(16);
+        let parts = 3;
+        let sums: Vec<i64> = (0..tokens * parts * n).map(|_| (rng.next() % 2_000_001) as i64 - 1_000_000).collect();
+        let units: Vec<f32> = (0..tokens).map(|_| (rng.unit() * 1e-6) as f32).collect();
+        let scales: Vec<f32> = (0..n).map(|_| rng.unit() as f32).collect();
+        let biases: Vec<f32> = rng.floats(n);
+        let weight = rng.floats(cols);
+        let rows: Vec<u32> = (0..tokens as u32).rev().collect();
+        let upload = |data: &[f32]| gpu.device.upload(data, "data").unwrap();
+        let (part, unit_b, scale, bias) = (gpu.device.upload(&sums, "sums").unwrap(), upload(&units), upload(&scales), upload(&biases));
+        let add = SumsAt { part: &part, unit: &unit_b, scale: &scale, bias: Some(&bias), parts, n };
+        let value = |t: usize, row: usize| {
+            let sum: i64 = (0..parts).map(|p| sums[(t * parts + p) * n + row]).sum();
+            (sum as f64 / 16.0 * f64::from(units[t])) as f32 * scales[row] + biases[row]
+        };
+        let rows_b = gpu.device.upload(&rows, "rows").unwrap();
+        let (weight_b, eps) = (upload(&weight), 1e-5f32);
+        let norm = Input::Norm { x: &input, weight: &weight_b, eps, add: Some(add), rows: Some(&rows_b) };
+        Queue::new(&gpu.kernels).prepare(norm, &out, tokens, cols, &form).unwrap();
+        let (q, info, unit) = out.download(tokens, k).unwrap();
+        let stream: Vec<f32> = input.read(0, tokens * cols).unwrap();
+        for t in 0..tokens {
+            let row = rows[t] as usize;
+            let added: Vec<f32> = (0..cols).map(|i| x[row * cols + i] + value(row, i)).collect();
+            for (i, (&found, &added)) in stream[row * cols..][..cols].iter().zip(&added).enumerate() {
+                assert!((found - added).abs() <= 1e-5 * added.abs().max(1.0), "norm, {what}: stream {i}: {found} for {added}");
+            }
+            let mean = added.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / cols as f64;
+            let inverse = 1.0 / (mean + f64::from(eps)).sqrt();
+            let normed: Vec<f32> = added.iter().zip(&weight).map(|(x, w)| (f64::from(*x) * inverse * f64::from(*w)) as f32).collect();
+            let slack: Vec<f32> = normed.clone();
+            check_prepared(&q[t * k..][..k], &info[t * k / 128..][..k / 128], unit[t], &slack, &format!("norm, {what}"));
+        }
+        // silu(gate) * up.
+        let n = 2 * cols.next_multiple_of(16);
+        let sums: Vec<i64> = (0..tokens * n).map(|_| (rng.next() % 2_000_001) as i64 - 1_000_000).collect();
+        let scales: Vec<f32> = (0..n).map(|_| 1e-3 * rng.unit() as f32).collect();
+        let units: Vec<f32> = vec![0.05; tokens];
+        let (part, unit_b, scale) = (gpu.device.upload(&sums, "sums").unwrap(), upload(&units), upload(&scales));
+        let up_row = n / 2;
+        let both = SumsAt { part: &part, unit: &unit_b, scale: &scale, bias: None, parts: 1, n };
+        Queue::new(&gpu.kernels).prepare(Input::Silu { sums: both, up_row }, &out, tokens, cols, &form).unwrap();
+        let (q, info, unit) = out.download(tokens, k).unwrap();
+        for t in 0..tokens {
+            let value = |row: usize| (sums[t * n + row] as f64 / 16.0 * f64::from(units[t])) * f64::from(scales[row]);
+            let x: Vec<f32> = (0..cols).map(|i| (value(i) / (1.0 + (-value(i)).exp()) * value(up_row + i)) as f32).collect();
+            check_prepared(&q[t * k..][..k], &info[t * k / 128..][..k / 128], unit[t], &x, &format!("silu, {what}"));
+        }
+    }
+}
+
+#[test]
+fn attention_is_softmax_of_what_rope_kept() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(5);
+    let cases: [(usize, usize, usize, usize, Option<usize>, bool); 5] = [
+        (4, 2, 64, 40, None, false),
+        (8, 8, 128, 300, None, true),
+        (6, 2, 96, 70, Some(9), false),
+        (2, 1, 256, 33, None, false),
+        (4, 1, 16, 5, None, true),
+    ];
+    for (heads, kv_heads, head_dim, capacity, window, normed) in cases {
+        let (tokens, layers, layer, first) = (3, 2, 1, capacity - 3);
+        let what = format!("{heads} heads of {head_dim}, {kv_heads} of keys, {capacity} positions");
+        let (k_row, v_row) = ((heads * head_dim).next_multiple_of(16), ((heads + kv_heads) * head_dim).next_multiple_of(16));
+        let n = v_row + (kv_heads * head_dim).next_multiple_of(16);
+        let sums: Vec<i64> = (0..tokens * n).map(|_| (rng.next() % 200_001) as i64 - 100_000).collect();
+        let unit = vec![16e-5f32; tokens];
+        let scale = vec![1f32; n];
+        let upload = |data: &[f32]| gpu.device.upload(data, "data").unwrap();
+        let turn: Vec<f32> = (0..tokens)
+            .flat_map(|t| {
+                let angle = |i: usize| (t + first) as f64 * 10000f64.powf(-2.0 * i as f64 / head_dim as f64);
+                (0..head_dim / 2)
+                    .map(move |i| angle(i).cos() as f32)
+                    .chain((0..head_dim / 2).map(move |i| angle(i).sin() as f32))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        // The positions before: keys and values of f16 that are exact in f32.
+        let element = |rng: &mut Rng| ((rng.next() % 2049) as i32 - 1024) as f32 / 1024.0;
+        let cache: Vec<f32> = (0..2 * layers * kv_heads * capacity * head_dim).map(|_| element(&mut rng)).collect();
+        let (keys, values) = cache.split_at(cache.len() / 2);
+        let halves = |data: &[f32]| data.iter().map(|x| half_bits(*x)).collect::<Vec<u16>>();
+        let (keys_b, values_b) = (gpu.device.upload(&halves(keys), "keys").unwrap(), gpu.device.upload(&halves(values), "values").unwrap());
+        let places: Vec<u64> = (0..tokens)
+            .flat_map(|t| {
+                let Place { keys, values, position, capacity } =
+                    Place { keys: keys_b.address(), values: values_b.address(), position: (first + t) as u32, capacity: capacity as u32 };
+                [keys, values, u64::from(position) | u64::from(capacity) << 32]
+            })
+            .collect();
+        let places = gpu.device.upload(&places, "places").unwrap();
+        let (q_b, out) = (
+            gpu.device.allocate(tokens * heads * head_dim * 4, "q").unwrap(),
+            gpu.device.allocate(tokens * heads * head_dim * 4, "out").unwrap(),
+        );
+        let shape = Heads { heads, kv_heads, head_dim, k_row, v_row };
+        let norm_weights: Vec<Vec<f32>> = (0..2).map(|_| rng.floats(head_dim)).collect();
+        let norm_buffers = [upload(&norm_weights[0]), upload(&norm_weights[1])];
+        let (part, unit_b, scale_b, turn_b) = (gpu.device.upload(&sums, "sums").unwrap(), upload(&unit), upload(&scale), upload(&turn));
+        let all = SumsAt { part: &part, unit: &unit_b, scale: &scale_b, bias: None, parts: 1, n };
+        let mut queue = Queue::new(&gpu.kernels);
+        let norms = normed.then(|| [&norm_buffers[0], &norm_buffers[1]]);
+        queue.rope(all, norms, 1e-6, shape, layer, tokens, (&turn_b, 0), (&places, 0), &q_b).unwrap();
+        queue.attention(&q_b, shape, layer, window, tokens, (&places, 0), &out).unwrap();
+        let found: Vec<f32> = out.read(0, tokens * heads * head_dim).unwrap();
+
+        let value = |t: usize, row: usize| sums[t * n + row] as f64 * 1e-5;
+        let head = |t: usize, row: usize, norm: Option<&Vec<f32>>| -> Vec<f64> {
+            let mut x: Vec<f64> = (0..head_dim).map(|i| value(t, row + i)).collect();
+            if let Some(weight) = norm {
+                let inverse = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / head_dim as f64 + 1e-6).sqrt();
+                x.iter_mut().zip(weight).for_each(|(x, w)| *x *= inverse * f64::from(*w));
+            }
+            let half = head_dim / 2;
+            (0..head_dim)
+                .map(|i| {
+                    let (c, s) = (f64::from(turn[t * head_dim + i % half]), f64::from(turn[t * head_dim + half + i % half]));
+                    if i < half { x[i] * c - x[i + half] * s } else { x[i] * c + x[i - half] * s }
+                })
+                .collect()
+        };
+        for t in 0..tokens {
+            for h in 0..heads {
+                let q = head(t, h * head_dim, normed.then(|| &norm_weights[0]));
+                let kv = h / (heads / kv_heads);
+                let at = |p: usize| ((layer * kv_heads + kv) * capacity + p) * head_dim;
+                let (end, new) = (first + t + 1, |p: usize| p >= first);
+                let begin = window.map_or(0, |w: usize| end.saturating_sub(w));
+                let key = |p: usize| -> Vec<f64> {
+                    if new(p) {
+                        head(p - first, k_row + kv * head_dim, normed.then(|| &norm_weights[1]))
+                    } else {
+                        keys[at(p)..][..head_dim].iter().map(|x| f64::from(*x)).collect()
+                    }
+                };
+                let val =
+                    |p: usize, i: usize| if new(p) { value(p - first, v_row + kv * head_dim + i) } else { f64::from(values[at(p) + i]) };
+                let scores: Vec<f64> =
+                    (begin..end).map(|p| q.iter().zip(key(p)).map(|(q, k)| q * k).sum::<f64>() / (head_dim as f64).sqrt()).collect();
+                let top = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for i in 0..head_dim {
+                    let expected = (begin..end).zip(&weights).map(|(p, w)| w * val(p, i)).sum::<f64>() / total;
+                    let found = f64::from(found[(t * heads + h) * head_dim + i]);
+                    assert!((found - expected).abs() < 4e-3, "{what}: token {t} head {h} [{i}]: {found} for {expected}");
+                }
+            }
+        }
+    }
+}
+
+/// f16 of a number that f16 holds exactly.
+fn half_bits(x: f32) -> u16 {
+    if x == 0.0 {
+        return 0;
+    }
+    let bits = x.to_bits();
+    let exponent = (bits >> 23 & 255) as i32 - 127 + 15;
+    assert!((1..31).contains(&exponent) && bits & 0x1fff == 0, "{x} is not exact in f16");
+    (bits >> 16 & 0x8000) as u16 | (exponent as u16) << 10 | (bits >> 13 & 0x3ff) as u16
+}
+
+#[test]
+fn recorded_work_is_replayed() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(6);
+    let case = Case::new(&gpu, &mut rng, 256, 1024, KINDS[1], 8);
+    let form = Form::Quad(case.quad_at());
+    let activations = Activations::new(&gpu.device, 1, 1024).unwrap();
+    let x = gpu.device.allocate(1024 * 4, "x").unwrap();
+    let part = gpu.device.allocate(256 * 8 * 16, "sums").unwrap();
+    x.write(0, &rng.floats(1024)).unwrap();
+    let work = || {
+        let mut queue = Queue::new(&gpu.kernels);
+        queue.prepare(Input::Copy(&x), &activations, 1, 1024, &form)?;
+        queue.product(&form, &activations, 1, &part).map(|_| ())
+    };
+    let graph = gpu.device.capture(work).unwrap();
+    for _ in 0..3 {
+        x.write(0, &rng.floats(1024)).unwrap();
+        graph.launch().unwrap();
+        let sums: Vec<i64> = part.read(0, case.geometry.segs() * 256).unwrap();
+        let (q, info, _) = activations.download(1, 1024).unwrap();
+        for row in 0..256 {
+            let found: i64 = (0..case.geometry.segs()).map(|seg| sums[seg * 256 + row]).sum();
+            assert_eq!(found, case.expected(&q, &info, row), "row {row}");
+        }
+    }
+}
+
+#[test]
+fn an_impossible_request_says_what_it_was() {
+    let Some(gpu) = gpu() else { return };
+    let error = gpu.device.allocate(1 << 50, "a test").unwrap_err().to_string();
+    assert!(error.starts_with("out of GPU memory: a test takes 1125899906842624 bytes, "), "{error}");
+}

@@ -1,0 +1,349 @@
+//! Matrices that meet the same activations are one matrix on the device, its parts one below the other: q, k, v; gate, up.
+
+use crate::model::config::Config;
+use crate::model::llama::LayerVectors;
+use crate::model::weights::{LinearId, LinearKind};
+use crate::residency::OpenError;
+use crate::residency::set::{Linear, TensorSet};
+use std::sync::Arc;
+use tersor_codec::{Codec, Table, decode_chunk};
+use tersor_cpu::{Level, Pool, decode_bytes};
+use tersor_cuda::layout::plain::FAR_PRICE_BITS;
+use tersor_cuda::layout::{Geometry, LOW_BITS_MAX, Plain, QuadMatrix, Source, TILE_ROWS};
+use tersor_cuda::{Buffer, CudaError, Device, Kernels, PlainMatrix, QuadPlaces, RansDecoder, RansPart, supports_rans};
+use tersor_format::{CodedTensor, ModelDir, ScaleScheme};
+
+/// Groups of a layer, in order of use.
+pub(super) const PER_LAYER: usize = 4;
+
+/// What a group is for; the position in a layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Kind {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+    Head,
+}
+
+impl Kind {
+    const IN_LAYER: [Self; PER_LAYER] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+
+    fn parts(self) -> &'static [LinearKind] {
+        match self {
+            Self::Qkv => &[LinearKind::Q, LinearKind::K, LinearKind::V],
+            Self::O => &[LinearKind::O],
+            Self::GateUp => &[LinearKind::Gate, LinearKind::Up],
+            Self::Down => &[LinearKind::Down],
+            Self::Head => &[LinearKind::Head],
+        }
+    }
+}
+
+/// One matrix of the device.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub kind: Kind,
+    /// Positions of its parts in the tensor set.
+    pub slots: Vec<usize>,
+    pub geometry: Geometry,
+    /// Row at which each part begins, a multiple of 16.
+    pub first_rows: Vec<usize>,
+    /// Scale of each row.
+    pub scale: Buffer,
+    /// Bias of each row.
+    pub bias: Option<Buffer>,
+}
+
+impl Group {
+    /// Columns, not padded.
+    pub fn cols(&self) -> usize {
+        self.geometry.cols()
+    }
+
+    /// Rows, padded.
+    pub fn n(&self) -> usize {
+        self.geometry.padded_rows()
+    }
+}
+
+/// All groups of a model: layer by layer, then the head.
+#[derive(Debug)]
+pub(super) struct Groups {
+    pub all: Vec<Group>,
+    pub layers: usize,
+}
+
+impl Groups {
+    /// Cuts the model into groups and sends scales and biases to the device.
+    pub fn new(dir: &ModelDir, set: &TensorSet, config: &Config, layers: &[LayerVectors], kernels: &Kernels) -> Result<Self, OpenError> {
+        let mut all = Vec::new();
+        for (layer, vectors) in layers.iter().enumerate() {
+            for kind in Kind::IN_LAYER {
+                let biases = match kind {
+                    Kind::Qkv => &vectors.biases[..3],
+                    Kind::O => &vectors.biases[3..],
+                    _ => &[],
+                };
+                all.push(group(dir, set, kind, layer, biases, kernels)?);
+            }
+        }
+        all.push(group(dir, set, Kind::Head, 0, &[], kernels)?);
+        Ok(Self { all, layers: config.layers })
+    }
+
+    /// Number of a layer's group in [`all`](Self::all).
+    pub fn index(&self, layer: usize, kind: Kind) -> usize {
+        if kind == Kind::Head { self.layers * PER_LAYER } else { layer * PER_LAYER + kind as usize }
+    }
+
+    /// Groups of a layer.
+    pub fn of_layer(layer: usize) -> std::ops::Range<usize> {
+        layer * PER_LAYER..(layer + 1) * PER_LAYER
+    }
+
+    /// Bytes of scales and biases on the device.
+    pub fn scale_bytes(&self) -> u64 {
+        self.all.iter().map(|group| (group.scale.bytes() + group.bias.as_ref().map_or(0, Buffer::bytes)) as u64).sum()
+    }
+}
+
+/// Where to find the coded tensor of a matrix; other forms are for the CPU.
+fn coded<'a>(dir: &ModelDir, linear: &'a Linear) -> Result<&'a CodedTensor, OpenError> {
+    let unsupported = |what: &str| OpenError::Device {
+        cause: format!("{}: {what} is not supported on a GPU; use --device cpu", dir.place(&linear.name)),
+    };
+    let Some(tensor) = linear.coded() else { return Err(unsupported("a matrix that is not coded")) };
+    match tensor.scales().scheme() {
+        ScaleScheme::Tensor | ScaleScheme::Row => Ok(tensor),
+        _ => Err(unsupported("a matrix with a scale for each group of columns")),
+    }
+}
+
+fn group(dir: &ModelDir, set: &TensorSet, kind: Kind, layer: usize, biases: &[Vec<f32>], kernels: &Kernels) -> Result<Group, OpenError> {
+    let layer = u16::try_from(layer).expect("Config limits the number of layers");
+    let slot = |&part: &LinearKind| {
+        let id = if part == LinearKind::Head { LinearId::HEAD } else { LinearId::new(layer, part) };
+        set.index.of(id).expect("every part of a model is in its set")
+    };
+    let slots: Vec<usize> = kind.parts().iter().map(slot).collect();
+    let (mut first_rows, mut rows) = (Vec::new(), 0usize);
+    let mut scale: Vec<f32> = Vec::new();
+    let mut bias: Vec<f32> = Vec::new();
+    for (part, &slot) in slots.iter().enumerate() {
+        let tensor = coded(dir, &set.linears[slot])?;
+        rows = rows.next_multiple_of(TILE_ROWS);
+        first_rows.push(rows);
+        rows += tensor.rows();
+        let scales =
+            tensor.scales().to_f32().map_err(|e| OpenError::Device { cause: format!("{}: {e}", dir.place(&set.linears[slot].name)) })?;
+        scale.resize(first_rows[part], 0.0);
+        match scales[..] {
+            [one] if tensor.scales().scheme() == ScaleScheme::Tensor => scale.resize(rows, one),
+            _ => scale.extend_from_slice(&scales),
+        }
+        bias.resize(first_rows[part], 0.0);
+        bias.extend_from_slice(biases.get(part).map_or(&[][..], |bias| bias));
+        bias.resize(rows, 0.0);
+    }
+    let cols = set.linears[slots[0]].coded().map_or(0, CodedTensor::cols);
+    let geometry = kernels.geometry(rows, cols)?;
+    scale.resize(geometry.padded_rows(), 0.0);
+    bias.resize(geometry.padded_rows(), 0.0);
+    let device = kernels.device();
+    let has_bias = biases.iter().any(|bias| !bias.is_empty());
+    Ok(Group {
+        kind,
+        slots,
+        geometry,
+        first_rows,
+        scale: device.upload(&scale, "scales")?,
+        bias: has_bias.then(|| device.upload(&bias, "biases")).transpose()?,
+    })
+}
+
+/// The symbols of a coded tensor as bytes in the file's order, for the encoders of the device layouts.
+struct Symbols<'a> {
+    tensor: &'a CodedTensor,
+    /// (row tiles, column steps, 64), symbol + 128; far symbols are 0.
+    bytes: Vec<u8>,
+    /// Chunks that hold far symbols, whole, by number.
+    far: Vec<Option<Vec<i16>>>,
+}
+
+impl<'a> Symbols<'a> {
+    fn new(name: &str, tensor: &'a CodedTensor, level: Level, pool: &Pool) -> Result<Self, OpenError> {
+        let decode = |cause: String| OpenError::Device { cause: format!("{name}: {cause}") };
+        let mut bytes = vec![0; tensor.header().symbols() as usize];
+        decode_bytes(level, tensor, &mut bytes, Some(pool)).map_err(|e| decode(e.to_string()))?;
+        let mut far = Vec::with_capacity(tensor.chunk_count());
+        let mut at = 0;
+        for chunk in 0..tensor.chunk_count() {
+            let symbols = tensor.chunk_symbols(chunk);
+            let whole = bytes[at..at + symbols].contains(&0).then(|| {
+                let mut whole = vec![0; symbols];
+                decode_chunk(tensor.table(), tensor.chunk(chunk), &mut whole).map(|()| whole)
+            });
+            far.push(whole.transpose().map_err(|e| decode(e.to_string()))?);
+            at += symbols;
+        }
+        Ok(Self { tensor, bytes, far })
+    }
+
+    /// Row tile `tile` of the tensor, (16, cols).
+    fn row_tile(&self, tile: usize, out: &mut [i16]) {
+        let (steps, cols) = (self.tensor.col_steps(), self.tensor.cols());
+        let chunk = tile / self.tensor.chunk_row_tiles(0).len();
+        let in_chunk = tile - self.tensor.chunk_row_tiles(chunk).start;
+        let symbol = |i: usize| match &self.far[chunk] {
+            Some(whole) => whole[in_chunk * steps * 64 + i],
+            None => i16::from(self.bytes[tile * steps * 64 + i]) - 128,
+        };
+        for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+            for (col, out) in out.iter_mut().enumerate() {
+                *out = symbol(col / 4 * 64 + row * 4 + col % 4);
+            }
+        }
+    }
+}
+
+/// The parts of a group as one matrix.
+struct Stacked<'a> {
+    parts: Vec<Symbols<'a>>,
+    /// First row tile of each part.
+    starts: Vec<usize>,
+}
+
+impl Source for Stacked<'_> {
+    fn row_tile(&self, row_tile: usize, symbols: &mut [i16]) {
+        let part = self.starts.partition_point(|&start| start <= row_tile) - 1;
+        let tile = row_tile - self.starts[part];
+        if tile < self.parts[part].tensor.row_tiles() {
+            self.parts[part].row_tile(tile, symbols);
+        }
+    }
+}
+
+/// Brings groups to the device in the forms that strategies ask for.
+pub(super) struct Loader<'a> {
+    pub dir: &'a ModelDir,
+    pub set: &'a TensorSet,
+    pub groups: &'a Groups,
+    pub kernels: &'a Kernels,
+    pub pool: &'a Pool,
+    pub level: Level,
+    rans: Option<RansDecoder>,
+}
+
+impl<'a> Loader<'a> {
+    pub fn new(dir: &'a ModelDir, set: &'a TensorSet, groups: &'a Groups, kernels: &'a Kernels, pool: &'a Pool, level: Level) -> Self {
+        Self { dir, set, groups, kernels, pool, level, rans: None }
+    }
+
+    pub fn device(&self) -> &Arc<Device> {
+        self.kernels.device()
+    }
+
+    fn tensors(&self, group: &Group) -> impl Iterator<Item = (&'a str, &'a CodedTensor)> + use<'a> {
+        let set = self.set;
+        let slots = group.slots.clone();
+        slots.into_iter().map(move |slot| {
+            let linear = &set.linears[slot];
+            (linear.name.as_str(), linear.coded().expect("groups hold coded matrices only"))
+        })
+    }
+
+    fn stacked(&self, group: &Group) -> Result<Stacked<'a>, OpenError> {
+        let parts: Vec<Symbols<'a>> =
+            self.tensors(group).map(|(name, tensor)| Symbols::new(name, tensor, self.level, self.pool)).collect::<Result<_, _>>()?;
+        Ok(Stacked { parts, starts: group.first_rows.iter().map(|row| row / TILE_ROWS).collect() })
+    }
+
+    /// A group in the quad layout, in host memory: transcoded from the file's chunks by all threads.
+    pub fn quad(&self, index: usize) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
+        let group = &self.groups.all[index];
+        let stacked = self.stacked(group)?;
+        let matrix = QuadMatrix::encode_auto(&stacked, group.geometry, self.pool.threads())
+            .map_err(|e| OpenError::Device { cause: e.to_string() })?;
+        Ok((QuadPlaces::new(&matrix), matrix))
+    }
+
+    /// Bytes on the device of a group in the plain layout, known without decoding it.
+    pub fn plain_bytes(&self, index: usize) -> u64 {
+        let group = &self.groups.all[index];
+        let (low_bits, far) = self.plain_form(group);
+        PlainMatrix::bytes_for(&group.geometry, low_bits, far) as u64
+    }
+
+    /// Raw low bits of the plain layout, and about how many far symbols are left: chosen from headers and tables, without decoding.
+    fn plain_form(&self, group: &Group) -> (u32, usize) {
+        let (mut weights, mut far) = (0usize, [0f64; LOW_BITS_MAX as usize + 1]);
+        for (_, tensor) in self.tensors(group) {
+            let header = tensor.header();
+            weights += header.symbols() as usize;
+            // The header counts what leaves -7..=7; beyond that, the frequencies of the table tell.
+            far[0] += f64::from(header.wide_count);
+            for (low_bits, far) in (1..).zip(&mut far[1..]) {
+                *far += far_share(tensor, low_bits) * header.symbols() as f64;
+            }
+        }
+        let price = |low_bits: u32| f64::from(low_bits) * weights as f64 + FAR_PRICE_BITS as f64 * far[low_bits as usize];
+        let best = (0..=LOW_BITS_MAX).min_by(|&a, &b| price(a).total_cmp(&price(b))).unwrap_or(0);
+        (best, far[best as usize].ceil() as usize)
+    }
+
+    /// A group in the plain layout. Chunks of the codec that the device decodes cross PCIe as they are; others are decoded here.
+    pub fn plain(&mut self, index: usize) -> Result<PlainMatrix, OpenError> {
+        let group = &self.groups.all[index];
+        let (low_bits, _) = self.plain_form(group);
+        let on_device = |(_, tensor): (&str, &CodedTensor)| matches!(tensor.codec(), Codec::Rans(params) if supports_rans(params));
+        if !self.tensors(group).all(on_device) {
+            let stacked = self.stacked(group)?;
+            let plain = Plain::pack(&stacked, group.geometry, low_bits, self.pool.threads())
+                .map_err(|e| OpenError::Device { cause: e.to_string() })?;
+            return Ok(PlainMatrix::upload(self.device(), &plain)?);
+        }
+        let mut parts = Vec::new();
+        for ((_, tensor), first_row) in self.tensors(group).zip(&group.first_rows) {
+            let Table::Rans(table) = tensor.table() else { unreachable!("the codec was just asked") };
+            parts.push(RansPart {
+                table,
+                chunks: (0..tensor.chunk_count()).map(|chunk| (tensor.chunk(chunk), tensor.chunk_row_tiles(chunk).len())).collect(),
+                cols: tensor.cols(),
+                row_tile: first_row / TILE_ROWS,
+                far_max: tensor.header().wide_count as usize,
+            });
+        }
+        if self.rans.is_none() {
+            self.rans = Some(RansDecoder::new(self.device())?);
+        }
+        let decoder = self.rans.as_mut().expect("just made");
+        decoder.decode(self.kernels, group.geometry, low_bits, &parts).map_err(|e| match e {
+            CudaError::Corrupt { .. } => {
+                let names: Vec<&str> = self.tensors(group).map(|(name, _)| name).collect();
+                OpenError::Device { cause: format!("{}: {e}", names.join(", ")) }
+            }
+            other => other.into(),
+        })
+    }
+
+    /// Gives the coded bytes of a group back to the system.
+    pub fn release(&self, index: usize) {
+        for (name, _) in self.tensors(&self.groups.all[index]) {
+            self.dir.release(name);
+        }
+    }
+}
+
+/// The share of a tensor's symbols that `low_bits` raw bits and a nibble do not hold, by its table where that says; else by the greatest symbols.
+fn far_share(tensor: &CodedTensor, low_bits: u32) -> f64 {
+    let header = tensor.header();
+    let inside = |symbol: i32| (-8..8).contains(&(symbol >> low_bits));
+    if inside(header.symbol_min.into()) && inside(header.symbol_max.into()) {
+        return 0.0;
+    }
+    let Table::Rans(table) = tensor.table() else { return f64::from(header.wide_count) / header.symbols() as f64 };
+    let slots = table.slots().symbol_byte;
+    let outside = slots.iter().filter(|&&byte| byte == 0 || !inside(i32::from(byte) - 128)).count();
+    outside as f64 / slots.len() as f64
+}

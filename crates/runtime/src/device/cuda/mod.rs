@@ -1,0 +1,139 @@
+//! Models on NVIDIA GPUs: the whole forward pass runs on the device, under the strategies of this folder, one file each.
+
+mod auto;
+mod cached;
+mod fused;
+mod gpu_async;
+mod groups;
+mod lru;
+mod model;
+mod prefetch;
+mod profile;
+mod residency;
+mod slots;
+
+use crate::model::weights::LinearId;
+use crate::model::{Model, Runner};
+use crate::residency::set::{Source, TensorSet, verify};
+use crate::residency::{Footprint, OpenError, Options, Strategy};
+use groups::{Groups, Loader};
+use model::{CudaRunner, Embedding, Parts};
+use profile::DeviceProfile;
+use residency::Residency;
+use std::sync::Arc;
+use tersor_cpu::Pool;
+use tersor_cuda::{CudaError, Device, Kernels};
+use tersor_format::ModelDir;
+
+impl From<CudaError> for OpenError {
+    fn from(e: CudaError) -> Self {
+        Self::Device { cause: e.to_string() }
+    }
+}
+
+/// Opens a coded model on GPU `index`.
+pub(super) fn open(
+    dir: &ModelDir,
+    model: &Model,
+    index: usize,
+    strategy: Strategy,
+    options: &Options,
+) -> Result<Box<dyn Runner>, OpenError> {
+    let device = Device::open(index)?;
+    let kernels = Arc::new(Kernels::load(&device, options.cache_dir.as_deref())?);
+    let set = TensorSet::open(dir)?;
+    let pool = Pool::new(options.threads);
+    verify(dir, &pool, &|_| Ok(()))?;
+    let groups = Groups::new(dir, &set, model.config(), model.layers(), &kernels)?;
+    let embedding = embedding(dir, &set, options)?;
+    let fixed = CudaRunner::fixed_bytes(model.config(), &groups) + options.kv_bytes;
+    // Without a budget the card's free memory is one, but for strategies whose size is not theirs to choose.
+    let free = device.free_bytes()?;
+    let budget = options.memory_budget.map_or(free, |bytes| bytes.min(free));
+    let available = budget.saturating_sub(fixed);
+    let given = options.memory_budget.map(|_| available);
+    let mut detail = String::new();
+    let residency: Box<dyn Residency> = {
+        let mut loader = Loader::new(dir, &set, &groups, &kernels, &pool, options.level);
+        let check = |needed: u64, buffers: u64| {
+            refuse_small(
+                strategy,
+                budget,
+                Footprint { decoded_bytes: needed, buffer_bytes: buffers, scratch_bytes: fixed, ..Footprint::default() },
+            )
+        };
+        let coded: u64 = set
+            .linears
+            .iter()
+            .skip(usize::from(!set.index.tied))
+            .filter_map(|linear| linear.coded())
+            .map(|tensor| tensor.coded_bytes())
+            .sum();
+        match strategy {
+            Strategy::Fused => {
+                check(coded, 0)?;
+                Box::new(fused::open(&mut loader)?)
+            }
+            Strategy::Cached => {
+                check(cached::bytes(&loader), 0)?;
+                Box::new(cached::open(&mut loader)?)
+            }
+            Strategy::Prefetch => {
+                let layers = groups.layers.max(1) as u64;
+                check(0, coded / layers * prefetch::BUFFERS as u64)?;
+                Box::new(prefetch::Prefetch::open(&loader, given)?)
+            }
+            Strategy::Lru => {
+                check(coded, 0)?;
+                Box::new(lru::Lru::open(&loader, given, options.policy)?)
+            }
+            Strategy::GpuAsync => {
+                check(coded, 0)?;
+                Box::new(gpu_async::GpuAsync::open(&loader)?)
+            }
+            Strategy::Auto => {
+                let profile = DeviceProfile::load(&kernels, options.cache_dir.as_deref())?;
+                detail = format!(
+                    "plain {:.0} GB/s, coded {:.0} G weights/s on {}; ",
+                    profile.plain_bytes_per_second / 1e9,
+                    profile.quad_weights_per_second / 1e9,
+                    profile.name
+                );
+                auto::open(&mut loader, Some(available), &profile)?
+            }
+        }
+    };
+    let parts = Parts { kernels, groups, embedding, strategy: strategy.name().to_owned(), detail };
+    Ok(Box::new(CudaRunner::new(model, parts, residency)?))
+}
+
+fn refuse_small(strategy: Strategy, budget_bytes: u64, least: Footprint) -> Result<(), OpenError> {
+    if least.total_bytes() <= budget_bytes {
+        return Ok(());
+    }
+    Err(OpenError::BudgetTooSmall { strategy, budget_bytes, least: Box::new(least), smaller: None })
+}
+
+/// The embedding is read on the host, a row for each token.
+fn embedding(dir: &ModelDir, set: &TensorSet, options: &Options) -> Result<Embedding, OpenError> {
+    let slot = set.index.of(LinearId::EMBED).expect("every model has an embedding");
+    let linear = &set.linears[slot];
+    match &linear.source {
+        Source::Coded { tensor, scales } => {
+            Ok(Embedding { name: linear.name.clone(), tensor: tensor.clone(), scales: scales.clone(), level: options.level })
+        }
+        Source::Raw(_) => Err(OpenError::Device {
+            cause: format!("{}: an embedding that is not coded is not supported on a GPU", dir.place(&linear.name)),
+        }),
+    }
+}
+
+/// Name, memory and compute capability of every GPU; empty where there is no driver.
+pub(super) fn list() -> Vec<(usize, String, u64)> {
+    let count = tersor_cuda::device_count().unwrap_or(0);
+    (0..count)
+        .filter_map(|index| {
+            Device::open(index).ok().map(|device| (index, device.properties().name.clone(), device.properties().memory_bytes))
+        })
+        .collect()
+}

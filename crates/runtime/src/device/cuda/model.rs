@@ -1,0 +1,476 @@
+//! The forward pass on a GPU. A step of one token (or one token of each of several sequences) is recorded as a graph and replayed; what changes from step to
+//! step (the token's embedding, its angles, its place in the cache) lies in device memory.
+//!
+//! Per layer ten kernels: prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
+//! Products leave exact integer sums; the kernel behind them makes numbers of them. So every strategy gives the same bits.
+
+use super::groups::{Groups, Kind};
+use super::residency::Residency;
+use crate::model::Runner;
+use crate::model::config::Config;
+use crate::model::kv::{DeviceKv, KvCache};
+use crate::model::llama::{Continuation, LayerVectors, LogitsOf, Model};
+use crate::model::weights::{ResidencyReport, RunError};
+use crate::residency::OpenError;
+use std::collections::HashMap;
+use std::sync::Arc;
+use tersor_cpu::{KernelScales, Level, Matrix, read_row};
+use tersor_cuda::{
+    Activations, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Pinned, Place, Queue, Stream, SumsAt,
+    nibble_bytes, parts_of,
+};
+use tersor_format::CodedTensor;
+
+/// Most tokens that pass through the layers together.
+pub(super) const SLICE_TOKENS_MAX: usize = 128;
+/// Most tokens whose logits are computed together: vocabularies are large.
+const HEAD_TOKENS_MAX: usize = 32;
+/// From this many tokens on, a coded group is decoded once for all of them instead of once for each batch.
+const DECODE_TOKENS_MIN: usize = 17;
+
+/// Keys and values of one sequence on the device.
+#[derive(Debug)]
+struct CudaKv {
+    keys: Buffer,
+    values: Buffer,
+}
+
+impl DeviceKv for CudaKv {
+    fn bytes(&self) -> u64 {
+        (self.keys.bytes() + self.values.bytes()) as u64
+    }
+}
+
+/// The vectors of one layer on the device.
+#[derive(Debug)]
+struct Norms {
+    input: Buffer,
+    post: Buffer,
+    heads: Option<[Buffer; 2]>,
+}
+
+/// The embedding stays on the host, coded: a step reads one row of it.
+#[derive(Debug)]
+pub(super) struct Embedding {
+    pub name: String,
+    pub tensor: CodedTensor,
+    pub scales: KernelScales,
+    pub level: Level,
+}
+
+/// Activation buffers.
+#[derive(Debug)]
+struct Scratch {
+    /// x (tokens, hidden) | angles (tokens, head_dim) | places (tokens).
+    input: Buffer,
+    turn_at: usize,
+    places_at: usize,
+    staging: Pinned,
+    /// By turns: a product's sums need the units of its activations while the next are prepared.
+    activations: [Activations; 2],
+    sums: [Buffer; 2],
+    q: Buffer,
+    mixed: Buffer,
+    /// Rows of the slice whose logits are wanted.
+    rows: Buffer,
+    logits: Buffer,
+    logits_host: Pinned,
+    /// Nibbles of one coded group, for many tokens.
+    decoded: Option<Buffer>,
+}
+
+/// A model on a GPU.
+pub(super) struct CudaRunner {
+    config: Config,
+    kernels: Arc<Kernels>,
+    groups: Groups,
+    norms: Vec<Norms>,
+    final_norm: Buffer,
+    frequencies: Vec<f64>,
+    embedding: Embedding,
+    residency: Box<dyn Residency>,
+    scratch: Scratch,
+    /// Partial sums of what the last layer still adds to the stream; the head's norm adds it.
+    last_parts: Option<usize>,
+    /// Recorded steps by their number of tokens.
+    graphs: HashMap<usize, Graph>,
+    report: ResidencyReport,
+    vector_bytes: u64,
+}
+
+/// A token of a slice.
+struct Token {
+    sequence: usize,
+    /// Which of the sequence's new tokens.
+    index: usize,
+    id: u32,
+    place: Place,
+    wanted: bool,
+}
+
+impl From<CudaError> for RunError {
+    fn from(e: CudaError) -> Self {
+        Self::Device { cause: e.to_string() }
+    }
+}
+
+/// What a runner is made of, besides the model and its weights.
+pub(super) struct Parts {
+    pub kernels: Arc<Kernels>,
+    pub groups: Groups,
+    pub embedding: Embedding,
+    pub strategy: String,
+    pub detail: String,
+}
+
+impl CudaRunner {
+    /// Bytes on the device besides weights and caches, for `tokens` tokens a slice.
+    pub fn fixed_bytes(config: &Config, groups: &Groups) -> u64 {
+        let t = SLICE_TOKENS_MAX as u64;
+        let (hidden, queries) = (config.hidden as u64, (config.heads * config.head_dim) as u64);
+        let input = t * (4 * hidden + 4 * config.head_dim as u64 + size_of::<Place>() as u64);
+        let cols = groups.all.iter().map(|group| group.geometry.padded_cols() as u64).max().unwrap_or(0);
+        let activations = 2 * t * (3 * cols + cols / 16 + 4);
+        let sums = groups.all.iter().map(|group| sums_bytes(group) as u64).max().unwrap_or(0) * 2;
+        let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
+        let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
+        let norms = (2 * config.layers as u64 + 1) * hidden * 4;
+        input + activations + sums + 2 * t * queries * 4 + logits + nibbles + norms + groups.scale_bytes()
+    }
+
+    pub fn new(model: &Model, parts: Parts, residency: Box<dyn Residency>) -> Result<Self, OpenError> {
+        let Parts { kernels, groups, embedding, strategy, detail } = parts;
+        let config = model.config().clone();
+        if config.head_dim > HEAD_DIM_MAX {
+            return Err(OpenError::Device {
+                cause: format!("heads of {} numbers are not supported on a GPU, at most {HEAD_DIM_MAX}", config.head_dim),
+            });
+        }
+        let device = Arc::clone(kernels.device());
+        let upload = |vector: &[f32]| device.upload(vector, "norms");
+        let norms_of = |layer: &LayerVectors| -> Result<Norms, CudaError> {
+            let heads = match &layer.head_norms {
+                Some([q, k]) => Some([upload(q)?, upload(k)?]),
+                None => None,
+            };
+            Ok(Norms { input: upload(&layer.input_norm)?, post: upload(&layer.post_norm)?, heads })
+        };
+        let norms = model.layers().iter().map(norms_of).collect::<Result<Vec<_>, _>>()?;
+        let final_norm = upload(model.final_norm())?;
+        let vector_bytes = norms.iter().map(|n| n.input.bytes() + n.post.bytes()).sum::<usize>() + final_norm.bytes();
+        let scratch = Scratch::new(&kernels, &config, &groups, residency.as_ref())?;
+        let report = ResidencyReport { strategy, detail, ..ResidencyReport::default() };
+        Ok(Self {
+            frequencies: model.frequencies().to_vec(),
+            config,
+            kernels,
+            groups,
+            norms,
+            final_norm,
+            embedding,
+            residency,
+            scratch,
+            last_parts: None,
+            graphs: HashMap::new(),
+            report,
+            vector_bytes: vector_bytes as u64,
+        })
+    }
+
+    fn device(&self) -> &Arc<Device> {
+        self.kernels.device()
+    }
+
+    /// Writes embeddings, angles and places of a slice to the staging area.
+    fn stage(&mut self, slice: &[Token]) -> Result<(), RunError> {
+        let (hidden, half) = (self.config.hidden, self.config.head_dim / 2);
+        let (turn_at, places_at) = (self.scratch.turn_at, self.scratch.places_at);
+        let mut row = vec![0f32; hidden];
+        let Embedding { name, tensor, scales, level } = &self.embedding;
+        let bytes = self.scratch.staging.bytes_mut();
+        for (t, token) in slice.iter().enumerate() {
+            read_row(*level, Matrix::Coded(tensor), scales, token.id as usize, &mut row)
+                .map_err(|e| RunError::Decode { tensor: name.clone(), cause: e.to_string() })?;
+            put(&mut bytes[t * hidden * 4..], row.iter().map(|x| x.to_le_bytes()));
+            let angles = self.frequencies.iter().map(|frequency| (f64::from(token.place.position) * frequency).sin_cos());
+            let (sines, cosines): (Vec<f64>, Vec<f64>) = angles.unzip();
+            let turn = cosines.iter().chain(&sines).map(|&x| (x as f32).to_le_bytes());
+            put(&mut bytes[turn_at + t * 2 * half * 4..], turn);
+            let place = &mut bytes[places_at + t * size_of::<Place>()..];
+            let Place { keys, values, position, capacity } = token.place;
+            put(place, [keys, values].iter().map(|x| x.to_le_bytes()));
+            put(&mut place[16..], [position, capacity].iter().map(|x| x.to_le_bytes()));
+        }
+        Ok(())
+    }
+
+    /// Copies the staged slice of `tokens` tokens to the device.
+    fn send(&self, tokens: usize) -> Result<(), CudaError> {
+        let s = &self.scratch;
+        let parts = [
+            (0, tokens * self.config.hidden * 4),
+            (s.turn_at, tokens * self.config.head_dim * 4),
+            (s.places_at, tokens * size_of::<Place>()),
+        ];
+        parts.iter().try_for_each(|&(at, bytes)| self.device().copy_in(&s.input, at, &s.staging, at, bytes, Stream::Compute))
+    }
+
+    /// The layers, of a slice that was staged, and the logits of the wanted rows: all of them, or those in `scratch.rows`.
+    fn pass(&mut self, tokens: usize, wanted: usize, chosen: bool) -> Result<(), CudaError> {
+        self.send(tokens)?;
+        let kernels = Arc::clone(&self.kernels);
+        let mut queue = Queue::new(&kernels);
+        self.residency.begin(&mut queue)?;
+        queue.interrupted();
+        let mut add = None;
+        for layer in 0..self.config.layers {
+            self.residency.enter(&mut queue, layer)?;
+            add = Some(self.layer(&mut queue, layer, tokens, add)?);
+            self.residency.leave(&mut queue, layer)?;
+        }
+        self.last_parts = add;
+        if wanted > 0 {
+            self.head(&mut queue, wanted, chosen)?;
+        }
+        self.residency.end(&mut queue)?;
+        if wanted > 0 {
+            let bytes = wanted * self.config.vocab * 4;
+            self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)?;
+        }
+        Ok(())
+    }
+
+    /// One layer. `add` and the result: number of partial sums of what is still to be added to the stream.
+    fn layer(&self, queue: &mut Queue<'_>, layer: usize, tokens: usize, add: Option<usize>) -> Result<usize, CudaError> {
+        let (c, s, norms) = (&self.config, &self.scratch, &self.norms[layer]);
+        let norm = |weight, add| Input::Norm { x: &s.input, weight, eps: c.rms_eps, add, rows: None };
+        let qkv = self.groups.index(layer, Kind::Qkv);
+        let add = add.map(|parts| self.sums(self.groups.index(layer - 1, Kind::Down), 1, parts));
+        let parts = self.multiply(queue, norm(&norms.input, add), qkv, 0, tokens)?;
+        let first_rows = &self.groups.all[qkv].first_rows;
+        let heads = Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, k_row: first_rows[1], v_row: first_rows[2] };
+        let head_norms = norms.heads.as_ref().map(|[q, k]| [q, k]);
+        let (turn, places) = ((&s.input, s.turn_at), (&s.input, s.places_at));
+        queue.rope(self.sums(qkv, 0, parts), head_norms, c.rms_eps, heads, layer, tokens, turn, places, &s.q)?;
+        queue.attention(&s.q, heads, layer, c.windows[layer], tokens, places, &s.mixed)?;
+        let o = self.groups.index(layer, Kind::O);
+        let parts = self.multiply(queue, Input::Copy(&s.mixed), o, 1, tokens)?;
+        let gate_up = self.groups.index(layer, Kind::GateUp);
+        let parts = self.multiply(queue, norm(&norms.post, Some(self.sums(o, 1, parts))), gate_up, 0, tokens)?;
+        let up_row = self.groups.all[gate_up].first_rows[1];
+        let input = Input::Silu { sums: self.sums(gate_up, 0, parts), up_row };
+        self.multiply(queue, input, self.groups.index(layer, Kind::Down), 1, tokens)
+    }
+
+    /// Logits of all tokens, or of those in `scratch.rows`.
+    fn head(&self, queue: &mut Queue<'_>, wanted: usize, chosen: bool) -> Result<(), CudaError> {
+        let (c, s) = (&self.config, &self.scratch);
+        let add = self.last_parts.map(|parts| self.sums(self.groups.index(c.layers - 1, Kind::Down), 1, parts));
+        let head = self.groups.index(0, Kind::Head);
+        let input = Input::Norm { x: &s.input, weight: &self.final_norm, eps: c.rms_eps, add, rows: chosen.then_some(&s.rows) };
+        let parts = self.multiply(queue, input, head, 0, wanted)?;
+        queue.logits(self.sums(head, 0, parts), wanted, c.vocab, &s.logits)
+    }
+
+    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers. Returns the number of partial sums.
+    fn multiply(&self, queue: &mut Queue<'_>, input: Input<'_>, group: usize, turn: usize, tokens: usize) -> Result<usize, CudaError> {
+        let s = &self.scratch;
+        let mut form = self.residency.form(group);
+        if let (Form::Quad(quad), Some(decoded)) = (form, &s.decoded)
+            && tokens >= DECODE_TOKENS_MIN
+            && nibble_bytes(form.geometry()) <= decoded.bytes()
+        {
+            let plain = quad.decoded(decoded, 0);
+            queue.decode(&quad, &plain, Stream::Compute)?;
+            form = Form::Plain(plain);
+        }
+        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form)?;
+        queue.product(&form, &s.activations[turn], tokens, &s.sums[turn])
+    }
+
+    fn sums(&self, group: usize, turn: usize, parts: usize) -> SumsAt<'_> {
+        let g = &self.groups.all[group];
+        SumsAt {
+            part: &self.scratch.sums[turn],
+            unit: self.scratch.activations[turn].unit(),
+            scale: &g.scale,
+            bias: g.bias.as_ref(),
+            parts,
+            n: g.n(),
+        }
+    }
+
+    /// A pass in which every token's logits are wanted and there are few: recorded when it comes a second time.
+    fn step(&mut self, tokens: usize) -> Result<(), CudaError> {
+        if let Some(graph) = self.graphs.get(&tokens) {
+            graph.launch()?;
+            self.residency.replayed();
+            return Ok(());
+        }
+        self.pass(tokens, tokens, false)?;
+        if self.residency.repeats() {
+            // What was just run shows that all launches are accepted; the recording itself runs nothing.
+            self.device().synchronize()?;
+            let device = Arc::clone(self.device());
+            let graph = device.capture(|| self.pass(tokens, tokens, false))?;
+            self.graphs.insert(tokens, graph);
+        }
+        Ok(())
+    }
+
+    fn run_slice(&mut self, slice: &[Token], sink: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), RunError> {
+        let vocab = self.config.vocab;
+        self.stage(slice)?;
+        let wanted: Vec<u32> = (0..).zip(slice).filter(|(_, token)| token.wanted).map(|(row, _)| row).collect();
+        if wanted.len() == slice.len() && slice.len() <= HEAD_TOKENS_MAX {
+            self.step(slice.len())?;
+        } else {
+            let first = &wanted[..wanted.len().min(HEAD_TOKENS_MAX)];
+            if !first.is_empty() {
+                self.scratch.rows.write(0, first)?;
+            }
+            self.pass(slice.len(), first.len(), true)?;
+        }
+        let mut rows = &wanted[..];
+        while !rows.is_empty() {
+            let (now, later) = rows.split_at(rows.len().min(HEAD_TOKENS_MAX));
+            self.device().synchronize_stream(Stream::Compute)?;
+            let logits = self.scratch.logits_host.floats(now.len() * vocab);
+            for (&row, logits) in now.iter().zip(logits.chunks_exact(vocab)) {
+                let token = &slice[row as usize];
+                sink(token.sequence, token.index, logits);
+            }
+            rows = later;
+            if !rows.is_empty() {
+                self.more_logits(&rows[..rows.len().min(HEAD_TOKENS_MAX)])?;
+            }
+        }
+        self.device().synchronize_stream(Stream::Compute)?;
+        Ok(())
+    }
+
+    /// Logits of more rows of the slice that was just run, whose stream already holds the last layer's output.
+    fn more_logits(&mut self, rows: &[u32]) -> Result<(), CudaError> {
+        self.scratch.rows.write(0, rows)?;
+        let kernels = Arc::clone(&self.kernels);
+        let mut queue = Queue::new(&kernels);
+        self.head(&mut queue, rows.len(), true)?;
+        let bytes = rows.len() * self.config.vocab * 4;
+        self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)
+    }
+}
+
+/// Most bytes of sums that products of a group leave.
+fn sums_bytes(group: &super::groups::Group) -> usize {
+    // One token: a tile may be split into runs of 4 supersteps, or be as narrow as 8.
+    let one = group.geometry.padded_cols().div_ceil(4 * 128) * group.n() * 8;
+    let many = group.geometry.padded_cols().div_ceil(8 * 128) * group.n() * 8;
+    let tokens = if group.kind == Kind::Head { HEAD_TOKENS_MAX } else { SLICE_TOKENS_MAX };
+    one.max(many * tokens)
+}
+
+impl Scratch {
+    fn new(kernels: &Kernels, config: &Config, groups: &Groups, residency: &dyn Residency) -> Result<Self, CudaError> {
+        let device = kernels.device();
+        let t = SLICE_TOKENS_MAX;
+        let turn_at = (t * config.hidden * 4).next_multiple_of(256);
+        let places_at = (turn_at + t * config.head_dim * 4).next_multiple_of(256);
+        let input_bytes = places_at + t * size_of::<Place>();
+        let (mut cols, mut coded) = (0, 0);
+        let mut sums = [0; 2];
+        for (index, group) in groups.all.iter().enumerate() {
+            let form = residency.form(index);
+            cols = cols.max(form.geometry().padded_cols());
+            let head = group.kind == Kind::Head;
+            let tokens = if head { HEAD_TOKENS_MAX } else { t };
+            if matches!(form, Form::Quad(_)) && !head {
+                coded = coded.max(nibble_bytes(form.geometry()));
+            }
+            // Every batch size has its own number of partial sums.
+            let bytes = |tokens: usize| parts_of(kernels, &form, tokens) * group.n() * 8 * tokens.next_multiple_of(form.batch(tokens));
+            let turn = usize::from(matches!(group.kind, Kind::O | Kind::Down));
+            sums[turn] = [1, 8, 16, tokens].iter().map(|&tokens| bytes(tokens)).fold(sums[turn], usize::max);
+        }
+        let room = |bytes| device.allocate(bytes, "activations");
+        let queries = config.heads * config.head_dim;
+        Ok(Self {
+            input: room(input_bytes)?,
+            turn_at,
+            places_at,
+            staging: device.pin(input_bytes)?,
+            activations: [Activations::new(device, t, cols)?, Activations::new(device, t, cols)?],
+            sums: [room(sums[0])?, room(sums[1])?],
+            q: room(t * queries * 4)?,
+            mixed: room(t * queries * 4)?,
+            rows: room(HEAD_TOKENS_MAX * 4)?,
+            logits: device.allocate(HEAD_TOKENS_MAX * config.vocab * 4, "logits")?,
+            logits_host: device.pin(HEAD_TOKENS_MAX * config.vocab * 4)?,
+            decoded: (coded > 0).then(|| device.allocate(coded, "a decoded group")).transpose()?,
+        })
+    }
+}
+
+/// Writes arrays of bytes one behind the other.
+fn put<const N: usize>(out: &mut [u8], values: impl Iterator<Item = [u8; N]>) {
+    for (value, out) in values.zip(out.chunks_exact_mut(N)) {
+        out.copy_from_slice(&value);
+    }
+}
+
+impl Runner for CudaRunner {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn new_kv(&self, capacity: usize) -> Result<KvCache, RunError> {
+        let c = &self.config;
+        let bytes = [c.layers, c.kv_heads, c.head_dim, capacity, 2].iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+        let Some(bytes) = bytes.filter(|_| u32::try_from(capacity).is_ok()) else {
+            return Err(RunError::KvTooLarge { capacity, bytes: u64::MAX });
+        };
+        let half = || self.device().allocate(bytes, "a KV cache");
+        Ok(KvCache::on_device(Box::new(CudaKv { keys: half()?, values: half()? }), capacity))
+    }
+
+    fn forward_batch(&mut self, batch: &mut [Continuation<'_>], sink: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), RunError> {
+        for sequence in batch.iter_mut() {
+            sequence.check(self.config.vocab)?;
+            sequence.kv.device::<CudaKv>()?;
+        }
+        // Slices of tokens of consecutive sequences; a slice may end inside a sequence.
+        let mut slice: Vec<Token> = Vec::new();
+        for sequence in 0..batch.len() {
+            let (tokens, want, first) = (batch[sequence].tokens, batch[sequence].want, batch[sequence].kv.len());
+            let capacity = u32::try_from(batch[sequence].kv.capacity()).map_err(|_| RunError::ForeignKv)?;
+            let kv = batch[sequence].kv.device::<CudaKv>()?;
+            let (keys, values) = (kv.keys.address(), kv.values.address());
+            for (index, &id) in tokens.iter().enumerate() {
+                let wanted = want == LogitsOf::All || (want == LogitsOf::Last && index + 1 == tokens.len());
+                let place = Place { keys, values, position: (first + index) as u32, capacity };
+                slice.push(Token { sequence, index, id, place, wanted });
+                if slice.len() == SLICE_TOKENS_MAX {
+                    self.run_slice(&slice, sink)?;
+                    slice.clear();
+                }
+            }
+        }
+        if !slice.is_empty() {
+            self.run_slice(&slice, sink)?;
+        }
+        for sequence in batch.iter_mut() {
+            sequence.kv.advance(sequence.tokens.len());
+        }
+        Ok(())
+    }
+
+    fn report(&self) -> ResidencyReport {
+        let held = self.residency.held();
+        let mut report = self.report.clone();
+        let host = if held.host_bytes > 0 { format!(", {} bytes pinned on the host", held.host_bytes) } else { String::new() };
+        report.detail = format!("{}{}{host}", self.report.detail, held.detail);
+        report.resident_bytes = held.coded_bytes + held.decoded_bytes + held.buffer_bytes + self.groups.scale_bytes() + self.vector_bytes;
+        (report.hits, report.misses) = (held.hits, held.misses);
+        (report.hit_bytes, report.miss_bytes) = (held.hit_bytes, held.miss_bytes);
+        report
+    }
+}

@@ -1,0 +1,158 @@
+//! `prefetch`: for models larger than the card. Layers that do not fit lie coded in pinned host memory and are copied into layer buffers one layer
+//! ahead, on the second stream; products decode them where they lie. So PCIe carries coded bytes, and a model streams faster than its decoded form
+//! by the ratio of the two.
+//!
+//! Layers that fit the budget stay on the device, spread evenly, so that copies go on while they compute. Without a budget all layers are streamed.
+
+use super::groups::{Groups, Loader, PER_LAYER};
+use super::residency::{Held, Residency, Resident};
+use super::slots::Slots;
+use crate::residency::OpenError;
+use std::sync::Arc;
+use tersor_cuda::{Buffer, CudaError, Device, Form, Pinned, QuadAt, QuadPlaces, Queue, Stream};
+
+/// Layer buffers: depth beyond one layer ahead brings nothing.
+pub(super) const BUFFERS: usize = 2;
+
+/// One layer's groups, one behind the other.
+struct Layer {
+    places: [(QuadPlaces, usize); PER_LAYER],
+    home: Home,
+}
+
+enum Home {
+    Device(Buffer),
+    /// Bytes in host memory, and which of the streamed layers it is.
+    Host(Pinned, usize),
+}
+
+pub(super) struct Prefetch {
+    device: Arc<Device>,
+    layers: Vec<Layer>,
+    /// Streamed layers, in order.
+    streamed: Vec<usize>,
+    buffers: Vec<Buffer>,
+    head: Resident,
+    slots: Slots,
+}
+
+impl Prefetch {
+    /// `available`: bytes for weights on the device; `None`: everything is streamed.
+    pub fn open(loader: &Loader<'_>, available: Option<u64>) -> Result<Self, OpenError> {
+        let count = loader.groups.layers;
+        let device = Arc::clone(loader.device());
+        let head = Resident::quad(loader, loader.groups.all.len() - 1)?;
+        loader.release(loader.groups.all.len() - 1);
+        let mut layers = Vec::with_capacity(count);
+        let (mut streamed, mut resident) = (Vec::new(), 0);
+        for layer in 0..count {
+            let mut packed = Vec::with_capacity(PER_LAYER);
+            let mut end = 0;
+            for index in Groups::of_layer(layer) {
+                let (places, matrix) = loader.quad(index)?;
+                let at = end;
+                end += places.bytes();
+                packed.push((places, at, matrix));
+                loader.release(index);
+            }
+            if layer == 0 {
+                // Layers have the same shape; a twentieth more covers what they differ in.
+                let room = available.map_or(0, |bytes| bytes.saturating_sub(head.bytes()));
+                let one = (end + end / 20) as u64;
+                resident = if room >= one * count as u64 { count } else { (room / one) as usize }
+                    .saturating_sub(if room >= one * count as u64 { 0 } else { BUFFERS });
+            }
+            // Spread evenly: the layers where layer * resident / count steps up.
+            let stays = (layer + 1) * resident / count > layer * resident / count;
+            let mut image = Vec::new();
+            let mut pinned = None;
+            let bytes: &mut [u8] = if stays {
+                image.resize(end, 0);
+                &mut image
+            } else {
+                pinned.insert(device.pin(end)?).bytes_mut()
+            };
+            for (places, at, matrix) in &packed {
+                places.write(matrix, &mut bytes[*at..]);
+            }
+            let home = match pinned {
+                Some(pinned) => {
+                    streamed.push(layer);
+                    Home::Host(pinned, streamed.len() - 1)
+                }
+                None => Home::Device(device.upload(&image, "coded weights")?),
+            };
+            let places: Vec<(QuadPlaces, usize)> = packed.into_iter().map(|(places, at, _)| (places, at)).collect();
+            let places = places.try_into().unwrap_or_else(|_| unreachable!("a layer has {PER_LAYER} groups"));
+            layers.push(Layer { places, home });
+        }
+        let largest = streamed.iter().map(|&layer| layers[layer].bytes()).max().unwrap_or(0);
+        let buffers = (0..BUFFERS.min(streamed.len())).map(|_| device.allocate(largest, "layer buffers")).collect::<Result<Vec<_>, _>>()?;
+        let slots = Slots::new(&device, buffers.len(), streamed.len())?;
+        let this = Self { device, layers, streamed, buffers, head, slots };
+        for place in 0..this.buffers.len() {
+            copy(&this.device, &this.layers, this.streamed[place], &this.buffers[place])?;
+        }
+        this.device.synchronize()?;
+        Ok(this)
+    }
+}
+
+impl Layer {
+    fn bytes(&self) -> usize {
+        let (places, at) = &self.places[PER_LAYER - 1];
+        at + places.bytes()
+    }
+}
+
+fn copy(device: &Device, layers: &[Layer], layer: usize, to: &Buffer) -> Result<(), CudaError> {
+    let Home::Host(pinned, _) = &layers[layer].home else { unreachable!("only layers in host memory are streamed") };
+    device.copy_in(to, 0, pinned, 0, layers[layer].bytes(), Stream::Side)
+}
+
+impl Residency for Prefetch {
+    fn begin(&mut self, _queue: &mut Queue<'_>) -> Result<(), CudaError> {
+        self.slots.begin(&self.device)
+    }
+
+    fn enter(&mut self, queue: &mut Queue<'_>, layer: usize) -> Result<(), CudaError> {
+        match self.layers[layer].home {
+            Home::Host(_, place) => self.slots.enter(&self.device, queue, place),
+            Home::Device(_) => Ok(()),
+        }
+    }
+
+    fn leave(&mut self, queue: &mut Queue<'_>, layer: usize) -> Result<(), CudaError> {
+        let Home::Host(_, place) = self.layers[layer].home else { return Ok(()) };
+        let (device, layers, streamed, buffers) = (&self.device, &self.layers, &self.streamed, &self.buffers);
+        self.slots.leave(device, queue, place, |_, next, buffer| copy(device, layers, streamed[next], &buffers[buffer]))
+    }
+
+    fn end(&mut self, queue: &mut Queue<'_>) -> Result<(), CudaError> {
+        self.slots.end(&self.device, queue)
+    }
+
+    fn form(&self, group: usize) -> Form<'_> {
+        let Some(layer) = self.layers.get(group / PER_LAYER) else { return self.head.form() };
+        let (places, at) = &layer.places[group % PER_LAYER];
+        let buffer = match &layer.home {
+            Home::Device(buffer) => buffer,
+            Home::Host(_, place) => &self.buffers[self.slots.buffer(*place)],
+        };
+        Form::Quad(QuadAt { places, buffer, at: *at })
+    }
+
+    fn held(&self) -> Held {
+        let bytes = |streamed: bool| {
+            let of = |layer: &&Layer| matches!(layer.home, Home::Host(..)) == streamed;
+            self.layers.iter().filter(of).map(|layer| layer.bytes() as u64).sum::<u64>()
+        };
+        Held {
+            detail: format!("{} of {} layers streamed from host memory", self.streamed.len(), self.layers.len()),
+            coded_bytes: bytes(false) + self.head.bytes(),
+            buffer_bytes: self.buffers.iter().map(|buffer| buffer.bytes() as u64).sum(),
+            host_bytes: bytes(true),
+            ..Held::default()
+        }
+    }
+}
