@@ -187,6 +187,16 @@ def test_wrong_shapes_are_refused(quantized):
         layer.to_quantized(group_size=32, bits=4)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_inputs_are_refused(quantized, mode):
+    layer = EntropyCodedLinear.from_quantized(quantized.up, decode_mode=mode)
+    for x in (mx.zeros((2, 64)), mx.zeros((256,)), mx.array(1.0)):
+        with pytest.raises(ValueError, match="last dimension must be 128"):
+            layer(x)
+    x = mx.ones((1, 128))
+    assert same(layer(x), quantized.up(x))
+
+
 def test_damage_is_refused(quantized):
     layer = EntropyCodedLinear.from_quantized(quantized.down)
     bytes_ = np.array(layer.coded)

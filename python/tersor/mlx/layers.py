@@ -127,6 +127,12 @@ class _EntropyCoded:
         """The weights in MLX's packed layout, (rows, cols / 8) ``uint32``, decoded for the asking."""
         return self.decoder.packed(self)
 
+    def _multiply(self, x: mx.array) -> mx.array:
+        cols = self.matrix.cols
+        if x.ndim == 0 or x.shape[-1] != cols:
+            raise ValueError(f"an input of shape {x.shape} for weights of {self.matrix.rows} x {cols}: its last dimension must be {cols}")
+        return self.decoder.matmul(self, x)
+
     def _check_same_quantization(self, group_size, bits, mode) -> None:
         own = (self.group_size, self.bits, self.mode)
         asked = (group_size or self.group_size, bits or self.bits, mode or self.mode)
@@ -203,7 +209,7 @@ class EntropyCodedLinear(_EntropyCoded, nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` (..., input_dims) to (..., output_dims)."""
-        y = self.decoder.matmul(self, x)
+        y = self._multiply(x)
         return y + self["bias"] if "bias" in self else y
 
     def _extra_repr(self) -> str:
@@ -297,7 +303,7 @@ class EntropyCodedEmbedding(_EntropyCoded, nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """``x`` (..., dims) to (..., num_embeddings): the output projection of models that tie it to the embedding."""
-        return self.decoder.matmul(self, x)
+        return self._multiply(x)
 
     def _extra_repr(self) -> str:
         rows, cols = self.matrix.rows, self.matrix.cols
