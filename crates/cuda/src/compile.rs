@@ -59,10 +59,10 @@ pub(crate) fn load(device: &Arc<Device>, source: &Source, cache: Option<&Path>) 
     let version = compiler.version();
     let key = xxh3_64(format!("{arch} {version:?}\n{text}").as_bytes());
     let file = cache.map(|dir| dir.join(format!("{}-{arch}-{key:016x}.cubin", source.name.trim_end_matches(".cu"))));
-    if let Some(image) = file.as_deref().and_then(read_cached) {
-        if let Ok(module) = Module::load(device, &image) {
-            return Ok(module);
-        }
+    if let Some(image) = file.as_deref().and_then(read_cached)
+        && let Ok(module) = Module::load(device, &image)
+    {
+        return Ok(module);
     }
     // A compiler older than the GPU: its driver can do what the compiler cannot.
     let Some(image) = compiler.compile(&text, source.name, &arch)? else { return load_ptx(device, source) };

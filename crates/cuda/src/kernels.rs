@@ -42,6 +42,7 @@ pub struct Kernels {
     rope: Function,
     attention: [Function; 3],
     logits: Function,
+    read_all: Function,
 }
 
 impl Kernels {
@@ -61,30 +62,24 @@ impl Kernels {
         let mut next = || modules.next().expect("one for each source");
         let modules = [next()?, next()?, next()?, next()?];
         let [quad, plain, rans, ops] = &modules;
-        let of = |names: [[&'static str; 4]; 3]| -> Result<_, CudaError> {
-            let row = |names: [&'static str; 4]| -> Result<[Function; 4], CudaError> {
-                Ok([plain.function(names[0])?, plain.function(names[1])?, plain.function(names[2])?, plain.function(names[3])?])
-            };
-            Ok([row(names[0])?, row(names[1])?, row(names[2])?])
-        };
-        let of_quad = |names: [[&'static str; 3]; 3]| -> Result<_, CudaError> {
-            let row = |names: [&'static str; 3]| -> Result<[Function; 3], CudaError> {
-                Ok([quad.function(names[0])?, quad.function(names[1])?, quad.function(names[2])?])
-            };
-            Ok([row(names[0])?, row(names[1])?, row(names[2])?])
-        };
         Ok(Self {
-            quad: of_quad([
-                ["quad_r0_t1", "quad_r0_t8", "quad_r0_t16"],
-                ["quad_r1_t1", "quad_r1_t8", "quad_r1_t16"],
-                ["quad_r2_t1", "quad_r2_t8", "quad_r2_t16"],
-            ])?,
+            quad: functions(
+                quad,
+                [
+                    ["quad_r0_t1", "quad_r0_t8", "quad_r0_t16"],
+                    ["quad_r1_t1", "quad_r1_t8", "quad_r1_t16"],
+                    ["quad_r2_t1", "quad_r2_t8", "quad_r2_t16"],
+                ],
+            )?,
             quad_store: quad.function("quad_store")?,
-            plain: of([
-                ["plain_r0_t1", "plain_r0_t8", "plain_r0_t16", "plain_r0_t32"],
-                ["plain_r1_t1", "plain_r1_t8", "plain_r1_t16", "plain_r1_t32"],
-                ["plain_r2_t1", "plain_r2_t8", "plain_r2_t16", "plain_r2_t32"],
-            ])?,
+            plain: functions(
+                plain,
+                [
+                    ["plain_r0_t1", "plain_r0_t8", "plain_r0_t16", "plain_r0_t32"],
+                    ["plain_r1_t1", "plain_r1_t8", "plain_r1_t16", "plain_r1_t32"],
+                    ["plain_r2_t1", "plain_r2_t8", "plain_r2_t16", "plain_r2_t32"],
+                ],
+            )?,
             rans_decode: rans.function("rans_decode")?,
             prepare_norm: ops.function("prepare_norm")?,
             prepare_copy: ops.function("prepare_copy")?,
@@ -92,6 +87,7 @@ impl Kernels {
             rope: ops.function("rope")?,
             attention: [ops.function("attention_64")?, ops.function("attention_128")?, ops.function("attention_256")?],
             logits: ops.function("logits")?,
+            read_all: ops.function("read_all")?,
             device: Arc::clone(device),
             _modules: modules,
         })
@@ -125,6 +121,13 @@ impl Kernels {
     fn clusters(&self) -> bool {
         self.device.properties().capability.0 >= 9
     }
+}
+
+/// The kernels of a module, in the order of their names.
+fn functions<const N: usize>(module: &Module, names: [[&'static str; N]; 3]) -> Result<[[Function; N]; 3], CudaError> {
+    let found = names.as_flattened().iter().map(|name| module.function(name)).collect::<Result<Vec<_>, _>>()?;
+    let mut found = found.into_iter();
+    Ok(names.map(|row| row.map(|_| found.next().expect("one for each name"))))
 }
 
 /// Sums that a product leaves: (tokens, parts, n) exact integers, which the next kernel makes numbers.
@@ -188,14 +191,13 @@ impl Activations {
         })
     }
 
-    /// What was prepared for `tokens` tokens of `cols` padded columns, for checks: q (tokens, cols); {m, 128 * sum of even columns' q} (tokens, cols / 128);
-    /// unit (tokens).
+    /// What was prepared for `tokens` tokens of `cols` padded columns, for checks.
     ///
     /// # Errors
     /// The driver's.
-    pub fn download(&self, tokens: usize, cols: usize) -> Result<(Vec<i8>, Vec<[i32; 2]>, Vec<f32>), CudaError> {
+    pub fn download(&self, tokens: usize, cols: usize) -> Result<Prepared, CudaError> {
         let info: Vec<i32> = self.info.read(0, tokens * cols / SUPERSTEP_COLS * 2)?;
-        Ok((self.q.read(0, tokens * cols)?, info.as_chunks().0.to_vec(), self.unit.read(0, tokens)?))
+        Ok(Prepared { q: self.q.read(0, tokens * cols)?, info: info.as_chunks().0.to_vec(), unit: self.unit.read(0, tokens)? })
     }
 
     /// Units of the tokens.
@@ -209,6 +211,17 @@ impl Activations {
     pub fn bytes(&self) -> usize {
         self.frag.bytes() + self.q.bytes() + self.info.bytes() + self.unit.bytes()
     }
+}
+
+/// Activations as a product reads them: column c of a token is about `q[c] * info[c / 128][0] * unit`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prepared {
+    /// (tokens, cols)
+    pub q: Vec<i8>,
+    /// (tokens, cols / 128): multiple of the unit, 128 * sum of the even columns' q.
+    pub info: Vec<[i32; 2]>,
+    /// (tokens)
+    pub unit: Vec<f32>,
 }
 
 /// What `prepare` makes int8 activations of.
@@ -306,8 +319,8 @@ impl<'a> Queue<'a> {
         assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
         let supersteps = k / SUPERSTEP_COLS;
         let cluster = if self.kernels.clusters() { CLUSTER.min(supersteps) } else { 1 };
-        let threads = (supersteps.div_ceil(cluster) * 16).next_multiple_of(32).min(OPS_THREADS);
-        let passes = supersteps.div_ceil(threads / 16 * cluster);
+        let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
+        let threads = block_cols.min(OPS_THREADS);
         let mut args = abi::Prepare {
             x: 0,
             weight: 0,
@@ -340,7 +353,7 @@ impl<'a> Queue<'a> {
                 &self.kernels.prepare_silu
             }
         };
-        let shared = passes * threads * 8 * size_of::<f32>();
+        let shared = block_cols * size_of::<f32>();
         if shared > function.shared_bytes as usize {
             return Err(CudaError::Unsupported { what: format!("a matrix of {cols} columns") });
         }
@@ -405,7 +418,10 @@ impl<'a> Queue<'a> {
         if stream == Stream::Compute {
             shape = self.shape((blocks, 1), warps * 32, shared, 1);
         }
-        launch!(self, function, shape, stream, args, out)
+        launch!(self, function, shape, stream, args, out)?;
+        // Products read weights before they wait for the kernel before them: what follows begins only when all of this is written.
+        self.interrupted();
+        Ok(())
     }
 
     /// Norms and turns q and k of `tokens` tokens, and keeps k and v where `places` says. `q` becomes (tokens, heads, head_dim).
@@ -452,6 +468,7 @@ impl<'a> Queue<'a> {
     ///
     /// # Errors
     /// The driver's.
+    #[allow(clippy::too_many_arguments)] // They are the kernel's.
     pub fn attention(
         &mut self,
         q: &Buffer,
@@ -478,6 +495,17 @@ impl<'a> Queue<'a> {
         assert!(out.bytes() >= tokens * heads.heads * heads.head_dim * 4, "room for the tokens");
         let shape = self.shape((heads.heads, tokens), 256, 0, 1);
         launch!(self, &self.kernels.attention[index], shape, Stream::Compute, args)
+    }
+
+    /// Reads a buffer and keeps nothing, as a measure of bandwidth. `out`: 4 bytes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn read(&mut self, buffer: &Buffer, out: &Buffer) -> Result<(), CudaError> {
+        let (mut from, mut count, mut to) = (buffer.address(), (buffer.bytes() / 16) as u64, out.address());
+        let blocks = self.kernels.device.properties().multiprocessors as usize * 8;
+        let shape = self.shape((blocks, 1), OPS_THREADS, 0, 1);
+        launch!(self, &self.kernels.read_all, shape, Stream::Compute, from, count, to)
     }
 
     /// The first `rows` rows of sums as numbers, (tokens, rows).

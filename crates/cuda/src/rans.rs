@@ -3,6 +3,7 @@
 //! Chunks are gathered in pinned memory, two batches in turn, so that gathering, copying and decoding overlap.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tersor_codec::rans;
 
@@ -15,10 +16,14 @@ use crate::matrix::{PlainMatrix, nibble_bytes};
 
 /// Bytes of a batch: large enough that a copy's latency does not count.
 const BATCH_BYTES: usize = 32 << 20;
+/// Threads that gather a batch in pinned memory: one copies at a fifth of what PCIe carries.
+const GATHER_THREADS: usize = 8;
 /// Readable bytes behind a chunk that the kernel asks for.
 const CHUNK_PADDING: usize = 64;
 /// Chunks begin at multiples of this in the file, and so here.
 const CHUNK_ALIGN: usize = 16;
+/// Slots of the largest table.
+const SLOTS_MAX: usize = 256;
 /// Warps of a block.
 const WARPS: usize = 4;
 
@@ -57,14 +62,42 @@ pub struct RansDecoder {
     decoded: [Event; 2],
     /// Status and number of far symbols.
     counters: Buffer,
+    /// Events around each launch, while it is measured.
+    timed: Option<Vec<(Event, Event)>>,
+    /// Table of the part at work.
+    table: Buffer,
     next: usize,
 }
 
-/// A chunk's place in the batch being filled.
-struct Batch {
+/// The batch being filled: chunks with their places.
+#[derive(Default)]
+struct Batch<'a> {
     bytes: usize,
-    chunks: Vec<RansChunk>,
+    chunks: Vec<(RansChunk, &'a [u8])>,
     first_chunk: usize,
+}
+
+impl Batch<'_> {
+    /// Writes the chunks to their places, which ascend.
+    fn gather(&self, mut area: &mut [u8]) {
+        let share = self.chunks.len().div_ceil(GATHER_THREADS).max(1);
+        std::thread::scope(|scope| {
+            let mut start = 0;
+            for part in self.chunks.chunks(share) {
+                let (last, bytes) = part[part.len() - 1];
+                let end = last.offset as usize + bytes.len();
+                let (mine, rest) = std::mem::take(&mut area).split_at_mut(end - start);
+                area = rest;
+                let first = start;
+                start = end;
+                scope.spawn(move || {
+                    for (chunk, bytes) in part {
+                        mine[chunk.offset as usize - first..][..bytes.len()].copy_from_slice(bytes);
+                    }
+                });
+            }
+        });
+    }
 }
 
 impl RansDecoder {
@@ -86,6 +119,8 @@ impl RansDecoder {
             copied: events()?,
             decoded: events()?,
             counters: device.allocate(8, "counters")?,
+            timed: None,
+            table: device.allocate(4 * SLOTS_MAX, "a decoding table")?,
             next: 0,
         })
     }
@@ -130,6 +165,32 @@ impl RansDecoder {
         Ok(matrix)
     }
 
+    /// Seconds from the first byte of a part that is sent to its last that is decoded, and those in which the decoding kernel ran, for measurements: allocation
+    /// and the list of far symbols are left out.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn pipeline_seconds(
+        &mut self,
+        kernels: &Kernels,
+        geometry: Geometry,
+        low_bits: u32,
+        part: &RansPart<'_>,
+    ) -> Result<(f64, f64), CudaError> {
+        let matrix = PlainMatrix::empty(&self.device, geometry, low_bits)?;
+        let list = self.device.allocate(12 * part.far_max, "far symbols")?;
+        self.counters.fill_range(0, 8, 0, Stream::Side)?;
+        self.device.synchronize()?;
+        self.timed = Some(Vec::new());
+        let start = Instant::now();
+        let done = self.decode_part(kernels, &matrix, &geometry, low_bits, part, &list, part.far_max, &mut Vec::new());
+        let all = start.elapsed().as_secs_f64();
+        let launches = self.timed.take().unwrap_or_default();
+        done?;
+        let kernel = launches.iter().map(|(start, end)| start.seconds_until(end)).sum::<Result<f64, _>>()?;
+        Ok((all, kernel))
+    }
+
     #[allow(clippy::too_many_arguments)] // What `decode` knows.
     fn decode_part(
         &mut self,
@@ -146,12 +207,12 @@ impl RansDecoder {
         if !supports(params) {
             return Err(CudaError::Unsupported { what: format!("decoding of {} on the device", tersor_codec::Codec::Rans(params)) });
         }
-        let table = self.device.upload(&packed_table(part.table), "a decoding table")?;
+        self.table.write(0, &packed_table(part.table))?;
         let col_steps = part.cols.div_ceil(4);
         let mut job = RansJob {
             payload: 0,
             chunks: 0,
-            table: table.address(),
+            table: self.table.address(),
             nibbles: matrix.weights().0.address(),
             planes: matrix.weights().0.address() + matrix.weights().1 as u64,
             far: list.address(),
@@ -166,7 +227,7 @@ impl RansDecoder {
             far_capacity: far_max as u32,
             first_chunk: 0,
         };
-        let mut batch = Batch { bytes: 0, chunks: Vec::new(), first_chunk: 0 };
+        let mut batch = Batch::default();
         let mut row_tile = part.row_tile;
         for (number, (bytes, row_tiles)) in part.chunks.iter().enumerate() {
             let symbols = row_tiles * col_steps * 4 * TILE_ROWS;
@@ -185,33 +246,34 @@ impl RansDecoder {
             }
             if batch.chunks.is_empty() {
                 batch.first_chunk = number;
-                // The area is free once its last copy is done.
-                self.copied[self.next].wait_on_host()?;
             }
-            self.staging[self.next].bytes_mut()[batch.bytes..][..bytes.len()].copy_from_slice(bytes);
-            batch.chunks.push(RansChunk {
+            let place = RansChunk {
                 offset: batch.bytes as u64,
                 words: chunk.words.len() as u32,
                 escapes: chunk.escapes.len() as u32,
                 row_tile: row_tile as u32,
                 row_tiles: *row_tiles as u32,
-            });
+            };
+            batch.chunks.push((place, *bytes));
             batch.bytes = (batch.bytes + room).next_multiple_of(CHUNK_ALIGN);
             row_tile += row_tiles;
         }
         self.send(kernels, &mut job, &mut batch)?;
-        // The table lives until the kernels have read it.
+        // The table is written anew for the next part.
         self.device.synchronize_stream(Stream::Compute)
     }
 
     /// Copies the batch on the side stream and decodes it on the compute stream.
-    fn send(&mut self, kernels: &Kernels, job: &mut RansJob, batch: &mut Batch) -> Result<(), CudaError> {
+    fn send(&mut self, kernels: &Kernels, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
         if batch.chunks.is_empty() {
             return Ok(());
         }
         let i = self.next;
         let descriptor_bytes = batch.chunks.len() * size_of::<RansChunk>();
-        for (chunk, out) in batch.chunks.iter().zip(self.descriptors[i].bytes_mut().chunks_exact_mut(size_of::<RansChunk>())) {
+        // The areas are free once their last copies are done.
+        self.copied[i].wait_on_host()?;
+        batch.gather(self.staging[i].bytes_mut());
+        for ((chunk, _), out) in batch.chunks.iter().zip(self.descriptors[i].bytes_mut().chunks_exact_mut(size_of::<RansChunk>())) {
             out[..8].copy_from_slice(&chunk.offset.to_le_bytes());
             for (field, out) in [chunk.words, chunk.escapes, chunk.row_tile, chunk.row_tiles].iter().zip(out[8..].chunks_exact_mut(4)) {
                 out.copy_from_slice(&field.to_le_bytes());
@@ -232,11 +294,21 @@ impl RansDecoder {
             cluster: 1,
             programmatic: false,
         };
+        let events = if self.timed.is_some() { Some((device.event(true)?, device.event(true)?)) } else { None };
+        if let Some((start, _)) = &events {
+            device.record(start, Stream::Compute)?;
+        }
         // SAFETY: RansJob is the kernel's parameter; its addresses are buffers that live until the stream was synchronized.
         unsafe { device.launch(&kernels.rans_decode, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
+        if let Some((_, end)) = &events {
+            device.record(end, Stream::Compute)?;
+        }
         device.record(&self.decoded[i], Stream::Compute)?;
+        if let (Some(timed), Some(events)) = (&mut self.timed, events) {
+            timed.push(events);
+        }
         self.next ^= 1;
-        *batch = Batch { bytes: 0, chunks: Vec::new(), first_chunk: 0 };
+        *batch = Batch::default();
         Ok(())
     }
 }

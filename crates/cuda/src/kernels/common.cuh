@@ -107,24 +107,35 @@ __device__ __forceinline__ uint4 load_shared_16(u32 address) {
 }
 
 // 16 * (the far symbols' part of a tile's sums), added to a lane's rows g and g + 8. `q` and `info` begin at the tile's segment.
+// Entries are spread over the lanes; their sums meet in `acc`, NT * 16 words of 8 bytes in shared memory of this warp alone.
 // y[2 j], y[2 j + 1] are the tokens of lane c in token tile j; for one token y[0] counts in lanes c = 0.
 template <int NT, int NY>
-__device__ __forceinline__ void add_far(const u32 first, const u32 end, const int2* far, const i8* q, const int2* info, int k, i64 (&y0)[NY], i64 (&y1)[NY]) {
+__device__ __forceinline__ void add_far(u32 first, u32 end, const int2* far, const i8* q, const int2* info, int k, u64* acc, i64 (&y0)[NY], i64 (&y1)[NY]) {
+  if (first == end) return; // warp-uniform
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  for (int i = lane; i < NT * TILE_ROWS; i += 32) acc[i] = 0;
+  __syncwarp();
 #pragma unroll 1
-  for (u32 f = first; f < end; f++) {
+  for (u32 f = first + lane; f < end; f += 32) {
     const int2 e = far[f];
-    const int fl = e.x & 31, w = e.x >> 5, quad = w >> 2, fc = fl & 3, fg = fl >> 2;
-    const int col = (quad >> 3) * 64 + ((quad >> 2) & 1) * 32 + fc * 8 + (w & 7);
-#pragma unroll
-    for (int j = 0; j < NY; j++) {
-      const int token = NT == 1 ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
-      if (fg == g && (NT > 1 || c == 0)) {
-        const i64 z = (i64)info[(size_t)token * (k / SUPERSTEP) + col / SUPERSTEP].x * (16ll * e.y * q[(size_t)token * k + col]);
-        if (quad & 2) y1[j] += z; else y0[j] += z;
-      }
+    const int of_lane = e.x & 31, w = e.x >> 5, quad = w >> 2, row = (of_lane >> 2) + (quad & 2) * 4;
+    const int col = (quad >> 3) * 64 + ((quad >> 2) & 1) * 32 + (of_lane & 3) * 8 + (w & 7);
+#pragma unroll 1
+    for (int token = 0; token < NT; token++) {
+      const i64 z = (i64)info[(size_t)token * (k / SUPERSTEP) + col / SUPERSTEP].x * (16ll * e.y * q[(size_t)token * k + col]);
+      atomicAdd(acc + token * TILE_ROWS + row, (u64)z);
     }
   }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < NY; j++) {
+    const int token = NT == 1 ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
+    if (NT > 1 || c == 0) {
+      y0[j] += (i64)acc[token * TILE_ROWS + g];
+      y1[j] += (i64)acc[token * TILE_ROWS + g + 8];
+    }
+  }
+  __syncwarp();
 }
 
 // Writes a tile's sums: part is (tokens, parts, n).

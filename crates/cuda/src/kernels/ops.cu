@@ -16,7 +16,8 @@ struct Sums {
 __device__ __forceinline__ float value(const Sums& s, int token, int row) {
   const i64* p = s.part + (size_t)token * s.parts * s.n + row;
   i64 sum = 0;
-  for (int i = 0; i < s.parts; i++) sum += p[(size_t)i * s.n];
+#pragma unroll 8
+  for (int i = 0; i < s.parts; i++) sum += __ldg(p + (size_t)i * s.n);
   const float y = (float)((double)sum * 0.0625 * (double)s.unit[token]) * s.scale[row];
   return s.bias ? y + s.bias[row] : y;
 }
@@ -60,27 +61,43 @@ __device__ __forceinline__ u32 load_of_block(const u32* p, u32 rank) { // p's pl
 #endif
 }
 
-// Combines one value of each thread over all threads of the cluster; all get the result. `slots`: 33 words of shared memory of this call
-// alone. The order is fixed by the launch's shape.
-template <class F>
-__device__ __forceinline__ u32 combine(u32 v, u32* slots, F f) {
-  for (int d = 16; d > 0; d >>= 1) v = f(v, __shfl_xor_sync(~0u, v, d));
-  if ((threadIdx.x & 31) == 0) slots[threadIdx.x >> 5] = v;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    u32 all = slots[0];
-    for (u32 i = 1; i < blockDim.x >> 5; i++) all = f(all, slots[i]);
-    slots[32] = all;
+// A sum and a maximum over all threads of the cluster; all get both. The order is fixed by the launch's shape.
+struct Both { float sum; u32 most; };
+
+__device__ __forceinline__ Both combine_warp(Both v) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) {
+    v.sum += __shfl_xor_sync(~0u, v.sum, d);
+    v.most = max(v.most, __shfl_xor_sync(~0u, v.most, d));
   }
-  const u32 blocks = cluster_blocks();
+  return v;
+}
+
+// `slots`: 2 * 17 words of shared memory of this call alone; at most 16 warps.
+__device__ __forceinline__ Both combine(Both v, u32 (*slots)[17]) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  v = combine_warp(v);
+  if (lane == 0) {
+    slots[0][warp] = __float_as_uint(v.sum);
+    slots[1][warp] = v.most;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const Both all = combine_warp({lane < warps ? __uint_as_float(slots[0][lane]) : 0.0f, lane < warps ? slots[1][lane] : 0u});
+    if (lane == 0) {
+      slots[0][16] = __float_as_uint(all.sum);
+      slots[1][16] = all.most;
+    }
+  }
+  const int blocks = cluster_blocks();
   if (blocks == 1) {
     __syncthreads();
-    return slots[32];
+    return {__uint_as_float(slots[0][16]), slots[1][16]};
   }
   cluster_barrier();
-  u32 all = load_of_block(slots + 32, 0);
-  for (u32 i = 1; i < blocks; i++) all = f(all, load_of_block(slots + 32, i));
-  return all;
+  const u32 rank = min(lane, blocks - 1); // at most 16 blocks
+  const u32 sum = load_of_block(&slots[0][16], rank), most = load_of_block(&slots[1][16], rank);
+  return combine_warp({lane < blocks ? __uint_as_float(sum) : 0.0f, most});
 }
 
 enum Input { NORM = 0, COPY = 1, SILU = 2 };
@@ -105,68 +122,62 @@ struct Prepare {
 // prepare: activations of the next matrix, as int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's
 // unit: q * m * unit. So that a product's sums over any columns are exact integers.
 //
-// A half warp takes 128 columns, a lane 8; a cluster of blocks takes a token (gridDim.y), for the unit needs the maximum of all.
+// A cluster of blocks takes a token (gridDim.y), for the unit needs the maximum of all; a block takes a run of supersteps. First a thread has
+// single columns, so that loads are coalesced; then half a warp has a superstep, a lane 8 columns.
 // frag is what the lanes of a product load: (batch of nt tokens, k / 64, nt / 8, lanes, 4 words); word w of lane (token % 8) * 4 + c holds the
 // even (w < 2) or odd columns among c * 8.. of the 32 columns w % 2. For nt = 1 there are 8 lanes, of which 4..7 hold odd columns twice.
 template <int INPUT>
 __device__ __forceinline__ void prepare(const Prepare& P) {
-  extern __shared__ float kept[]; // (passes, threads, 8)
-  __shared__ u32 slots[3][33];
-  const int t = blockIdx.y, lane16 = threadIdx.x & 15;
-  const int supersteps = P.k / SUPERSTEP, units = blockDim.x >> 4, stride = units * gridDim.x;
-  const int first = blockIdx.x * units + (threadIdx.x >> 4);
-  const int passes = (supersteps + stride - 1) / stride;
+  extern __shared__ float kept[]; // (columns of the block)
+  __shared__ u32 slots[2][17];
+  const int t = blockIdx.y, supersteps = P.k / SUPERSTEP;
+  const int of_block = (supersteps + gridDim.x - 1) / gridDim.x, first = blockIdx.x * of_block, count = max(min(of_block, supersteps - first), 0);
   const bool there = t < P.tokens;
   launch_dependents();
   wait_for_kernel_before();
   const int row = INPUT == NORM && P.rows && there ? P.rows[t] : t;
-  float squares = 0;
-  u32 largest = 0; // bits of |v|, compared as integers so that a NaN is the largest
-  for (int i = 0; i < passes; i++) {
-    float* v = kept + ((size_t)i * blockDim.x + threadIdx.x) * 8;
-    const int col = (first + i * stride) * SUPERSTEP + lane16 * 8;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      float a = 0;
-      if (there && col + j < P.cols) {
-        if (INPUT == SILU) {
-          const float gate = value(P.add, t, col + j), up = value(P.add, t, P.up_row + col + j);
-          a = gate / (1.0f + expf(-gate)) * up;
-        } else {
-          a = P.x[(size_t)row * P.cols + col + j];
-          if (INPUT == NORM && P.add.part) {
-            a += value(P.add, row, col + j);
-            P.x[(size_t)row * P.cols + col + j] = a;
+  Both all = {0.0f, 0u}; // sum of squares; bits of the largest |v|, compared as integers so that a NaN is the largest
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * SUPERSTEP; i += blockDim.x) {
+    const int col = first * SUPERSTEP + i;
+    float a = 0;
+    if (there && col < P.cols) {
+      if (INPUT == SILU) {
+        const float gate = value(P.add, t, col), up = value(P.add, t, P.up_row + col);
+        a = gate / (1.0f + expf(-gate)) * up;
+      } else {
+        a = P.x[(size_t)row * P.cols + col];
+        if (INPUT == NORM) {
+          if (P.add.part) {
+            a += value(P.add, row, col);
+            P.x[(size_t)row * P.cols + col] = a;
           }
+          all.sum += a * a;
+          a *= P.weight[col]; // the norm's factor follows
         }
       }
-      v[j] = a;
-      squares += a * a;
     }
+    kept[i] = a;
+    all.most = max(all.most, __float_as_uint(a) & 0x7fffffff);
   }
-  if (INPUT == NORM) {
-    const u32 sum = combine(__float_as_uint(squares), slots[0], [](u32 a, u32 b) { return __float_as_uint(__uint_as_float(a) + __uint_as_float(b)); });
-    const float inverse = 1.0f / sqrtf(__uint_as_float(sum) / P.cols + P.eps);
-    for (int i = 0; i < passes; i++) {
-      float* v = kept + ((size_t)i * blockDim.x + threadIdx.x) * 8;
-      const int col = (first + i * stride) * SUPERSTEP + lane16 * 8;
-#pragma unroll
-      for (int j = 0; j < 8; j++) if (col + j < P.cols) v[j] = v[j] * inverse * P.weight[col + j];
-    }
-  }
-  for (int i = 0; i < passes; i++)
-    for (int j = 0; j < 8; j++) largest = max(largest, __float_as_uint(kept[((size_t)i * blockDim.x + threadIdx.x) * 8 + j]) & 0x7fffffff);
-  const float top = __uint_as_float(combine(largest, slots[1], [](u32 a, u32 b) { return max(a, b); }));
+  all = combine(all, slots);
+  const float factor = INPUT == NORM ? 1.0f / sqrtf(all.sum / P.cols + P.eps) : 1.0f;
+  const float top = __uint_as_float(all.most) * factor;
   const bool finite = top <= 3.4e38f;
   const float unit = !finite ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top / (127.0f * 4095.0f);
   if (threadIdx.x == 0 && blockIdx.x == 0) P.unit[t] = unit;
   const int batch = t / P.nt, token = t - batch * P.nt, token_tiles = (P.nt + 7) / 8, lanes = P.nt == 1 ? 8 : 32;
-  for (int i = 0; i < passes; i++) {
-    const int superstep = first + i * stride;
-    const bool inside = superstep < supersteps;
-    const float* v = kept + ((size_t)i * blockDim.x + threadIdx.x) * 8;
+  const int lane16 = threadIdx.x & 15;
+  for (int i = threadIdx.x >> 4; i < (count + 1 & ~1); i += blockDim.x >> 4) { // even, so that both halves of a warp take part in the shuffles
+    const bool inside = i < count;
+    float v[8];
     u32 bits = 0;
-    for (int j = 0; j < 8; j++) bits = max(bits, __float_as_uint(v[j]) & 0x7fffffff);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      v[j] = inside ? kept[i * SUPERSTEP + lane16 * 8 + j] * factor : 0.0f;
+      bits = max(bits, __float_as_uint(v[j]) & 0x7fffffff);
+    }
+#pragma unroll
     for (int d = 8; d > 0; d >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
     const float absmax = __uint_as_float(bits);
     int m = 0;
@@ -183,9 +194,10 @@ __device__ __forceinline__ void prepare(const Prepare& P) {
       words[j & 1] |= (u32)(q & 255) << (j / 2 * 8);
       if (!(j & 1)) even += q;
     }
+#pragma unroll
     for (int d = 8; d > 0; d >>= 1) even += __shfl_xor_sync(~0u, even, d);
     if (!inside) continue;
-    const int column_block = superstep * 2 + (lane16 >> 3), kb = (lane16 >> 2) & 1, c = lane16 & 3;
+    const int superstep = first + i, column_block = superstep * 2 + (lane16 >> 3), kb = (lane16 >> 2) & 1, c = lane16 & 3;
     u32* f = (u32*)(P.frag + (((size_t)batch * (P.k / 64) + column_block) * token_tiles + token / 8) * lanes);
     f[((token & 7) * 4 + c) * 4 + kb] = words[0];
     f[((token & 7) * 4 + c) * 4 + 2 + kb] = words[1];
@@ -315,15 +327,22 @@ __device__ __forceinline__ void attention(const Attention& P) {
   float top = -__uint_as_float(0x7f800000), sum = 0;
   for (int at = begin + warp * AT_ONCE; at < end; at += WARPS * AT_ONCE) {
     float score[AT_ONCE];
+    u32 k[AT_ONCE][PAIRS], v[AT_ONCE][PAIRS]; // values are on their way while the scores are summed
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+      for (int j = 0; j < PAIRS; j++) {
+        const bool has = at + i < end && lane + 32 * j < pairs;
+        const size_t e = (size_t)(at + i) * pairs + lane + 32 * j;
+        k[i][j] = has ? keys[e] : 0;
+        v[i][j] = has ? values[e] : 0;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       score[i] = 0;
 #pragma unroll
-      for (int j = 0; j < PAIRS; j++) {
-        const int e = lane + 32 * j;
-        const u32 k = at + i < end && e < pairs ? keys[(size_t)(at + i) * pairs + e] : 0;
-        score[i] += q[j].x * float_of((u16)k) + q[j].y * float_of((u16)(k >> 16));
-      }
+      for (int j = 0; j < PAIRS; j++) score[i] += q[j].x * float_of((u16)k[i][j]) + q[j].y * float_of((u16)(k[i][j] >> 16));
     }
 #pragma unroll
     for (int d = 16; d > 0; d >>= 1) {
@@ -344,10 +363,8 @@ __device__ __forceinline__ void attention(const Attention& P) {
       sum += w;
 #pragma unroll
       for (int j = 0; j < PAIRS; j++) {
-        const int e = lane + 32 * j;
-        const u32 v = at + i < end && e < pairs ? values[(size_t)(at + i) * pairs + e] : 0;
-        acc[j].x += w * float_of((u16)v);
-        acc[j].y += w * float_of((u16)(v >> 16));
+        acc[j].x += w * float_of((u16)v[i][j]);
+        acc[j].y += w * float_of((u16)(v[i][j] >> 16));
       }
     }
   }
@@ -379,4 +396,16 @@ extern "C" __global__ void __launch_bounds__(256) logits(Sums sums, float* out, 
   wait_for_kernel_before();
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row < rows) out[(size_t)blockIdx.y * rows + row] = value(sums, blockIdx.y, row);
+}
+
+// read_all: reads memory and keeps nothing: the bandwidth that products are compared with.
+extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* p, u64 count, u32* out) {
+  u32 sum = 0;
+  const u64 stride = (u64)gridDim.x * blockDim.x;
+  u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+  for (; i + 3 * stride < count; i += 4 * stride) {
+    const uint4 a = __ldcs(p + i), b = __ldcs(p + i + stride), c = __ldcs(p + i + 2 * stride), d = __ldcs(p + i + 3 * stride);
+    sum ^= a.x ^ b.y ^ c.z ^ d.w;
+  }
+  if (sum == 0x12345) out[0] = sum;
 }

@@ -12,6 +12,7 @@
 
 template <int R, int NT, int U>
 __device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restrict__ part) {
+  __shared__ u64 far_sums[4][NT * TILE_ROWS];
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2), LANES = NT == 1 ? 8 : 32 * NTL;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, c = lane & 3;
   const int task = blockIdx.x * (blockDim.x >> 5) + warp;
@@ -41,7 +42,7 @@ __device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restr
   launch_dependents();
   load(0);
   wait_for_kernel_before();
-  if (run == 0) add_far<NT>(M.far_off[tile], M.far_off[tile + 1], M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * (M.tc / SUPERSTEP), M.k, y0, y1);
+  if (run == 0) add_far<NT>(M.far_off[tile], M.far_off[tile + 1], M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * (M.tc / SUPERSTEP), M.k, far_sums[warp], y0, y1);
 #pragma unroll 1
   for (int b = 0; b < blocks; b += U) {
     uint4 v[U], low[R ? U / 2 : 1];

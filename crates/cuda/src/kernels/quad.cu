@@ -226,6 +226,8 @@ __device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restric
         y1[j] = (i64)a[g + 8] + (i64)(int)a[24 + g] * 65536;
       }
     }
+    __syncwarp();
+    add_far<NT>(f0, f1, M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * S, M.k, (u64*)acc, y0, y1);
 #if HOPPER
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -234,7 +236,6 @@ __device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restric
   ask();
   ask();
   src = rest;
-  if (MODE == FUSED) add_far<NT>(f0, f1, M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * S, M.k, y0, y1);
 
   // ---- Main loop.
   const u32 mask = M.mask, copy = lane * 4 & M.lane_mask;
@@ -370,6 +371,8 @@ __device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restric
       }
     }
   }
+  // Nothing may land in shared memory after this block has left it.
+  for (; got < asked; got++) if (got < whole_groups) arrived(); else copy_async_wait();
   if (MODE == STORE) {
     __syncwarp();
 #pragma unroll 1

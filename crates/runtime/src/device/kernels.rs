@@ -1,6 +1,5 @@
 //! Rates of a device's kernels, for people who compare them with its bandwidth.
 
-use super::no_cuda;
 use crate::residency::OpenError;
 use std::path::Path;
 use tersor_format::CodedTensor;
@@ -32,7 +31,8 @@ pub struct KernelReport {
 /// The rate of one kernel.
 #[derive(Clone, PartialEq, Debug)]
 pub struct KernelRow {
-    /// `decode`, `fused-gemv` or `gemv`.
+    /// `decode`, `fused-gemv` or `gemv`; `/4` and `/16`: of as many tokens, whose products are counted; `copy`, `file-decode`, `copy+decode`: the
+    /// coded bytes of the file sent to the device, decoded there, and both with the host's work.
     pub kernel: &'static str,
     /// Which of [`KernelRequest::samples`] it read.
     pub sample: usize,
@@ -47,6 +47,5 @@ pub struct KernelRow {
 /// # Errors
 /// [`OpenError::Device`] if the GPU cannot be used or a kernel answers wrongly.
 pub fn kernels(index: usize, request: &KernelRequest<'_>) -> Result<KernelReport, OpenError> {
-    let _ = request;
-    Err(no_cuda(index))
+    super::cuda::rates::measure(index, request)
 }

@@ -6,15 +6,18 @@ use crate::model::weights::{LinearId, LinearKind};
 use crate::residency::OpenError;
 use crate::residency::set::{Linear, TensorSet};
 use std::sync::Arc;
-use tersor_codec::{Codec, Table, decode_chunk};
+use tersor_codec::{Codec, Histogram, Table, decode_chunk};
 use tersor_cpu::{Level, Pool, decode_bytes};
-use tersor_cuda::layout::plain::FAR_PRICE_BITS;
-use tersor_cuda::layout::{Geometry, LOW_BITS_MAX, Plain, QuadMatrix, Source, TILE_ROWS};
+use tersor_cuda::layout::plain::choose_low_bits;
+use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, Source, TILE_ROWS};
 use tersor_cuda::{Buffer, CudaError, Device, Kernels, PlainMatrix, QuadPlaces, RansDecoder, RansPart, supports_rans};
 use tersor_format::{CodedTensor, ModelDir, ScaleScheme};
 
 /// Groups of a layer, in order of use.
 pub(super) const PER_LAYER: usize = 4;
+
+/// Chunks of a matrix that are decoded to choose its form.
+const SAMPLED_CHUNKS: usize = 2;
 
 /// What a group is for; the position in a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -163,7 +166,7 @@ fn group(dir: &ModelDir, set: &TensorSet, kind: Kind, layer: usize, biases: &[Ve
 }
 
 /// The symbols of a coded tensor as bytes in the file's order, for the encoders of the device layouts.
-struct Symbols<'a> {
+pub(super) struct Symbols<'a> {
     tensor: &'a CodedTensor,
     /// (row tiles, column steps, 64), symbol + 128; far symbols are 0.
     bytes: Vec<u8>,
@@ -172,7 +175,7 @@ struct Symbols<'a> {
 }
 
 impl<'a> Symbols<'a> {
-    fn new(name: &str, tensor: &'a CodedTensor, level: Level, pool: &Pool) -> Result<Self, OpenError> {
+    pub fn new(name: &str, tensor: &'a CodedTensor, level: Level, pool: &Pool) -> Result<Self, OpenError> {
         let decode = |cause: String| OpenError::Device { cause: format!("{name}: {cause}") };
         let mut bytes = vec![0; tensor.header().symbols() as usize];
         decode_bytes(level, tensor, &mut bytes, Some(pool)).map_err(|e| decode(e.to_string()))?;
@@ -191,7 +194,7 @@ impl<'a> Symbols<'a> {
     }
 
     /// Row tile `tile` of the tensor, (16, cols).
-    fn row_tile(&self, tile: usize, out: &mut [i16]) {
+    pub fn row_tile(&self, tile: usize, out: &mut [i16]) {
         let (steps, cols) = (self.tensor.col_steps(), self.tensor.cols());
         let chunk = tile / self.tensor.chunk_row_tiles(0).len();
         let in_chunk = tile - self.tensor.chunk_row_tiles(chunk).start;
@@ -275,21 +278,24 @@ impl<'a> Loader<'a> {
         PlainMatrix::bytes_for(&group.geometry, low_bits, far) as u64
     }
 
-    /// Raw low bits of the plain layout, and about how many far symbols are left: chosen from headers and tables, without decoding.
+    /// Raw low bits of the plain layout, and about how many far symbols are left: chosen from a few chunks of each part.
     fn plain_form(&self, group: &Group) -> (u32, usize) {
-        let (mut weights, mut far) = (0usize, [0f64; LOW_BITS_MAX as usize + 1]);
+        let mut counts = Histogram::new();
+        let mut weights = 0;
         for (_, tensor) in self.tensors(group) {
-            let header = tensor.header();
-            weights += header.symbols() as usize;
-            // The header counts what leaves -7..=7; beyond that, the frequencies of the table tell.
-            far[0] += f64::from(header.wide_count);
-            for (low_bits, far) in (1..).zip(&mut far[1..]) {
-                *far += far_share(tensor, low_bits) * header.symbols() as f64;
+            weights += tensor.header().symbols() as usize;
+            let step = tensor.chunk_count().div_ceil(SAMPLED_CHUNKS).max(1);
+            for chunk in (0..tensor.chunk_count()).step_by(step) {
+                let mut symbols = vec![0; tensor.chunk_symbols(chunk)];
+                // A chunk that does not decode is found when all are decoded.
+                if decode_chunk(tensor.table(), tensor.chunk(chunk), &mut symbols).is_ok() {
+                    counts.add(&symbols);
+                }
             }
         }
-        let price = |low_bits: u32| f64::from(low_bits) * weights as f64 + FAR_PRICE_BITS as f64 * far[low_bits as usize];
-        let best = (0..=LOW_BITS_MAX).min_by(|&a, &b| price(a).total_cmp(&price(b))).unwrap_or(0);
-        (best, far[best as usize].ceil() as usize)
+        let low_bits = choose_low_bits(&counts);
+        let far: u64 = counts.iter().filter(|(symbol, _)| !(-8..8).contains(&(symbol >> low_bits))).map(|(_, count)| count).sum();
+        (low_bits, (far as f64 / counts.total().max(1) as f64 * weights as f64).ceil() as usize)
     }
 
     /// A group in the plain layout. Chunks of the codec that the device decodes cross PCIe as they are; others are decoded here.
@@ -333,17 +339,4 @@ impl<'a> Loader<'a> {
             self.dir.release(name);
         }
     }
-}
-
-/// The share of a tensor's symbols that `low_bits` raw bits and a nibble do not hold, by its table where that says; else by the greatest symbols.
-fn far_share(tensor: &CodedTensor, low_bits: u32) -> f64 {
-    let header = tensor.header();
-    let inside = |symbol: i32| (-8..8).contains(&(symbol >> low_bits));
-    if inside(header.symbol_min.into()) && inside(header.symbol_max.into()) {
-        return 0.0;
-    }
-    let Table::Rans(table) = tensor.table() else { return f64::from(header.wide_count) / header.symbols() as f64 };
-    let slots = table.slots().symbol_byte;
-    let outside = slots.iter().filter(|&&byte| byte == 0 || !inside(i32::from(byte) - 128)).count();
-    outside as f64 / slots.len() as f64
 }

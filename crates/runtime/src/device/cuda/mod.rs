@@ -9,6 +9,7 @@ mod lru;
 mod model;
 mod prefetch;
 mod profile;
+pub(super) mod rates;
 mod residency;
 mod slots;
 
