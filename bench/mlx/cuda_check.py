@@ -3,12 +3,16 @@
     python3 bench/mlx/cuda_check.py --backend nvrtc    needs cupy, for comparison torch: the kernel text through NVRTC
     python3 bench/mlx/cuda_check.py --backend mlx      needs MLX's CUDA wheels: the same text through mx.fast.cuda_kernel
 
+MLX's wheels are mlx (0.7 MiB) and mlx-cuda-13 (86 MiB); beside torch for CUDA 13, whose NVIDIA libraries serve both, they need nothing else:
+unpack both into one folder F (python3 -m zipfile -e WHEEL F), link torch's `nvidia` folder into it, and set PYTHONPATH=F.
+
 The first compares with NumPy and times beside torch's `_weight_int4pack_mm`, the second compares with and times beside
 `mx.quantized_matmul`. Decoding must be exact. Weights are Gaussian, quantized affinely to 4 bits in groups of 64; timings rotate
 over copies that exceed the level-2 cache. Neither the native module nor the rest of the package is needed. Exit code 1 if a check fails.
 """
 
 import argparse
+import importlib.util
 import pathlib
 import statistics
 import sys
@@ -16,10 +20,13 @@ import time
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python" / "tersor" / "mlx"))
+KERNELS = pathlib.Path(__file__).resolve().parents[2] / "python" / "tersor" / "mlx" / "kernels"
 
-from kernels import cuda_text, description, layout, mirror  # noqa: E402
+# By itself, because the package round it imports MLX and the native module.
+spec = importlib.util.spec_from_file_location("tersor_kernels", KERNELS / "__init__.py", submodule_search_locations=[str(KERNELS)])
+sys.modules["tersor_kernels"] = importlib.util.module_from_spec(spec)
+
+from tersor_kernels import cuda_text, description, layout, mirror  # noqa: E402
 
 GROUP = 64
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
@@ -185,7 +192,7 @@ def time_torch(rows: int, cols: int) -> None:
 
 def run_mlx(results: Results, shapes) -> None:
     import mlx.core as mx
-    from kernels import device
+    from tersor_kernels import device
 
     kernels = device.for_default_device()
     if kernels is None:
