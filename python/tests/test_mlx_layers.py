@@ -130,6 +130,24 @@ def test_residency_of_modes(coded):
     assert 0 < resident["fused"] <= 2 * largest
 
 
+@pytest.mark.parametrize("mode", [*MODES, LruMode(0), AutoMode(0)])
+def test_peak_memory(mode):
+    """MLX's graphs are lazy: a mode that did not evaluate in time would hold all decoded layers at once."""
+    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(8)])
+    entropy_code(model, class_predicate=lambda *_: True)
+    decoder = set_decode_mode(model, mode)
+    layer_nbytes = model.layers[0].matrix.decoded_nbytes
+    x = mx.ones((1, 1024))
+    mx.eval(x, model.parameters())
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(2):
+        mx.eval(model(x))
+    held = (mx.get_peak_memory() - before) / layer_nbytes
+    everything = mode in ("cached", "lru", "auto")
+    assert 8 <= held < 9 if everything else held < 3, f"{decoder.name} held {held:.1f} layers"
+
+
 def test_pin_beats_lru_in_a_sweep(coded):
     hits = {}
     for policy in ("pin", "lru", "mru"):
