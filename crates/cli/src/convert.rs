@@ -8,21 +8,21 @@ use serde_json::{Value, json};
 use tersor_codec::Codec;
 use tersor_format::{DirWriter, ModelDir, RawTensor};
 
-use crate::interrupt;
+use crate::observer::Observer;
 use crate::options::Usage;
 
-/// Begins the output directory. A second Ctrl-C removes it, too.
-pub fn create(source: &Path, output: &Path, force: bool) -> Result<DirWriter> {
+/// Begins the output directory.
+pub fn create(source: &Path, output: &Path, force: bool, observer: &mut dyn Observer) -> Result<DirWriter> {
     if matches!((source.canonicalize(), output.canonicalize()), (Ok(a), Ok(b)) if a == b) {
         return Err(Usage("-o names the checkpoint itself; write to another directory".to_owned()).into());
     }
     let writer = DirWriter::create(output, force)?;
-    interrupt::remember_temporary(writer.temp_path());
+    observer.temporary(Some(writer.temp_path()));
     Ok(writer)
 }
 
 /// Copies tokenizer, chat template, generation defaults and licence, writes the configuration, and gives the directory its name.
-pub fn finish(mut writer: DirWriter, source: &ModelDir, config: Value) -> Result<()> {
+pub fn finish(mut writer: DirWriter, source: &ModelDir, config: Value, observer: &mut dyn Observer) -> Result<()> {
     let path = source.path();
     let mut files: Vec<PathBuf> = std::fs::read_dir(path)
         .with_context(|| path.display().to_string())?
@@ -33,9 +33,14 @@ pub fn finish(mut writer: DirWriter, source: &ModelDir, config: Value) -> Result
     for file in files {
         writer.copy_file(&file)?;
     }
-    interrupt::check()?;
+    install(writer, config, observer)
+}
+
+/// Writes the configuration and gives the directory its name.
+pub fn install(writer: DirWriter, config: Value, observer: &mut dyn Observer) -> Result<()> {
+    observer.at(tersor_format::MODEL_FILE)?;
     writer.finish(config)?;
-    interrupt::forget_temporary();
+    observer.temporary(None);
     Ok(())
 }
 

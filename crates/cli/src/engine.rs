@@ -53,16 +53,23 @@ pub struct LimitArgs {
 pub struct Setup {
     strategy: Strategy,
     limits: LimitArgs,
+    /// Threads of products and decoding together.
     pub threads: usize,
 }
 
 impl Setup {
     /// From the options of a command.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
     pub fn new(args: &EngineArgs) -> Result<Self> {
         Self::of(args.strategy, &args.limits, args.threads.unwrap_or_else(default_threads))
     }
 
     /// From its parts.
+    ///
+    /// # Errors
+    /// Parts that do not fit each other.
     pub fn of(strategy: Strategy, limits: &LimitArgs, threads: usize) -> Result<Self> {
         if !limits.device.strategies().contains(&strategy) {
             return Err(Usage(OpenError::NeedsGpu.to_string()).into());
@@ -84,6 +91,9 @@ impl Setup {
     }
 
     /// What the machine can do: from the user's cache, or measured now, which a person at a terminal is told, as it takes a few seconds.
+    ///
+    /// # Errors
+    /// The measurement fails.
     pub fn profile(&self) -> Result<Arc<MachineProfile>> {
         let (directory, level) = (machine::cache_dir(), self.level());
         if let Some(profile) = MachineProfile::load(&directory, level, self.threads) {
@@ -94,9 +104,9 @@ impl Setup {
         }
         // In a process of its own, since what an allocator keeps of the samples would count as the model's memory.
         let threads = self.threads.to_string();
-        let child = std::env::current_exe().and_then(|program| {
+        let child = machine::this_program().and_then(|(program, first)| {
             let arguments = ["info", "--json", "--threads", &threads, "--level", level.name()];
-            Command::new(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
+            Command::new(program).args(first).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
         });
         match MachineProfile::load(&directory, level, self.threads).filter(|_| child.is_ok()) {
             Some(profile) => Ok(Arc::new(profile)),
@@ -116,6 +126,9 @@ pub struct Opened {
 
 impl Opened {
     /// Opens a Tersor directory or an unquantized Hugging Face one.
+    ///
+    /// # Errors
+    /// What is no model, or damaged.
     pub fn new(path: &Path) -> Result<Self> {
         let start = Instant::now();
         let dir = ModelDir::open(path)?;
@@ -124,6 +137,9 @@ impl Opened {
     }
 
     /// The longest context: what the user asks for, else `wanted` as far as the model was made for it.
+    ///
+    /// # Errors
+    /// More is asked for.
     pub fn context(&self, asked: Option<usize>, wanted: usize) -> Result<usize> {
         let most = self.model.config().context_max;
         match asked {
@@ -159,6 +175,9 @@ impl Opened {
     }
 
     /// What the strategy would hold, and why. Nothing for an unquantized directory, which leaves no choice.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), but for damage in the coded bytes.
     pub fn explain(&self, setup: &Setup, context: usize) -> Result<Option<Plan>> {
         if !self.dir.is_tersor() {
             return Ok(None);
@@ -170,6 +189,9 @@ impl Opened {
 
     /// Loads the weights. `measured` asks for a machine profile even where the strategy does not need one, so that the report can tell
     /// how much of the products is decoding.
+    ///
+    /// # Errors
+    /// A damaged directory, a budget that is too small, a device that is absent or fails.
     pub fn load(self, setup: &Setup, context: usize, measured: bool) -> Result<Engine> {
         let measured = measured || setup.strategy == Strategy::Auto;
         let profile = if self.is_coded() && measured && setup.device() == Device::Cpu { Some(setup.profile()?) } else { None };
@@ -203,6 +225,7 @@ impl Opened {
 
 /// A model that can run.
 pub struct Engine {
+    /// Model and weights.
     pub runner: Box<dyn Runner>,
     /// Positions of a KV cache.
     pub context: usize,

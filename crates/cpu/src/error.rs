@@ -41,6 +41,14 @@ pub enum KernelError {
         /// As decoded.
         found: usize,
     },
+    /// Symbols that four bits cannot hold, in a tensor asked for in such a layout.
+    #[error("symbols from {min} to {max} do not fit 4 bits, which hold -8 to 7")]
+    NotNibbles {
+        /// Least symbol by the header, clamped to -128.
+        min: i8,
+        /// Greatest symbol by the header, clamped to 127.
+        max: i8,
+    },
     /// Input or output of a wrong shape: the caller's mistake.
     #[error("job {job}: {what} is {found}, must be {expected}")]
     Shape {
@@ -63,7 +71,9 @@ impl KernelError {
             KernelError::Corrupt { job, chunk, .. } => (job, chunk),
             KernelError::OutOfRange { chunk, .. } => (0, chunk),
             KernelError::Shape { job, .. } => (job, 0),
-            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } => (usize::MAX, 0),
+            KernelError::WideSymbolsExceed { .. } | KernelError::WideSymbolsMissing { .. } | KernelError::NotNibbles { .. } => {
+                (usize::MAX, 0)
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod activations;
+mod affine4;
 mod bandwidth;
 mod buffer;
 mod decoded;
@@ -23,6 +24,7 @@ mod testing;
 mod tiered;
 
 pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX};
+pub use affine4::decode_affine4;
 pub use bandwidth::read_bandwidth;
 pub use decoded::{Decoded, decode_bytes, decode_into};
 pub use dense::{Dense, DenseType, dense_matmul};

@@ -31,9 +31,7 @@ use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{
-    Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, tiered,
-};
+use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, tiered};
 
 /// A matrix, in the form it is held in.
 #[derive(Clone, Copy, Debug)]

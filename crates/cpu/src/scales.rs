@@ -151,21 +151,33 @@ impl KernelScales {
             }
             ScaleScheme::GroupAffine | ScaleScheme::GroupSymmetric => {
                 let group_size = view.group_size() as usize;
-                if group_size == 0 || !group_size.is_multiple_of(TILE_COLS) || group_size > SEGMENT_COLS_MAX {
-                    return Err(ScalesError::GroupSize { group_size });
+                if view.scheme() == ScaleScheme::GroupAffine && view.raw_biases().is_none() {
+                    return Err(ScalesError::Count { expected: rows * cols.div_ceil(group_size.max(1)), found: 0 });
                 }
-                let groups = cols.div_ceil(group_size);
-                let biases = match view.raw_biases() {
-                    Some(raw) => Some(transposed(raw, rows, groups)?),
-                    None if view.scheme() == ScaleScheme::GroupAffine => {
-                        return Err(ScalesError::Count { expected: rows * groups, found: 0 });
-                    }
-                    None => None,
-                };
-                Kind::Group(Groups { group_size, groups, scales: transposed(view.raw(), rows, groups)?, biases })
+                return KernelScales::from_groups(rows, cols, group_size, view.raw(), view.raw_biases());
             }
         };
         Ok(KernelScales { rows, cols, kind })
+    }
+
+    /// Scales, and for affine weights biases, of groups of `group_size` columns: each (rows, groups), for a matrix whose blob came without
+    /// them.
+    ///
+    /// # Errors
+    /// As [`from_coded`](Self::from_coded).
+    pub fn from_groups(
+        rows: usize,
+        cols: usize,
+        group_size: usize,
+        scales: &RawTensor,
+        biases: Option<&RawTensor>,
+    ) -> Result<KernelScales, ScalesError> {
+        if group_size == 0 || !group_size.is_multiple_of(TILE_COLS) || group_size > SEGMENT_COLS_MAX {
+            return Err(ScalesError::GroupSize { group_size });
+        }
+        let groups = cols.div_ceil(group_size);
+        let biases = biases.map(|raw| transposed(raw, rows, groups)).transpose()?;
+        Ok(KernelScales { rows, cols, kind: Kind::Group(Groups { group_size, groups, scales: transposed(scales, rows, groups)?, biases }) })
     }
 
     /// One f32 scale per row, for a matrix of `scales.len()` rows.

@@ -359,6 +359,10 @@ impl Event {
 /// Recorded work.
 pub struct Graph(CudaGraph);
 
+// SAFETY: the driver's handles belong to a context, not to a thread, and the wrapper binds the context before each launch; destroying them
+// needs none bound. The driver wants uses of one graph to follow each other; a value that is Send and not Sync is used by one thread at a time.
+unsafe impl Send for Graph {}
+
 impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Graph")

@@ -19,7 +19,7 @@ use crate::tensor::{CodedTensor, Dtype, RawTensor, Tensor};
 /// The model's configuration.
 pub(crate) const CONFIG_FILE: &str = "config.json";
 /// The tensors of a directory that is not sharded.
-pub(crate) const MODEL_FILE: &str = "model.safetensors";
+pub const MODEL_FILE: &str = "model.safetensors";
 /// Which shard holds which tensor.
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Value of `format` in a file's metadata, and of `quant_method` in the configuration.

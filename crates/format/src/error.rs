@@ -423,6 +423,12 @@ pub enum FormatError {
         /// What differs.
         message: String,
     },
+    /// The caller's callback asked to stop.
+    #[error("{}: stopped before it was complete", path.display())]
+    Stopped {
+        /// The directory that was being written.
+        path: PathBuf,
+    },
     /// What was asked for is not allowed (an existing destination, a name written twice, ...).
     #[error("{}: {message}", path.display())]
     Usage {
@@ -441,7 +447,7 @@ impl FormatError {
             Self::File { cause, .. } => cause.kind(),
             Self::Tensor { cause, .. } => cause.kind(),
             Self::Version { .. } => ErrorKind::Unsupported,
-            Self::TooLarge { .. } | Self::Usage { .. } | Self::NoTensor { .. } => ErrorKind::Limit,
+            Self::TooLarge { .. } | Self::Usage { .. } | Self::NoTensor { .. } | Self::Stopped { .. } => ErrorKind::Limit,
             Self::Json { .. } | Self::DuplicateTensor { .. } | Self::Mixed { .. } | Self::Manifest { .. } => ErrorKind::Corrupt,
         }
     }

@@ -107,6 +107,16 @@ impl ScaleScheme {
         }
     }
 
+    /// Its name in FORMAT.md.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tensor => "tensor",
+            Self::Row => "row",
+            Self::GroupAffine => "group affine",
+            Self::GroupSymmetric => "group symmetric",
+        }
+    }
+
     /// Whether scales belong to groups of columns.
     pub const fn is_group(self) -> bool {
         matches!(self, Self::GroupAffine | Self::GroupSymmetric)

@@ -22,7 +22,7 @@ pub(crate) struct Entry {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    /// Bytes from the start of the file; inside it.
+    /// Bytes from the start of the file; inside it where the whole file was parsed.
     pub range: Range<usize>,
 }
 
@@ -48,11 +48,32 @@ impl Header {
         let Some((json, data)) = rest.split_at_checked(header_bytes as usize) else {
             return Err(FileError::Truncated { needed: LENGTH_BYTES as u64 + header_bytes, available });
         };
+        let header = Self::from_json(json)?;
+        let tensors = header.entries.last().map_or(0, |last| last.range.end - (LENGTH_BYTES + json.len())) as u64;
+        if tensors != data.len() as u64 {
+            return Err(FileError::DataLength { tensors, available: data.len() as u64 });
+        }
+        Ok(header)
+    }
+
+    /// Parses the head of a file, its length field and JSON header, without the data: ranges may lie beyond any file.
+    pub fn parse_head(head: &[u8]) -> Result<Self, FileError> {
+        let (needed, available) = (LENGTH_BYTES as u64, head.len() as u64);
+        let (length, json) = head.split_first_chunk().ok_or(FileError::Truncated { needed, available })?;
+        let needed = u64::from_le_bytes(*length).saturating_add(LENGTH_BYTES as u64);
+        if needed != available {
+            return Err(FileError::Truncated { needed, available });
+        }
+        Self::from_json(json)
+    }
+
+    /// Parses a JSON header; the tensors must follow each other.
+    fn from_json(json: &[u8]) -> Result<Self, FileError> {
+        let data_start = LENGTH_BYTES + json.len();
         let json: Json = serde_json::from_slice(json).map_err(|e| FileError::Json { message: one_line(&e) })?;
 
         let mut tensors = json.tensors;
         tensors.sort_by_key(|(_, t)| t.data_offsets);
-        let data_start = LENGTH_BYTES + header_bytes as usize;
         let mut entries = Vec::with_capacity(tensors.len());
         let mut expected = 0;
         for (name, JsonTensor { dtype, shape, data_offsets: (begin, end) }) in tensors {
@@ -66,17 +87,15 @@ impl Header {
             if bytes != Some(end - begin) {
                 return Err(FileError::Shape { name, shape, dtype: dtype.name(), bytes: end - begin });
             }
-            if end > data.len() as u64 {
-                return Err(FileError::DataLength { tensors: end, available: data.len() as u64 });
+            // No file is that long, and sums of what follows cannot overflow.
+            if end > i64::MAX as u64 - data_start as u64 {
+                return Err(FileError::DataLength { tensors: end, available: i64::MAX as u64 });
             }
             let range = data_start + begin as usize..data_start + end as usize;
             // A dimension beyond usize can only stand beside a 0; no such tensor has elements.
             let shape = shape.into_iter().map(|dim| usize::try_from(dim).unwrap_or(usize::MAX)).collect();
             entries.push(Entry { name, dtype, shape, range });
             expected = end;
-        }
-        if expected != data.len() as u64 {
-            return Err(FileError::DataLength { tensors: expected, available: data.len() as u64 });
         }
         Ok(Self { entries, metadata: json.metadata })
     }

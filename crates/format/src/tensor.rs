@@ -400,6 +400,28 @@ impl CodedTensor {
     /// Everything that contradicts FORMAT.md.
     pub fn open(blob: Bytes, scales: RawTensor, biases: Option<RawTensor>) -> Result<Self, TensorError> {
         let header = TensorHeader::parse(&blob)?;
+        Self::open_parsed(header, blob, |header| ScalesView::new(header, scales, biases))
+    }
+
+    /// Opens a blob that travels without its scales: the symbols are the weights, whatever scheme the blob's header names. The header of
+    /// the opened tensor says so (scheme `tensor`, scale 1). Checks what [`open`](Self::open) checks.
+    ///
+    /// # Errors
+    /// Everything that contradicts FORMAT.md.
+    pub fn open_symbols(blob: Bytes) -> Result<Self, TensorError> {
+        let header = TensorHeader::parse(&blob)?;
+        Self::open_parsed(header, blob, |header| {
+            (header.scheme, header.group_size, header.scale_exponent) = (ScaleScheme::Tensor, 0, 0);
+            let one = Bytes::from(f16::ONE.to_le_bytes().to_vec());
+            ScalesView::new(header, RawTensor::new(Dtype::F16, vec![1], one)?, None)
+        })
+    }
+
+    fn open_parsed(
+        mut header: TensorHeader,
+        blob: Bytes,
+        scales: impl FnOnce(&mut TensorHeader) -> Result<ScalesView, TensorError>,
+    ) -> Result<Self, TensorError> {
         let (expected, found) = (header.blob_bytes(), blob.len() as u64);
         if found < expected {
             return Err(TensorError::Truncated { needed: expected, available: found });
@@ -414,7 +436,7 @@ impl CodedTensor {
         let index_start = header.index_start() as usize;
         let table = Table::read(header.codec, &blob[HEADER_BYTES..index_start]).map_err(|cause| TensorError::Table { cause })?;
         let starts = chunk_starts(&header, &blob)?;
-        let scales = ScalesView::new(&header, scales, biases)?;
+        let scales = scales(&mut header)?;
         Ok(Self { inner: Arc::new(Inner { header, table, blob, starts, scales }) })
     }
 

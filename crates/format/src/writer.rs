@@ -9,14 +9,15 @@ use serde_json::{Value, json};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::dir::{
-    BIASES, CHECKSUM_PREFIX, CODED, CONFIG_FILE, FORMAT_NAME, FORMAT_VERSION, INDEX_FILE, MODEL_FILE, QUANTIZATION_KEY, SCALES, WEIGHT,
-    format_checksum,
+    BIASES, CHECKSUM_PREFIX, CODED, CONFIG_FILE, FORMAT_NAME, FORMAT_VERSION, INDEX_FILE, MODEL_FILE, ModelDir, QUANTIZATION_KEY, SCALES,
+    WEIGHT, format_checksum,
 };
 use crate::encode::EncodedTensor;
 use crate::error::FormatError;
 use crate::header::BLOB_ALIGN;
 use crate::limits;
 use crate::manifest::{FileSum, MANIFEST_FILE, Manifest};
+use crate::original::{self, ORIGINAL_FILE};
 use crate::safetensors::{LENGTH_BYTES, METADATA_KEY};
 use crate::tensor::{Dtype, RawTensor};
 
@@ -47,9 +48,7 @@ const HEADER_BYTES_BASE: usize = 48;
 /// ```
 #[derive(Debug)]
 pub struct DirWriter {
-    path: PathBuf,
-    force: bool,
-    temp: TempDir,
+    staging: Staging,
     names: BTreeSet<String>,
     /// Room for the JSON header, estimated from what was announced.
     header_bytes: usize,
@@ -58,6 +57,51 @@ pub struct DirWriter {
     manifest: Manifest,
     /// After an error the files are in an unknown state, and `finish` refuses.
     failed: bool,
+}
+
+/// A directory under a temporary name beside the one that it will have. Dropped before [`install`](Self::install) succeeds, it is removed.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    path: PathBuf,
+    force: bool,
+    temp: TempDir,
+}
+
+impl Staging {
+    /// Creates the temporary directory; see [`DirWriter::create`].
+    pub fn create(path: &Path, force: bool) -> Result<Self, FormatError> {
+        // A destination that is a symbolic link is followed, so that the link survives.
+        let path = match path.canonicalize() {
+            Ok(path) => path,
+            Err(_) => path.to_owned(),
+        };
+        let usage = |message: &str| FormatError::Usage { path: path.clone(), message: message.to_owned() };
+        let Some(name) = path.file_name() else {
+            return Err(usage("not a name for a directory"));
+        };
+        check_destination(&path, force)?;
+        let mut temp_name = std::ffi::OsString::from(".");
+        temp_name.push(name);
+        temp_name.push(format!(".tersor-tmp-{}", std::process::id()));
+        let temp = path.with_file_name(temp_name);
+        fs::create_dir(&temp).map_err(|e| FormatError::io("create", &temp, e))?;
+        Ok(Self { path, force, temp: TempDir { path: temp } })
+    }
+
+    /// The temporary directory.
+    pub fn path(&self) -> &Path {
+        &self.temp.path
+    }
+
+    /// Gives the directory its name, durably.
+    pub fn install(self) -> Result<(), FormatError> {
+        sync_dir(&self.temp.path)?;
+        check_destination(&self.path, self.force)?;
+        install(&self.temp.path, &self.path, self.force).map_err(|e| FormatError::io("replace", &self.path, e))?;
+        // `create` made sure that there is a name; an empty parent means the current directory.
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        sync_dir(parent.unwrap_or(Path::new(".")))
+    }
 }
 
 /// A directory that is removed when dropped.
@@ -120,25 +164,8 @@ impl DirWriter {
     /// `path` exists and `force` is false; it exists and is neither empty nor a model directory; its parent does not exist;
     /// the temporary directory exists (left behind by a process that was killed, or in use by another writer).
     pub fn create(path: impl AsRef<Path>, force: bool) -> Result<Self, FormatError> {
-        // A destination that is a symbolic link is followed, so that the link survives.
-        let path = match path.as_ref().canonicalize() {
-            Ok(path) => path,
-            Err(_) => path.as_ref().to_owned(),
-        };
-        let usage = |message: &str| FormatError::Usage { path: path.clone(), message: message.to_owned() };
-        let Some(name) = path.file_name() else {
-            return Err(usage("not a name for a directory"));
-        };
-        check_destination(&path, force)?;
-        let mut temp_name = std::ffi::OsString::from(".");
-        temp_name.push(name);
-        temp_name.push(format!(".tersor-tmp-{}", std::process::id()));
-        let temp = path.with_file_name(temp_name);
-        fs::create_dir(&temp).map_err(|e| FormatError::io("create", &temp, e))?;
         Ok(Self {
-            path,
-            force,
-            temp: TempDir { path: temp },
+            staging: Staging::create(path.as_ref(), force)?,
             names: BTreeSet::new(),
             header_bytes: 0,
             blobs: None,
@@ -150,7 +177,7 @@ impl DirWriter {
 
     /// The temporary directory, for those who must remove it when they end the process without unwinding.
     pub fn temp_path(&self) -> &Path {
-        &self.temp.path
+        self.staging.path()
     }
 
     /// Announces a raw tensor, so that the room kept for the header fits. Has an effect before the first coded tensor is
@@ -236,6 +263,18 @@ impl DirWriter {
         self.guard(|writer| writer.put(name, bytes))
     }
 
+    /// Keeps what is needed to write the files of `source` again, byte for byte, by [`restore_original`](crate::restore_original) from
+    /// this directory: the heads of its tensor files, its configuration and index, and a copy of every other file (but those whose names begin
+    /// with a dot, and weights in other containers).
+    ///
+    /// # Errors
+    /// As [`copy_file`](Self::copy_file).
+    pub fn keep_original(&mut self, source: &ModelDir) -> Result<(), FormatError> {
+        let record = original::record(source)?;
+        self.guard(|writer| writer.put(ORIGINAL_FILE, &record))?;
+        original::companions(source)?.iter().try_for_each(|file| self.copy_file(file))
+    }
+
     /// Adds `quantization_config` to `config` (keys already in it stay if its `quant_method` is `tersor`), writes it and
     /// the manifest, syncs everything and renames the directory to its final name. An old directory is exchanged for the
     /// new one in one step where the system can do that (Linux, macOS), and removed.
@@ -260,13 +299,7 @@ impl DirWriter {
         self.finish_model()?;
         let manifest = self.manifest.to_json();
         self.put(MANIFEST_FILE, &manifest)?;
-        sync_dir(&self.temp.path)?;
-
-        check_destination(&self.path, self.force)?;
-        install(&self.temp.path, &self.path, self.force).map_err(|e| FormatError::io("replace", &self.path, e))?;
-        // `create` made sure that there is a name; an empty parent means the current directory.
-        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        sync_dir(parent.unwrap_or(Path::new(".")))
+        self.staging.install()
     }
 
     /// Completes `model.safetensors`: raw tensors behind the blobs, header in front.
@@ -287,21 +320,21 @@ impl DirWriter {
         let json = header_json(blobs.iter().chain(order.iter().map(|(_, tensor)| tensor)));
         if json.len() as u64 > limits::HEADER_BYTES_MAX {
             let limit = limits::HEADER_BYTES_MAX;
-            return Err(FormatError::TooLarge { path: self.path.clone(), bytes: json.len() as u64, limit });
+            return Err(FormatError::TooLarge { path: self.staging.path.clone(), bytes: json.len() as u64, limit });
         }
         let start_min = data_start(json.len());
         let mut model = match self.blobs.take() {
             Some(blobs) if blobs.start >= start_min => blobs,
             Some(mut blobs) => {
                 // The room kept was too small: move the blobs to a file with more.
-                let mut grown = Section::create(self.temp.path.join(GROWN_FILE), start_min)?;
+                let mut grown = Section::create(self.staging.path().join(GROWN_FILE), start_min)?;
                 let start = blobs.start;
                 copy(&mut blobs, start, &mut grown, None)?;
                 fs::rename(&grown.path, &blobs.path).map_err(|e| FormatError::io("rename", &grown.path, e))?;
                 grown.path = blobs.path;
                 grown
             }
-            None => Section::create(self.temp.path.join(MODEL_FILE), start_min)?,
+            None => Section::create(self.staging.path().join(MODEL_FILE), start_min)?,
         };
         if let Some(raws) = &mut raws {
             for (start, tensor) in &order {
@@ -326,7 +359,7 @@ impl DirWriter {
     fn blobs(&mut self) -> Result<&mut Section, FormatError> {
         if self.blobs.is_none() {
             let room = if self.header_bytes == 0 { HEADER_BYTES_DEFAULT } else { HEADER_BYTES_BASE + self.header_bytes };
-            self.blobs = Some(Section::create(self.temp.path.join(MODEL_FILE), data_start(room))?);
+            self.blobs = Some(Section::create(self.staging.path().join(MODEL_FILE), data_start(room))?);
         }
         Ok(self.blobs.as_mut().expect("just created"))
     }
@@ -334,7 +367,7 @@ impl DirWriter {
     /// The file of raw tensors, created when the first one comes.
     fn raws(&mut self) -> Result<&mut Section, FormatError> {
         if self.raws.is_none() {
-            self.raws = Some(Section::create(self.temp.path.join(SPOOL_FILE), 0)?);
+            self.raws = Some(Section::create(self.staging.path().join(SPOOL_FILE), 0)?);
         }
         Ok(self.raws.as_mut().expect("just created"))
     }
@@ -355,17 +388,17 @@ impl DirWriter {
 
     /// The path of a new file of the directory.
     fn take_file(&mut self, name: &str) -> Result<PathBuf, FormatError> {
-        if [CONFIG_FILE, MODEL_FILE, INDEX_FILE, MANIFEST_FILE].contains(&name) || name.starts_with('.') {
+        if [CONFIG_FILE, MODEL_FILE, INDEX_FILE, MANIFEST_FILE, ORIGINAL_FILE].contains(&name) || name.starts_with('.') {
             return Err(self.usage(format!("file {name:?}: this name is reserved")));
         }
         if self.manifest.files.contains_key(name) {
             return Err(self.usage(format!("file {name:?} is written twice")));
         }
-        Ok(self.temp.path.join(name))
+        Ok(self.staging.path().join(name))
     }
 
     fn put(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        let path = self.temp.path.join(name);
+        let path = self.staging.path().join(name);
         let mut file = create_new(&path)?;
         file.write_all(bytes).map_err(|e| FormatError::io("write", &path, e))?;
         sync(&file, &path)?;
@@ -377,7 +410,7 @@ impl DirWriter {
     }
 
     fn usage(&self, message: String) -> FormatError {
-        FormatError::Usage { path: self.path.clone(), message }
+        FormatError::Usage { path: self.staging.path.clone(), message }
     }
 }
 
@@ -414,11 +447,11 @@ fn copy(from: &mut Section, start: u64, to: &mut Section, bytes: Option<u64>) ->
     Ok(())
 }
 
-fn create_new(path: &Path) -> Result<File, FormatError> {
+pub(crate) fn create_new(path: &Path) -> Result<File, FormatError> {
     File::create_new(path).map_err(|e| FormatError::io("create", path, e))
 }
 
-fn sync(file: &File, path: &Path) -> Result<(), FormatError> {
+pub(crate) fn sync(file: &File, path: &Path) -> Result<(), FormatError> {
     file.sync_all().map_err(|e| FormatError::io("sync", path, e))
 }
 

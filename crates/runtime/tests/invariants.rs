@@ -84,7 +84,7 @@ fn only_binaries_read_the_environment_or_print() {
 
 #[test]
 fn arrows_point_down() {
-    let order = ["codec", "quant", "format", "cpu", "cuda", "runtime", "cli"];
+    let order = ["codec", "quant", "format", "cpu", "cuda", "runtime", "cli", "python"];
     for (level, krate) in order.iter().enumerate() {
         let manifest = fs::read_to_string(workspace().join(format!("crates/{krate}/Cargo.toml"))).unwrap();
         let dependencies = manifest.split("[dev-dependencies]").next().unwrap();

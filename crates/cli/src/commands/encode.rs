@@ -11,10 +11,10 @@ use tersor_format::{CHUNK_SYMBOLS_TARGET, DirWriter, MlxDir, MlxQuantized, MlxTe
 
 use crate::convert::{self, Written};
 use crate::interrupt;
+use crate::observer::{Observer, Terminal, with_threads};
 use crate::options::{Usage, thread_count};
 use crate::output::table::Table;
 use crate::output::{self, units};
-use crate::progress::Progress;
 
 /// Entropy-code an already quantized checkpoint without loss
 ///
@@ -22,28 +22,36 @@ use crate::progress::Progress;
 /// by bit. Expect 6 to 8 %: group-quantized codes have little to save; `quantize` on the original checkpoint saves more.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Quantized checkpoint: an MLX directory
-    #[arg(value_name = "SRC")]
-    source: PathBuf,
-    /// Directory to write
-    #[arg(short, long, value_name = "DIR")]
-    output: PathBuf,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id
-    #[arg(long, default_value = "rans-precise")]
-    codec: Codec,
-    /// Threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = thread_count)]
-    threads: Option<usize>,
-    /// Replace DIR if it is a model directory
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    options: Options,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
 
+/// What to encode, and how.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// Quantized checkpoint: an MLX directory
+    #[arg(value_name = "SRC")]
+    pub source: PathBuf,
+    /// Directory to write
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id
+    #[arg(long, default_value = "rans-precise")]
+    pub codec: Codec,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = thread_count)]
+    pub threads: Option<usize>,
+    /// Replace DIR if it is a model directory
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What was written.
 #[derive(Serialize)]
-struct Report {
+pub struct Report {
     source: String,
     output: String,
     codec: String,
@@ -61,10 +69,20 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    if let Some(threads) = args.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    }
     let _graceful = interrupt::graceful();
+    let report = encode(&args.options, &mut Terminal::default())?;
+    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+}
+
+/// Encodes a directory.
+///
+/// # Errors
+/// A checkpoint that is not quantized in a way known here, files, or what the observer says.
+pub fn encode(options: &Options, observer: &mut dyn Observer) -> Result<Report> {
+    with_threads(options.threads, || encode_dir(options, observer))
+}
+
+fn encode_dir(args: &Options, observer: &mut dyn Observer) -> Result<Report> {
     let start = Instant::now();
     let dir = ModelDir::open(&args.source)?;
     let not_quantized = || {
@@ -72,26 +90,27 @@ pub fn run(args: &Args) -> Result<()> {
         Usage(format!("{}: {text}", args.source.display()))
     };
     let tensors = MlxDir::new(&dir).ok_or_else(not_quantized)?.tensors()?;
-    let mut writer = convert::create(&args.source, &args.output, args.force)?;
+    let mut writer = convert::create(&args.source, &args.output, args.force, observer)?;
     for (name, tensor) in &tensors {
         match tensor {
             MlxTensor::Quantized(_) => writer.expect_coded(name, true),
             MlxTensor::Raw(_) => writer.expect_raw(name),
         }
     }
-    let written = write(&mut writer, &dir, &tensors, args.codec)?;
+    let written = write(&mut writer, &dir, &tensors, args.codec, observer)?;
     ensure!(written.coded_tensors > 0, not_quantized());
 
     let mut config = dir.config().clone();
     let object = config.as_object_mut().context("a directory that was opened has an object for its configuration")?;
-    // What MLX says of its packed words would mislead a reader of the coded ones; `export` needs it to go back.
+    // What MLX says of its packed words would mislead a reader of the coded ones; the files themselves are kept, for `export`.
     let original = object.remove("quantization").unwrap_or(Value::Null);
     let mut quantization = convert::quantization_config("affine4", args.codec, &written);
     quantization["source"] = serde_json::json!({"format": "mlx", "quantization": original});
     config["quantization_config"] = quantization;
-    convert::finish(writer, &dir, config)?;
+    writer.keep_original(&dir)?;
+    convert::install(writer, config, observer)?;
 
-    let report = Report {
+    Ok(Report {
         source: args.source.display().to_string(),
         output: args.output.display().to_string(),
         codec: args.codec.to_string(),
@@ -105,34 +124,38 @@ pub fn run(args: &Args) -> Result<()> {
         bpw: written.bpw(),
         entropy_bits: written.entropy_bits(),
         seconds: start.elapsed().as_secs_f64(),
-    };
-    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+    })
 }
 
-fn write(writer: &mut DirWriter, dir: &ModelDir, tensors: &[(&str, MlxTensor<'_>)], codec: Codec) -> Result<Written> {
+fn write(
+    writer: &mut DirWriter,
+    dir: &ModelDir,
+    tensors: &[(&str, MlxTensor<'_>)],
+    codec: Codec,
+    observer: &mut dyn Observer,
+) -> Result<Written> {
     let size = |tensor: &MlxTensor<'_>| match tensor {
         MlxTensor::Quantized(quantized) => quantized.rows() as u64 * quantized.cols() as u64,
         MlxTensor::Raw(raw) => raw.len() as u64,
     };
-    let progress = Progress::new("encode", tensors.iter().map(|(_, tensor)| size(tensor)).sum());
+    observer.begin("encode", tensors.iter().map(|(_, tensor)| size(tensor)).sum());
     let mut written = Written::default();
     for (name, tensor) in tensors {
-        interrupt::check()?;
-        progress.message(name);
+        observer.at(name)?;
         match tensor {
             MlxTensor::Raw(raw) => written.add_raw(writer, name, raw)?,
             MlxTensor::Quantized(quantized) => {
                 let context = || format!("{}: tensor {name}", dir.path().display());
-                encode(writer, dir, name, quantized, codec, &mut written).with_context(context)?;
+                encode_tensor_checked(writer, dir, name, quantized, codec, &mut written).with_context(context)?;
             }
         }
         dir.release(name);
-        progress.add(size(tensor));
+        observer.add(size(tensor));
     }
     Ok(written)
 }
 
-fn encode(
+fn encode_tensor_checked(
     writer: &mut DirWriter,
     dir: &ModelDir,
     name: &str,

@@ -1,17 +1,17 @@
 //! `tersor inspect`: where the bits of a directory go.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use tersor_format::ModelDir;
 
 use crate::account::{self, TensorAccount};
+use crate::observer::{Observer, Terminal};
 use crate::output::plot::{self, Point};
 use crate::output::table::Table;
 use crate::output::{self, units};
-use crate::progress::Progress;
 
 /// Show where the bits of a model go: every tensor's entropy, codes and side information
 ///
@@ -30,8 +30,9 @@ pub struct Args {
     plot: Option<PathBuf>,
 }
 
+/// Where the bits go.
 #[derive(Serialize)]
-struct Report {
+pub struct Report {
     format_version: Option<u64>,
     model_type: Option<String>,
     scheme: Option<String>,
@@ -64,9 +65,7 @@ struct Row {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let dir = ModelDir::open(&args.directory)?;
-    let accounts = measure(&dir)?;
-    let report = report(&dir, &accounts);
+    let (report, accounts) = account_for(&args.directory, &mut Terminal::default())?;
     if let Some(path) = &args.plot {
         let svg = draw(&args.directory, &report, &accounts);
         std::fs::write(path, svg).with_context(|| path.display().to_string())?;
@@ -74,16 +73,30 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json { output::json(&report) } else { output::text(&render(&report)) }
 }
 
-fn measure(dir: &ModelDir) -> Result<Vec<TensorAccount>> {
+/// Accounts for every tensor of a directory.
+///
+/// # Errors
+/// What is no model directory or damaged, or what the observer says.
+pub fn inspect(directory: &Path, observer: &mut dyn Observer) -> Result<Report> {
+    Ok(account_for(directory, observer)?.0)
+}
+
+fn account_for(directory: &Path, observer: &mut dyn Observer) -> Result<(Report, Vec<TensorAccount>)> {
+    let dir = ModelDir::open(directory)?;
+    let accounts = measure(&dir, observer)?;
+    Ok((report(&dir, &accounts), accounts))
+}
+
+fn measure(dir: &ModelDir, observer: &mut dyn Observer) -> Result<Vec<TensorAccount>> {
     let total = dir.tensors().map(|(_, tensor)| tensor.bytes()).sum();
-    let progress = Progress::new("inspect", total);
+    observer.begin("inspect", total);
     let mut accounts = Vec::new();
     for (name, tensor) in dir.tensors() {
-        progress.message(name);
+        observer.at(name)?;
         let account = TensorAccount::measure(name, tensor).with_context(|| dir.path().display().to_string())?;
         accounts.push(account);
         dir.release(name);
-        progress.add(tensor.bytes());
+        observer.add(tensor.bytes());
     }
     Ok(accounts)
 }
@@ -188,7 +201,7 @@ fn render(report: &Report) -> String {
     text
 }
 
-fn draw(path: &std::path::Path, report: &Report, accounts: &[TensorAccount]) -> String {
+fn draw(path: &Path, report: &Report, accounts: &[TensorAccount]) -> String {
     let name = std::path::absolute(path).ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     let title = format!("Bits per weight against entropy: {}", name.as_deref().unwrap_or("model"));
     let mut codecs: Vec<&str> = Vec::new();

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod encode;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod info;
 pub mod inspect;

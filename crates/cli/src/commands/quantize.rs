@@ -14,17 +14,17 @@ use tersor_codec::{Codec, Histogram};
 use tersor_format::{
     CHUNK_SYMBOLS_TARGET, DirWriter, MlxDir, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
 };
-use tersor_quant::{DEFAULT_ROUNDING, Plan, RateModel, RateTarget, RateTensor, Role, Scheme, SymbolCounts, quantize, solve_step};
+use tersor_quant::{DEFAULT_ROUNDING, Plan, RateModel, RateTarget, RateTensor, Role, Scheme, SymbolCounts, solve_step};
 use tersor_runtime::model::config::Config;
 use tersor_runtime::model::names::{self, LinearInfo};
 
 use crate::convert::{self, Written};
 use crate::interrupt;
 use crate::machine;
+use crate::observer::{Observer, Terminal, with_threads};
 use crate::options::{Usage, positive, thread_count};
 use crate::output::table::Table;
 use crate::output::{self, units};
-use crate::progress::Progress;
 
 /// Target of `ecsq` unless the user names one.
 const BPW_DEFAULT: f64 = 4.0;
@@ -39,37 +39,45 @@ const PASSES_MAX: usize = 3;
 /// and biases as they are, and copies tokenizer and licence files. The output appears under its name only when it is complete.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint: a Hugging Face directory
-    #[arg(value_name = "SRC")]
-    source: PathBuf,
-    /// Directory to write
-    #[arg(short, long, value_name = "DIR")]
-    output: PathBuf,
-    /// ecsq (any --bpw; recommended), affine4 (MLX's 4 bit), q4_0 (GGUF's), int4-row, int4-tensor
-    #[arg(long, default_value = "ecsq")]
-    scheme: Scheme,
-    /// Bits per weight of the whole model, everything counted; ecsq only [default: 4.0]
-    #[arg(long, value_parser = positive, allow_negative_numbers = true)]
-    bpw: Option<f64>,
-    /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
-    #[arg(long, value_name = "N", value_parser = ["32", "64", "128"])]
-    group_size: Option<String>,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id such as rans/s16-w8-p7-l64
-    #[arg(long, default_value = "rans")]
-    codec: Codec,
-    /// Threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = thread_count)]
-    threads: Option<usize>,
-    /// Replace DIR if it is a model directory
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    options: Options,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
 
+/// What to quantize, and how.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// Checkpoint: a Hugging Face directory
+    #[arg(value_name = "SRC")]
+    pub source: PathBuf,
+    /// Directory to write
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// ecsq (any --bpw; recommended), affine4 (MLX's 4 bit), q4_0 (GGUF's), int4-row, int4-tensor
+    #[arg(long, default_value = "ecsq")]
+    pub scheme: Scheme,
+    /// Bits per weight of the whole model, everything counted; ecsq only [default: 4.0]
+    #[arg(long, value_parser = positive, allow_negative_numbers = true)]
+    pub bpw: Option<f64>,
+    /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
+    #[arg(long, value_name = "N", value_parser = group_size)]
+    pub group_size: Option<u32>,
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id such as rans/s16-w8-p7-l64
+    #[arg(long, default_value = "rans")]
+    pub codec: Codec,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = thread_count)]
+    pub threads: Option<usize>,
+    /// Replace DIR if it is a model directory
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What was written.
 #[derive(Serialize)]
-struct Report {
+pub struct Report {
     source: String,
     output: String,
     model_type: String,
@@ -99,15 +107,25 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<()> {
-    let scheme = scheme(args)?;
-    if let Some(threads) = args.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    }
     let _graceful = interrupt::graceful();
+    let report = quantize(&args.options, &mut Terminal::default())?;
+    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+}
+
+/// Quantizes and encodes a checkpoint.
+///
+/// # Errors
+/// Options that do not fit each other, a checkpoint that cannot be quantized, files, or what the observer says.
+pub fn quantize(options: &Options, observer: &mut dyn Observer) -> Result<Report> {
+    let scheme = scheme(options)?;
+    with_threads(options.threads, || quantize_dir(options, scheme, observer))
+}
+
+fn quantize_dir(args: &Options, scheme: Scheme, observer: &mut dyn Observer) -> Result<Report> {
     let start = Instant::now();
     let source = Source::open(&args.source)?;
     // Made before the long first pass, so that an output that is in the way is told at once.
-    let mut writer = convert::create(&args.source, &args.output, args.force)?;
+    let mut writer = convert::create(&args.source, &args.output, args.force, observer)?;
 
     let wanted = args.bpw.unwrap_or(BPW_DEFAULT);
     let mut target = wanted;
@@ -118,7 +136,7 @@ pub fn run(args: &Args) -> Result<()> {
         let plans = if scheme == Scheme::Ecsq {
             let start = Instant::now();
             // Not kept for a further pass, which is rare: together they may take more memory than a tensor.
-            let models = source.measure()?;
+            let models = source.measure(observer)?;
             measure += start.elapsed();
             let start = Instant::now();
             let plans = source.solve(&models, args.codec, target)?;
@@ -127,21 +145,21 @@ pub fn run(args: &Args) -> Result<()> {
         } else {
             vec![plan(scheme); source.linears.len()]
         };
-        let written = source.write(&mut writer, &plans, args.codec)?;
+        let written = source.write(&mut writer, &plans, args.codec, observer)?;
         let miss = written.bpw() - wanted;
         if scheme != Scheme::Ecsq || miss.abs() <= MISS_MAX * wanted || passes == PASSES_MAX {
             break written;
         }
         target -= miss;
         drop(writer);
-        writer = convert::create(&args.source, &args.output, args.force)?;
+        writer = convert::create(&args.source, &args.output, args.force, observer)?;
     };
     let finish = Instant::now();
     let config = source.config_with(scheme, args.codec, &written);
-    convert::finish(writer, &source.dir, config)?;
+    convert::finish(writer, &source.dir, config, observer)?;
 
     let seconds = start.elapsed().as_secs_f64();
-    let report = Report {
+    Ok(Report {
         source: args.source.display().to_string(),
         output: args.output.display().to_string(),
         model_type: source.model_type().to_owned(),
@@ -167,20 +185,29 @@ pub fn run(args: &Args) -> Result<()> {
         weights_per_second: written.weights as f64 / seconds,
         threads: rayon::current_num_threads(),
         peak_rss_bytes: machine::peak_rss_bytes(),
-    };
-    if args.json { output::json(&report) } else { output::text(&render(&report)) }
+    })
 }
 
 /// The scheme with its options, which must fit it.
-fn scheme(args: &Args) -> Result<Scheme> {
+fn scheme(args: &Options) -> Result<Scheme> {
     if args.bpw.is_some() && args.scheme != Scheme::Ecsq {
         let text = format!("--bpw is for --scheme ecsq; the size of {} is what it is", args.scheme);
         return Err(Usage(text).into());
     }
-    match (args.scheme, args.group_size.as_deref()) {
+    match (args.scheme, args.group_size) {
         (scheme, None) => Ok(scheme),
-        (Scheme::Affine4 { .. }, Some(text)) => Ok(Scheme::Affine4 { group_size: text.parse()? }),
+        (Scheme::Affine4 { .. }, Some(group_size)) => Ok(Scheme::Affine4 { group_size }),
         (scheme, Some(_)) => Err(Usage(format!("--group-size is for --scheme affine4, not {scheme}")).into()),
+    }
+}
+
+/// A group size that `affine4` knows.
+fn group_size(text: &str) -> Result<u32, String> {
+    match text {
+        "32" => Ok(32),
+        "64" => Ok(64),
+        "128" => Ok(128),
+        _ => Err("possible values: 32, 64, 128".to_owned()),
     }
 }
 
@@ -263,16 +290,15 @@ impl Source {
     }
 
     /// The first pass.
-    fn measure(&self) -> Result<Vec<RateModel>> {
-        let progress = Progress::new("measure", self.coded_weights());
+    fn measure(&self, observer: &mut dyn Observer) -> Result<Vec<RateModel>> {
+        observer.begin("measure", self.coded_weights());
         let mut models = Vec::with_capacity(self.linears.len());
         for linear in &self.linears {
-            interrupt::check()?;
-            progress.message(&linear.name);
+            observer.at(&linear.name)?;
             let model = RateModel::measure(&self.rows(linear)?).with_context(|| self.named(&linear.name))?;
             models.push(model);
             self.dir.release(&linear.name);
-            progress.add(weights_of(linear));
+            observer.add(weights_of(linear));
         }
         Ok(models)
     }
@@ -306,8 +332,8 @@ impl Source {
     }
 
     /// The second pass.
-    fn write(&self, writer: &mut DirWriter, plans: &[Plan], codec: Codec) -> Result<Written> {
-        let progress = Progress::new("encode", self.coded_weights());
+    fn write(&self, writer: &mut DirWriter, plans: &[Plan], codec: Codec, observer: &mut dyn Observer) -> Result<Written> {
+        observer.begin("encode", self.coded_weights());
         let mut written = Written::default();
         for (linear, plan) in self.linears.iter().zip(plans) {
             writer.expect_coded(&linear.name, matches!(plan, Plan::Affine4 { .. }));
@@ -316,10 +342,9 @@ impl Source {
             writer.expect_raw(name);
         }
         for (linear, plan) in self.linears.iter().zip(plans) {
-            interrupt::check()?;
-            progress.message(&linear.name);
+            observer.at(&linear.name)?;
             let start = Instant::now();
-            let tensor = quantize(plan, &self.rows(linear)?).with_context(|| self.named(&linear.name))?;
+            let tensor = tersor_quant::quantize(plan, &self.rows(linear)?).with_context(|| self.named(&linear.name))?;
             self.dir.release(&linear.name);
             let mut histogram = Histogram::new();
             histogram.add(&tensor.symbols);
@@ -327,7 +352,6 @@ impl Source {
             let encoded = encode_tensor(&tensor, codec, CHUNK_SYMBOLS_TARGET).with_context(|| self.named(&linear.name))?;
             drop(tensor);
             let coded = Instant::now();
-            interrupt::check()?;
             writer.write_coded(&linear.name, &encoded)?;
             let weights = weights_of(linear);
             let bytes = encoded.tensor().coded_bytes() + encoded.tensor().scales().bytes();
@@ -335,10 +359,10 @@ impl Source {
             written.quantize += quantized - start;
             written.encode += coded - quantized;
             written.write += coded.elapsed();
-            progress.add(weights);
+            observer.add(weights);
         }
         for name in &self.raw {
-            interrupt::check()?;
+            observer.at(name)?;
             let start = Instant::now();
             written.add_raw(writer, name, self.raw_tensor(name)?)?;
             self.dir.release(name);

@@ -299,6 +299,24 @@ fn encode_loses_nothing() {
     let config: Value = serde_json::from_slice(&std::fs::read(scratch.path("out/config.json")).unwrap()).unwrap();
     assert!(config.get("quantization").is_none());
     assert_eq!(config["quantization_config"]["source"]["quantization"]["group_size"], 32);
+
+    let exported = scratch.json(&["export", "out", "--to", "mlx", "-o", "back", "--json"]);
+    assert_eq!(exported["files"], 3);
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let [original, back] = ["mlx", "back"].map(|dir| std::fs::read(scratch.path(dir).join(name)).unwrap());
+        assert!(original == back, "{name} is not the same");
+    }
+    assert!(scratch.fails(1, &["export", "out", "--to", "mlx", "-o", "back"]).contains("already exists"));
+    assert!(scratch.fails(2, &["export", "out", "--to", "onnx", "-o", "other"]).contains("onnx"));
+}
+
+#[test]
+fn only_what_was_encoded_can_be_exported() {
+    let scratch = Scratch::new();
+    scratch.llama("hf", TINY);
+    scratch.ok(&["quantize", "hf", "-o", "out"]);
+    assert!(scratch.fails(1, &["export", "out", "--to", "mlx", "-o", "back"]).contains("keeps no record"));
+    assert!(!scratch.path("back").exists());
 }
 
 /// Users say `w7 ...`, the model answers after `w8`; instructions come after `w9`.

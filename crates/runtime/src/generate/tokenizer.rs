@@ -8,7 +8,7 @@ use thiserror::Error;
 /// Largest `tokenizer.json` that is read. The largest in use (a vocabulary of 262,144) has 33 MB.
 const FILE_BYTES_MAX: u64 = 256 << 20;
 
-/// Tokens kept as context when the window of a [`Detokenizer`] moves. Decoders look at neighbours only.
+/// Tokens kept as context when a [`TextWindow`] moves. Decoders look at neighbours only.
 const CONTEXT_TOKENS: usize = 8;
 
 /// Tokens after which the window moves.
@@ -110,45 +110,69 @@ impl Tokenizer {
     /// Text of tokens that come one by one after `prompt`, whose own text is not repeated.
     #[must_use]
     pub fn detokenizer(&self, prompt: &[u32]) -> Detokenizer<'_> {
-        let window = prompt[prompt.len().saturating_sub(CONTEXT_TOKENS)..].to_vec();
-        let shown = settled(&self.decode(&window)).to_owned();
-        Detokenizer { tokenizer: self, window, shown }
+        Detokenizer { tokenizer: self, text: TextWindow::new(self, prompt) }
     }
 }
 
-/// Gives out the text of a growing token sequence in pieces that are whole characters.
+/// A [`TextWindow`] with its tokenizer.
+#[derive(Debug)]
+pub struct Detokenizer<'a> {
+    tokenizer: &'a Tokenizer,
+    text: TextWindow,
+}
+
+impl Detokenizer<'_> {
+    /// As [`TextWindow::push`].
+    pub fn push(&mut self, token: u32) -> String {
+        self.text.push(self.tokenizer, token)
+    }
+
+    /// As [`TextWindow::finish`].
+    pub fn finish(&mut self) -> String {
+        self.text.finish(self.tokenizer)
+    }
+}
+
+/// Gives out the text of a growing token sequence in pieces that are whole characters. Every call gets the same tokenizer.
 ///
 /// A character may be spread over several byte tokens, and decoders treat a token at the start of a text differently from
 /// one in its middle. So a window of recent tokens is decoded anew for each token, and what is new in its text is given out,
 /// less characters that further bytes may still change.
 #[derive(Debug)]
-pub struct Detokenizer<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct TextWindow {
     /// The most recent tokens.
     window: Vec<u32>,
     /// The part of the window's text that has been given out.
     shown: String,
 }
 
-impl Detokenizer<'_> {
+impl TextWindow {
+    /// The text of tokens that come after `prompt`, whose own text is not repeated.
+    #[must_use]
+    pub fn new(tokenizer: &Tokenizer, prompt: &[u32]) -> Self {
+        let window = prompt[prompt.len().saturating_sub(CONTEXT_TOKENS)..].to_vec();
+        let shown = settled(&tokenizer.decode(&window)).to_owned();
+        Self { window, shown }
+    }
+
     /// Takes the next token and returns the text that is now certain; often one word, empty inside a character.
-    pub fn push(&mut self, token: u32) -> String {
+    pub fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> String {
         self.window.push(token);
-        let text = self.tokenizer.decode(&self.window);
+        let text = tokenizer.decode(&self.window);
         // A decoder may take back text when bytes that formed a character are followed by the first byte of the next.
         let new = settled(&text).strip_prefix(self.shown.as_str()).unwrap_or("").to_owned();
         self.shown.push_str(&new);
         let all_shown = self.shown.len() == text.len();
         if (all_shown && self.window.len() > WINDOW_TOKENS) || self.window.len() > WINDOW_TOKENS_MAX {
             self.window.drain(..self.window.len() - CONTEXT_TOKENS);
-            self.shown = settled(&self.tokenizer.decode(&self.window)).to_owned();
+            self.shown = settled(&tokenizer.decode(&self.window)).to_owned();
         }
         new
     }
 
     /// Returns what was held back, for the end of the text. Bytes that are no character come as U+FFFD.
-    pub fn finish(&mut self) -> String {
-        let text = self.tokenizer.decode(&self.window);
+    pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
+        let text = tokenizer.decode(&self.window);
         let rest = match text.strip_prefix(self.shown.as_str()) {
             Some(rest) => rest.to_owned(),
             None => char::REPLACEMENT_CHARACTER.to_string(),

@@ -12,7 +12,7 @@ use std::fmt;
 /// A model with its weights, ready to continue sequences.
 ///
 /// Every strategy of one device gives the same bits for the same tokens, however they are sliced and whichever sequences share a call.
-pub trait Runner {
+pub trait Runner: Send {
     /// The model's configuration.
     fn config(&self) -> &Config;
 

@@ -164,7 +164,7 @@ pub enum RunError {
 ///
 /// Every implementation over the same coded weights gives the same bits for the same arguments, whatever the number of
 /// threads, the SIMD level, and however many tokens share a call.
-pub trait Weights {
+pub trait Weights: Send {
     /// Announces that the matrices of `layer` are used next. Called before a layer's first [`linear`](Self::linear), in
     /// ascending order within one forward pass. Before the head's it is called with the number of layers; a pass that
     /// wants no logits (all but the last slice of a prompt) ends after the last layer and starts again at layer 0.

@@ -1,4 +1,4 @@
-//! `tersor`: language models whose weights are entropy coded. This binary is the only part of the project that prints, and its
+//! The command `tersor`, as a function so that the Python package can have it, too. It is the only part of the project that prints, and its
 //! contract is in `CLI.md`: exit code 0 when done, 1 on failure, 2 on wrong usage, 130 when interrupted; an error is one line on stderr.
 #![forbid(unsafe_code)]
 
@@ -8,15 +8,25 @@ mod convert;
 mod engine;
 mod interrupt;
 mod machine;
+mod observer;
 mod options;
 mod output;
 mod progress;
 mod sampling;
 
-use std::process::ExitCode;
+use std::ffi::OsString;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+
+pub use commands::encode::{Options as EncodeOptions, Report as EncodeReport, encode};
+pub use commands::export::{Options as ExportOptions, Report as ExportReport, Target as ExportTarget, export};
+pub use commands::inspect::{Report as InspectReport, inspect};
+pub use commands::quantize::{Options as QuantizeOptions, Report as QuantizeReport, quantize};
+pub use engine::{Engine, LimitArgs, Opened, Setup};
+pub use machine::set_launcher;
+pub use observer::Observer;
+pub use options::{ByteSize, Usage, default_threads};
 
 use interrupt::Interrupted;
 use output::StdoutError;
@@ -40,12 +50,15 @@ enum Command {
     Bench(commands::bench::Args),
     Kernels(commands::kernels::Args),
     Eval(commands::eval::Args),
+    Export(commands::export::Args),
     Info(commands::info::Args),
 }
 
-fn main() -> ExitCode {
+/// Runs the command line `arguments`, of which the first is the program's name, and returns the exit code. Takes over the process's
+/// signals.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     interrupt::install();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
@@ -59,44 +72,50 @@ fn main() -> ExitCode {
         Command::Bench(args) => commands::bench::run(&args),
         Command::Kernels(args) => commands::kernels::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Export(args) => commands::export::run(&args),
         Command::Info(args) => commands::info::run(&args),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => fail(&error),
     }
 }
 
 /// Help and version go to stdout; a usage error becomes one line.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error) -> u8 {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         // A closed pipe is all that can go wrong here, and then nobody reads.
         let _ = error.print();
-        return ExitCode::SUCCESS;
+        return 0;
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         let _ = error.print();
-        return ExitCode::from(2);
+        return 2;
     }
     // clap's first paragraph names the argument and the cause; what follows is advice and the usage line.
     let rendered = error.to_string();
     let first = rendered.split("\n\n").next().unwrap_or(&rendered);
     let line = one_line(first);
     eprintln!("{}", if line.starts_with("error: ") { line } else { format!("error: {line}") });
-    ExitCode::from(2)
+    2
 }
 
-fn fail(error: &anyhow::Error) -> ExitCode {
+fn fail(error: &anyhow::Error) -> u8 {
     let stdout = error.downcast_ref::<StdoutError>();
     if stdout.is_some_and(StdoutError::is_closed_pipe) {
-        return ExitCode::SUCCESS;
+        return 0;
     }
     if stdout.is_none() && (error.is::<Interrupted>() || interrupt::requested()) {
         eprintln!("error: interrupted");
-        return ExitCode::from(interrupt::EXIT_CODE);
+        return interrupt::EXIT_CODE;
     }
-    eprintln!("error: {}", one_line(&chain(error)));
-    ExitCode::from(if error.is::<options::Usage>() { 2 } else { 1 })
+    eprintln!("error: {}", message(error));
+    if error.is::<Usage>() { 2 } else { 1 }
+}
+
+/// An error in one line.
+pub fn message(error: &anyhow::Error) -> String {
+    one_line(&chain(error))
 }
 
 /// The causes from the outermost in, joined by `: `. A cause that its parent's text already ends with is not said twice.
