@@ -83,6 +83,11 @@ pub fn request() {
     REQUESTED.store(true, Ordering::Relaxed);
 }
 
+/// The request has been answered: what follows is not interrupted.
+pub fn forget() {
+    REQUESTED.store(false, Ordering::SeqCst);
+}
+
 /// [`requested`] as an error for `?`.
 pub fn check() -> Result<(), Interrupted> {
     if requested() { Err(Interrupted) } else { Ok(()) }

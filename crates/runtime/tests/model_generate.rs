@@ -110,6 +110,25 @@ fn every_reason_to_stop() {
 }
 
 #[test]
+fn a_restarted_session_goes_on_as_a_new_one_would() {
+    let mut llama3 = llama3();
+    let mut session = Session::new(&llama3, &[5, 6, 7], &options(6)).unwrap();
+    let (_, first) = run(&mut llama3, &mut session);
+    let followed: Vec<u32> = [&[5, 6, 7], &first[..], &[9, 9]].concat();
+    // A follow-up, another end of the same beginning, a prefix, the same again, something else.
+    for prompt in [&followed[..], &[5, 6, 8], &[5, 6], &[5, 6], &[60; 40]] {
+        session.restart(prompt).unwrap();
+        let (done, tokens) = run(&mut llama3, &mut session);
+        let mut fresh = Session::new(&llama3, prompt, &options(6)).unwrap();
+        assert_eq!(tokens, run(&mut llama3, &mut fresh).1, "{prompt:?}");
+        assert_eq!((done.stop, done.prompt_tokens, done.generated_tokens), (Stop::Length, prompt.len(), 6));
+    }
+    assert!(matches!(session.restart(&[]), Err(SessionError::EmptyPrompt)));
+    assert!(matches!(session.restart(&[1; 600]), Err(SessionError::PromptTooLong { tokens: 600, context: 600 })));
+    assert_eq!((session.prompt_tokens(), session.generated().len()), (40, 6), "a refused restart changes nothing");
+}
+
+#[test]
 fn sessions_that_cannot_begin() {
     let llama3 = llama3();
     let new = |prompt: &[u32], options: &Options| Session::new(&llama3, prompt, options).unwrap_err();

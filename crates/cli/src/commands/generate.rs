@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use serde::Serialize;
 use tersor_runtime::device::Device;
-use tersor_runtime::generate::sampler::Sampling;
-use tersor_runtime::generate::session::{self, Options, Session, SessionError, Stop};
+use tersor_runtime::generate::session::{Options, Session, Stop};
 use tersor_runtime::generate::tokenizer::Tokenizer;
 use tersor_runtime::model::weights::ResidencyReport;
 use tersor_runtime::residency::{Plan, PlanRow};
@@ -14,9 +13,9 @@ use tersor_runtime::residency::{Plan, PlanRow};
 use crate::engine::{EngineArgs, Opened, Setup};
 use crate::interrupt::{self, Interrupted};
 use crate::machine;
-use crate::options::Usage;
 use crate::output::table::Table;
 use crate::output::{self, units};
+use crate::sampling::{SamplingArgs, stream, usage_if_sampling};
 
 /// Continue a text
 ///
@@ -36,24 +35,8 @@ pub struct Args {
     /// Positions of the KV cache: prompt and generated tokens [default: as many as needed]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Temperature; 0 takes the most likely token
-    #[arg(long = "temp", value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    temperature: f32,
-    /// Keep the K most likely tokens; 0 keeps all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Keep the most likely tokens that reach this probability together
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
-    top_p: f32,
-    /// Keep tokens at least this many times as likely as the most likely one
-    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
-    min_p: f32,
-    /// Divide the logits of tokens that have occurred; 1 does nothing [default: what the model's generation_config.json advises, or 1]
-    #[arg(long, value_name = "R", allow_negative_numbers = true)]
-    repeat_penalty: Option<f32>,
-    /// Start of the random numbers
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     #[command(flatten)]
     engine: EngineArgs,
     /// Say on stderr what the strategy holds where, and why
@@ -121,7 +104,8 @@ pub fn run(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.directory)?;
     let prompt = tokenizer.encode(&args.prompt)?;
     let context = opened.context(args.context, prompt.len().saturating_add(args.tokens))?;
-    let options = options(args, context, opened.model.config().repetition_penalty);
+    let sampling = args.sampling.sampling(opened.model.config().repetition_penalty);
+    let options = Options { tokens_max: args.tokens, context, sampling, ignore_eos: false };
     // Checks the prompt and the sampler's options before the weights are loaded.
     options.check(&prompt).map_err(usage_if_sampling)?;
     let plan = if args.explain { opened.explain(&setup, context)? } else { None };
@@ -132,25 +116,10 @@ pub fn run(args: &Args) -> Result<()> {
     let mut session = Session::new(engine.runner.as_ref(), &prompt, &options)?;
 
     let _graceful = interrupt::graceful();
-    let mut detokenizer = tokenizer.detokenizer(&prompt);
-    let mut text = String::new();
-    let mut stdout = if args.json { Ok(()) } else { output::text(&args.prompt) };
-    let generation = session::generate(engine.runner.as_mut(), &mut session, interrupt::flag(), &mut |token| {
-        let piece = detokenizer.push(token);
-        if !args.json && stdout.is_ok() {
-            stdout = output::text(&piece);
-            if stdout.is_err() {
-                interrupt::request();
-            }
-        }
-        text += &piece;
-    })?;
-    stdout?;
-    let rest = detokenizer.finish();
-    text += &rest;
     if !args.json {
-        output::text(&(rest + "\n"))?;
+        output::text(&args.prompt)?;
     }
+    let (text, generation) = stream(engine.runner.as_mut(), &mut session, tokenizer.detokenizer(&prompt), !args.json)?;
     if generation.stop == Stop::Interrupted {
         return Err(Interrupted.into());
     }
@@ -208,30 +177,6 @@ pub fn run(args: &Args) -> Result<()> {
 fn hit_rate(report: &ResidencyReport) -> Option<f64> {
     let used = report.hit_bytes + report.miss_bytes;
     (used > 0).then(|| report.hit_bytes as f64 / used as f64)
-}
-
-fn options(args: &Args, context: usize, advised_penalty: Option<f32>) -> Options {
-    Options {
-        tokens_max: args.tokens,
-        context,
-        sampling: Sampling {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-            repetition_penalty: args.repeat_penalty.or(advised_penalty).unwrap_or(1.0),
-            seed: args.seed,
-        },
-        ignore_eos: false,
-    }
-}
-
-/// An option of the sampler outside its range is a mistake in the command line.
-fn usage_if_sampling(error: SessionError) -> anyhow::Error {
-    match error {
-        SessionError::Sampling(error) => Usage(error.to_string()).into(),
-        other => other.into(),
-    }
 }
 
 fn explanation(plan: &Plan) -> Explanation {

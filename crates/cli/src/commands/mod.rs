@@ -1,6 +1,7 @@
 //! One file per command: its arguments, its work, its report.
 
 pub mod bench;
+pub mod chat;
 pub mod encode;
 pub mod eval;
 pub mod generate;

@@ -298,3 +298,29 @@ fn encode_loses_nothing() {
     assert!(config.get("quantization").is_none());
     assert_eq!(config["quantization_config"]["source"]["quantization"]["group_size"], 32);
 }
+
+/// Users say `w7 ...`, the model answers after `w8`; instructions come after `w9`.
+const TEMPLATE: &str = "{% for message in messages %}
+{{ {'system': 'w9', 'user': 'w7', 'assistant': 'w8'}[message.role] }} {{ message.content.strip() }} {% endfor %}
+{% if add_generation_prompt %}w8{% endif %}";
+
+#[test]
+fn chat_writes_each_turn_by_the_template() {
+    let scratch = Scratch::new();
+    scratch.llama("src", TINY);
+    std::fs::write(scratch.path("src/chat_template.jinja"), TEMPLATE).unwrap();
+    scratch.ok(&["quantize", "src", "-o", "out", "--bpw", "6"]);
+    // What generate continues when it is given the conversation so far.
+    let reply =
+        |prompt: &str| scratch.json(&["generate", "out", "--prompt", prompt, "-n", "6", "--json"])["text"].as_str().unwrap().to_owned();
+    let first = reply("w9 w20 w7 w5 w8");
+    let second = reply(&format!("w9 w20 w7 w5 w8 {first} w7 w6 w8"));
+    let third = reply("w9 w20 w7 w30 w31 w8");
+    assert!(first != second && second != third, "replies must depend on the conversation");
+    let args = ["chat", "out", "--system", "w20", "-n", "6", "--strategy", "cached"];
+    let output = scratch.with_input(&args, b"w5\n\nw6\r\n/clear\nw30 w31\n/exit\nw5\n");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{first}\n{second}\n{third}\n"));
+    // The end of stdin ends it as well.
+    assert_eq!(scratch.with_input(&args, b"w5").stdout, format!("{first}\n").as_bytes());
+}

@@ -30,14 +30,19 @@ impl Options {
     /// # Errors
     /// A prompt that is empty or fills the context, sampling parameters outside their range.
     pub fn check(&self, prompt: &[u32]) -> Result<(), SessionError> {
-        if prompt.is_empty() {
-            return Err(SessionError::EmptyPrompt);
-        }
-        if prompt.len() >= self.context {
-            return Err(SessionError::PromptTooLong { tokens: prompt.len(), context: self.context });
-        }
+        check_prompt(prompt, self.context)?;
         Ok(self.sampling.check()?)
     }
+}
+
+fn check_prompt(prompt: &[u32], context: usize) -> Result<(), SessionError> {
+    if prompt.is_empty() {
+        return Err(SessionError::EmptyPrompt);
+    }
+    if prompt.len() >= context {
+        return Err(SessionError::PromptTooLong { tokens: prompt.len(), context });
+    }
+    Ok(())
 }
 
 /// Why a session cannot begin.
@@ -114,6 +119,22 @@ impl Session {
             hash: Xxh3Default::new(),
             stop: (options.tokens_max == 0).then_some(Stop::Length),
         })
+    }
+
+    /// Begins anew with another prompt, in the same cache: the first tokens that it shares with the session so far need not pass through the model
+    /// again. For the next turn of a conversation. Random numbers and the hash of the logits go on.
+    ///
+    /// # Errors
+    /// A prompt that is empty or fills the context; the session is then as it was.
+    pub fn restart(&mut self, prompt: &[u32]) -> Result<(), SessionError> {
+        check_prompt(prompt, self.kv.capacity())?;
+        let shared = self.tokens.iter().zip(prompt).take_while(|(old, new)| old == new).count();
+        // The last token passes in any case, for its logits.
+        self.kv.truncate(shared.min(prompt.len() - 1));
+        self.tokens = prompt.to_vec();
+        self.prompt_tokens = prompt.len();
+        self.stop = (self.tokens_max == 0).then_some(Stop::Length);
+        Ok(())
     }
 
     /// The tokens generated so far; an end token is the last of them.

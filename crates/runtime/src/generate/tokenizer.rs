@@ -82,8 +82,20 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Encode`] if the tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.tokens(text, true)
+    }
+
+    /// Token ids of a text that spells out its special tokens, as chat templates write it: none are added.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.tokens(text, false)
+    }
+
+    fn tokens(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         // `encode_fast` leaves out the offsets, which nobody reads.
-        let encoding = self.inner.encode_fast(text, true);
+        let encoding = self.inner.encode_fast(text, add_special);
         let encoding = encoding.map_err(|error| TokenizerError::Encode { cause: one_line(&error.to_string()) })?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -156,6 +168,6 @@ fn settled(text: &str) -> &str {
     settled
 }
 
-fn one_line(cause: &str) -> String {
+pub(super) fn one_line(cause: &str) -> String {
     cause.split_whitespace().collect::<Vec<_>>().join(" ")
 }
