@@ -219,6 +219,7 @@ mod tests {
             (0, 12, 2, 5, 2048, 0xffeb_3e7e_5b89_5f07),
             (1, 13, 1, 14, 1024, 0x2801_5a39_ac9a_a55e),
             (2, 14, 0, 39, 4096, 0x5d6a_31ee_09c3_ad29),
+            (0, 8, 0, 12, 256, 0x8b69_012c_403f_cb39),
         ] {
             // binomial symbols of variance coins / 4, now and then a hundred times as large
             let mut state = 1u64;
