@@ -1,5 +1,6 @@
 //! Decoding to MLX's packed nibbles against packing what the quantizer made: codecs, levels, threads, row ranges, symbols that do not fit.
 
+#[allow(dead_code)] // The kernels' tests use more of it.
 mod common;
 
 use common::{Random, ScaleKind, Symbols, codecs, levels, tensor};
