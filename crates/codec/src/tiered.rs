@@ -486,7 +486,7 @@ mod tests {
         let packed = pack(3, &fields);
         assert_eq!(packed.len(), 192);
         // Tiles 0 to 7 have the fields 0 to 7.
-        assert_eq!((packed[0], packed[64], packed[128]), (0b10_001_000, 0b1_1_011_010, 0b11_101_100));
+        assert_eq!((packed[0], packed[64], packed[128]), (0x88, 0xda, 0xec));
         let mut back = [0; 512];
         unpack(3, &packed, &mut back).unwrap();
         assert_eq!(back[..], fields);
