@@ -90,18 +90,18 @@ pub const LISTED_BYTES: usize = 3;
 pub struct Tier {
     /// Bits of a field, 3..=6.
     bits: u8,
-    /// By field: the pair byte; field 0 is ESCAPE, and what is beyond `2^bits` too.
+    /// By field: the pair byte; field 0 is ESCAPE. Repeats itself every `2^bits` bytes.
     pair_bytes: [u8; 1 << BITS_MAX],
 }
 
 impl Tier {
-    /// `pair_bytes`: of the fields 1, 2, ...; in any order.
+    /// `pair_bytes`: of all fields from 1 on, in any order.
     fn new(bits: u8, pair_bytes: &[u8]) -> Self {
-        let mut tier = Self { bits, pair_bytes: [ESCAPE; 1 << BITS_MAX] };
-        let own = &mut tier.pair_bytes[1..=pair_bytes.len()];
-        own.copy_from_slice(pair_bytes);
-        own.sort_unstable();
-        tier
+        let mut own = [ESCAPE; 1 << BITS_MAX];
+        let fields = 1 << bits;
+        own[1..fields].copy_from_slice(pair_bytes);
+        own[1..fields].sort_unstable();
+        Self { bits, pair_bytes: std::array::from_fn(|i| own[i % fields]) }
     }
 
     /// Bits of a field.
@@ -109,7 +109,8 @@ impl Tier {
         self.bits
     }
 
-    /// By field: the pair byte; [`ESCAPE`] for field 0 and for what no field can hold.
+    /// By field: the pair byte; [`ESCAPE`] for field 0. Repeats itself every `2^bits` bytes, so that bits above
+    /// the field do not matter to who looks up six.
     pub fn pair_bytes(&self) -> &[u8; 1 << BITS_MAX] {
         &self.pair_bytes
     }

@@ -177,11 +177,6 @@ fn third_of_six<I: Isa>(isa: I, a: I::Tile, b: I::Tile, c: I::Tile) -> I::Tile {
     isa.select_bits(isa.splat(0b11), isa.shift_right(a, 6), high)
 }
 
-/// A table of `2^bits` bytes again and again, as [`Isa::lookup`] wants it.
-fn repeated(bits: u8, byte_of: impl Fn(usize) -> u8) -> TileBytes {
-    std::array::from_fn(|i| byte_of(i % (1 << bits)))
-}
-
 /// Reads of one tier's escaped pairs.
 struct Escaped<'a> {
     bytes: &'a [u8],
@@ -232,7 +227,7 @@ fn expand_bits<I: Isa, const B: usize>(
     escaped: &[u8],
     out: &mut [TileBytes],
 ) -> bool {
-    let table = isa.table(&repeated(tier.bits(), |field| tier.pair_bytes()[field]));
+    let table = isa.table(tier.pair_bytes());
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
     let whole = pairs / EIGHT_PAIRS;
@@ -251,7 +246,7 @@ fn expand_bits<I: Isa, const B: usize>(
     if !last.is_empty() {
         let mut lines = [[0; TILE_SYMBOLS]; B];
         lines[..last.len()].copy_from_slice(last);
-        let itself = isa.table(&repeated(tier.bits(), |field| field as u8));
+        let itself = isa.table(&std::array::from_fn(|field| field as u8 % (1 << B)));
         let mut own = [[0; TILE_SYMBOLS]; TILES];
         for (own, tile) in own.iter_mut().zip(fields(isa, &lines)) {
             isa.store(isa.lookup(itself, tile), own);
@@ -324,7 +319,7 @@ fn dot_bits<I: Isa, const B: usize>(
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
     let tier = &table.tiers()[0];
-    let lookup = isa.table(&repeated(tier.bits(), |field| tier.pair_bytes()[field]));
+    let lookup = isa.table(tier.pair_bytes());
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
     let base = i32::from(table.base()) - i32::from(SYMBOL_BIAS);
