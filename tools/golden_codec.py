@@ -302,7 +302,7 @@ def tiered_chunk(symbols, base, widths, tiers):
         pairs = [pair for pair, field in zip(pairs, fields) if field == 0]
     far = [(position, symbol) for position, symbol in enumerate(symbols) if symbol_byte(symbol) == 0]
     gaps = [position - before - 1 for (position, _), before in zip(listed, [-1] + [position for position, _ in listed])]
-    out = struct.pack(f"<{2 + len(widths)}I", len(listed), len(far), len(pairs), *counts[1:])
+    out = struct.pack(f"<{3 + len(counts[1:])}I", len(listed), len(far), len(pairs), *counts[1:])
     out += struct.pack(f"<{len(gaps)}H", *gaps) + bytes(byte for _, byte in listed) + bytes(pairs)
     return out + b"".join(reversed(packed)) + far_bytes(far)
 
@@ -347,7 +347,7 @@ def chunk_cases():
                 symbols = [Generator(seed + i).below(2**bits) - 2 ** (bits - 1) for i in range(n)]
                 base = -(2 ** (bits - 1))
                 yield case(f"fixed/b{bits}", symbols, fixed_table(bits, base, 0), fixed_chunk(symbols, bits, base, 0))
-    for widths in [(3,), (4,), (5,), (6,), (4, 3), (3, 5), (6, 6), (4, 4, 5), (5, 3, 4), (6, 5, 3)]:
+    for widths in [(), (3,), (4,), (5,), (6,), (4, 3), (3, 5), (6, 6), (4, 4, 5), (5, 3, 4), (6, 5, 3)]:
         for n, base in [(1, 120), (64, 120), (67, 122), (200, 118), (640, 120), (1000, 120), (1200, 119)]:
             seed += 1
             symbols = weights(n, 2 + len(widths), seed)

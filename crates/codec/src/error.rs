@@ -116,8 +116,8 @@ pub enum TableError {
         /// Bits in the codec.
         expected: u8,
     },
-    /// A `tiered` table of no tier, or of more than there can be.
-    #[error("tiered table of {tiers} tiers, allowed is 1..={tiers_max}")]
+    /// A `tiered` table of more tiers than there can be.
+    #[error("tiered table of {tiers} tiers, allowed is 0..={tiers_max}")]
     Tiers {
         /// Tiers announced.
         tiers: usize,

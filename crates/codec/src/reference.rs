@@ -250,9 +250,9 @@ fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<
         tiers.push((0..count).map(field).collect::<Vec<_>>().into_iter());
     }
     let mut escapes = chunk.escapes.iter();
-    let last = tiers.len() - 1;
+    let last = tiers.len().saturating_sub(1);
     let mut pairs = Vec::new();
-    for _ in 0..chunk.tiers[0].0 {
+    for _ in 0..tiered::pairs_of(symbols) {
         let mut pair = ESCAPE;
         for (index, (tier, fields)) in table.tiers().iter().zip(&mut tiers).enumerate() {
             // The first tier has a field for every pair.

@@ -7,11 +7,12 @@
 //! two nibbles, one *pair byte*: the symbol of the first tile in the low one, counted from the
 //! window's first. Symbols outside the window are *listed* with their position.
 //!
-//! Pair bytes are coded by one to three *tiers*, each with fields of its own width, 3 to 6 bits, and
+//! Pair bytes are coded by up to three *tiers*, each with fields of its own width, 3 to 6 bits, and
 //! a pair byte for every field value but 0. Field 0 is ESCAPE: the pair is coded in the next tier,
 //! and behind the last tier as a byte of itself. So the first tier has a field for every pair of the
 //! chunk, the second one for every pair that the first escapes, and so on. A pair of tier `t` has a
-//! code of `bits[0] + ... + bits[t]`, half of that a symbol.
+//! code of `bits[0] + ... + bits[t]`, half of that a symbol. Without a tier all pairs are bytes: plain
+//! nibbles, what is best above some 3.6 bits of entropy.
 //!
 //! The most frequent pairs go to the first tier, the next to the second. Of all lists of widths the
 //! table takes the cheapest, as if the symbols of a pair were independent: for Gaussian symbols
@@ -19,14 +20,14 @@
 //!
 //! # Bytes of the table
 //! ```text
-//! u8 base | u8 tiers (1..=3) | tiers x u8 bits (3..=6) | for each tier 2^bits - 1 x u8 pair byte
+//! u8 base | u8 tiers (0..=3) | tiers x u8 bits (3..=6) | for each tier 2^bits - 1 x u8 pair byte
 //! ```
 //! `base` is the symbol byte of the window's first symbol, 1..=240. The pair bytes of a tier ascend
 //! strictly, none is 0, and none occurs in two tiers.
 //!
 //! # Bytes of a chunk (little-endian)
 //! ```text
-//! u32 listed | u32 far_count | u32 escape_bytes | (tiers - 1) x u32 pairs | listed x u16 gap | listed x u8 symbol byte | escapes | fields of the last tier | ... | fields of the first tier | far entries
+//! u32 listed | u32 far_count | u32 escape_bytes | (tiers - 1, but not -1) x u32 pairs | listed x u16 gap | listed x u8 symbol byte | escapes | fields of the last tier | ... | fields of the first tier | far entries
 //! ```
 //! A listed symbol lies `gap` symbols behind the one that follows the last listed one; its symbol byte
 //! (0 for a far one) replaces what the pair says, in which it has nibble 8. `pairs` are those of the second and the third tier.
@@ -251,19 +252,18 @@ impl Table {
             bits + (all - before[next]) * 8.0
         };
         let mut lists: Vec<Vec<u8>> = vec![Vec::new()];
-        let mut best: Option<(f64, Vec<u8>)> = None;
+        let mut best = (cost_bits(&[]), Vec::new());
         for _ in 0..TIERS_MAX {
             lists = lists.iter().flat_map(|list| BITS.map(move |bits| [&list[..], &[bits]].concat())).collect();
             for list in &lists {
                 let bits = cost_bits(list);
-                if best.as_ref().is_none_or(|(least_bits, _)| bits < *least_bits) {
-                    best = Some((bits, list.clone()));
+                if bits < best.0 {
+                    best = (bits, list.clone());
                 }
             }
         }
-        let (_, widths) = best.expect("there are lists of one tier");
         let mut ranked = &ranked[..];
-        let tiers = widths.into_iter().map(|bits| {
+        let tiers = best.1.into_iter().map(|bits| {
             let (own, rest) = ranked.split_at((1 << bits) - 1);
             ranked = rest;
             Tier::new(bits, own)
@@ -287,7 +287,7 @@ impl Table {
             return Err(TableError::TierWindow { base, base_max: BASE_MAX });
         }
         let count = usize::from(count);
-        if !(1..=TIERS_MAX).contains(&count) {
+        if count > TIERS_MAX {
             return Err(TableError::Tiers { tiers: count, tiers_max: TIERS_MAX });
         }
         let (widths, mut rest) = rest.split_at_checked(count).ok_or(truncated(2 + count))?;
@@ -377,13 +377,17 @@ impl<'a> Chunk<'a> {
         check_symbols(symbols)?;
         let count = table.tiers.len();
         let available_bytes = chunk.len() as u64;
-        let header_bytes = 4 * (2 + count);
+        let header_bytes = 4 * (3 + count.saturating_sub(1));
         let truncated = |needed_bytes| DecodeError::Truncated { needed_bytes, available_bytes };
         let (mut header, mut rest) = chunk.split_at_checked(header_bytes).ok_or(truncated(header_bytes as u64))?;
         let mut number = || take_u32(&mut header).map_or(0, u64::from);
         let (listed, far_bytes, escape_bytes) = (number(), number() * FAR_BYTES as u64, number());
         let mut tiers = [(0, &chunk[..0]); TIERS_MAX];
-        tiers[0].0 = pairs_of(symbols);
+        match pairs_of(symbols) {
+            pairs if count > 0 => tiers[0].0 = pairs,
+            pairs if escape_bytes == pairs as u64 => {}
+            pairs => return Err(DecodeError::TierCount { tier: 0, escapes: pairs, pairs: escape_bytes as usize }),
+        }
         for tier in 1..count {
             let (pairs, pairs_max) = (number() as usize, tiers[tier - 1].0);
             if pairs > pairs_max {
@@ -446,7 +450,7 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
     out.extend((listed_bytes.len() as u32).to_le_bytes());
     classified.write_far_count(out);
     out.extend((pairs.len() as u32).to_le_bytes());
-    out.extend(counts[1..].iter().flat_map(|count| count.to_le_bytes()));
+    out.extend(counts.iter().skip(1).flat_map(|count| count.to_le_bytes()));
     out.extend(gaps.iter().flat_map(|gap| gap.to_le_bytes()));
     out.extend(listed_bytes);
     out.extend(pairs);
@@ -683,6 +687,23 @@ mod tests {
     }
 
     #[test]
+    fn where_no_pair_is_frequent_nibbles_stay_plain() {
+        let symbols: Vec<i16> = (0..4096).map(|i| (i * 7 + i / 16) % 16 - 8).collect();
+        let table = Table::build(&histogram(&symbols)).unwrap();
+        assert_eq!(table, Table { base: 120, tiers: vec![] });
+        let mut out = Vec::new();
+        encode(&table, &symbols[..65], &mut out).unwrap();
+        assert_eq!(out[..12], [0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0, 0]);
+        assert_eq!((out[12], out.len()), ((symbols[0] + 8 + 16 * (symbols[64] + 8)) as u8, 12 + 64));
+        let mut bytes = [0; 65];
+        decode(&table, &out, &mut bytes).unwrap();
+        assert!(bytes.iter().zip(&symbols).all(|(&byte, &symbol)| i16::from(byte) == symbol + 128));
+        out[8] = 63;
+        out.pop();
+        assert_eq!(decode(&table, &out, &mut bytes), Err(DecodeError::TierCount { tier: 0, escapes: 64, pairs: 63 }));
+    }
+
+    #[test]
     fn long_gaps_are_bridged() {
         let mut symbols = vec![0; 3 * 65536];
         *symbols.last_mut().unwrap() = 100;
@@ -731,7 +752,7 @@ mod tests {
         assert_eq!(refused(&[0, 1]), TableError::TierWindow { base: 0, base_max: 240 });
         assert_eq!(refused(&[241, 1]), TableError::TierWindow { base: 241, base_max: 240 });
         assert_eq!(refused(&[120, 4, 3, 3, 3, 3]), TableError::Tiers { tiers: 4, tiers_max: 3 });
-        assert_eq!(refused(&[120, 0]), TableError::Tiers { tiers: 0, tiers_max: 3 });
+        assert_eq!(Table::read(&[120, 0]).unwrap().tiers.len(), 0);
         assert_eq!(refused(&[120, 1, 7]), TableError::TierBits { tier: 0, bits: 7 });
         let with = |at: usize, value: u8| {
             let mut bytes = good;

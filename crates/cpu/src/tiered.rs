@@ -67,12 +67,18 @@ pub(crate) fn decode(
     let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
         return false;
     };
-    let (tier, (count, fields)) = (&table.tiers()[0], parts.tiers[0]);
-    pairs.ensure(count);
-    let pairs = &mut pairs.as_chunks_mut().0[..count.div_ceil(TILE_SYMBOLS)];
-    if !expand(level, tier, count, fields.as_chunks().0, escaped, pairs) {
-        return false;
-    }
+    let pairs: &[TileBytes] = match table.tiers().first() {
+        None => parts.escapes.as_chunks().0,
+        Some(tier) => {
+            let (count, fields) = parts.tiers[0];
+            pairs.ensure(count);
+            let pairs = &mut pairs.as_chunks_mut().0[..count.div_ceil(TILE_SYMBOLS)];
+            if !expand(level, tier, count, fields.as_chunks().0, escaped, pairs) {
+                return false;
+            }
+            pairs
+        }
+    };
     if !split(level, table.base(), pairs, out.as_chunks_mut().0) {
         return false;
     }
@@ -159,7 +165,7 @@ fn inner<'a>(
 }
 
 /// The fields of eight tiles of `B` bits, in the low bits of each byte; the bits above them are
-/// anything. (No closures: the compiler would not inline intrinsics into them.)
+/// anything. With 8 bits, pair bytes. (No closures: the compiler would not inline intrinsics into them.)
 #[inline(always)]
 fn fields<I: Isa, const B: usize>(isa: I, lines: &[TileBytes; B]) -> [I::Tile; TILES] {
     let (a, b, c) = (isa.load(&lines[0]), isa.load(&lines[1]), isa.load(&lines[2]));
@@ -183,7 +189,10 @@ fn fields<I: Isa, const B: usize>(isa: I, lines: &[TileBytes; B]) -> [I::Tile; T
         return [a, b, c, d, e, fifth, sixth, seventh];
     }
     let f = isa.load(&lines[5]);
-    [a, b, c, third_of_six(isa, a, b, c), d, e, f, third_of_six(isa, d, e, f)]
+    if B == 6 {
+        return [a, b, c, third_of_six(isa, a, b, c), d, e, f, third_of_six(isa, d, e, f)];
+    }
+    [a, b, c, d, e, f, isa.load(&lines[6]), isa.load(&lines[7])]
 }
 
 /// The tile of 6 bits whose bits are the upper two of three lines.
@@ -313,11 +322,12 @@ per_isa! {
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
-        match table.tiers()[0].bits() {
+        match table.tiers().first().map_or(8, Tier::bits) {
             3 => dot_bits::<_, 3>(isa, table, parts, escaped, first, scales, x, sums),
             4 => dot_bits::<_, 4>(isa, table, parts, escaped, first, scales, x, sums),
             5 => dot_bits::<_, 5>(isa, table, parts, escaped, first, scales, x, sums),
-            _ => dot_bits::<_, 6>(isa, table, parts, escaped, first, scales, x, sums),
+            6 => dot_bits::<_, 6>(isa, table, parts, escaped, first, scales, x, sums),
+            _ => dot_bits::<_, 8>(isa, table, parts, escaped, first, scales, x, sums),
         }
     }
 }
@@ -334,14 +344,15 @@ fn dot_bits<I: Isa, const B: usize>(
     x: &Activations,
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
-    let tier = &table.tiers()[0];
-    let lookup = isa.table(tier.pair_bytes());
+    // Without a tier pairs are bytes, and nothing is looked up or escaped.
+    let bytes = B == 8;
+    let lookup = isa.table(table.tiers().first().map_or(&[0; TILE_SYMBOLS], Tier::pair_bytes));
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
     let base = i32::from(table.base()) - i32::from(SYMBOL_BIAS);
     let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
     let (xscales, xsums) = (x.scales(0), x.sums(0));
-    let lines: &[TileBytes] = parts.tiers[0].1.as_chunks().0;
+    let lines: &[TileBytes] = if bytes { parts.escapes } else { parts.tiers[0].1 }.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
     let mut listed = Listed::new(parts.listed(), base);
     let mut pairs = [[0; TILE_SYMBOLS]; TILES];
@@ -357,7 +368,7 @@ fn dot_bits<I: Isa, const B: usize>(
                 }
                 let tiles = fields(isa, lines);
                 for i in 0..TILES {
-                    let tile = escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero);
+                    let tile = if bytes { tiles[i] } else { escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero) };
                     isa.store(tile, &mut pairs[i]);
                     low = isa.dot_low(low, tile, &q[2 * i]);
                     high = isa.dot_high(high, tile, &q[2 * i + 1]);
@@ -372,7 +383,7 @@ fn dot_bits<I: Isa, const B: usize>(
         }
         finish_rows(tile_scales, acc);
     }
-    escaped.used_up() && listed.valid
+    (bytes || escaped.used_up()) && listed.valid
 }
 
 /// The listed symbols of a chunk on their way through its product.

@@ -157,7 +157,10 @@ fn widths_of_tables_and_chunks() {
                         assert_eq!(fields.len(), (tiles / 8 * bits + last) * 64, "{bits} bits, {tiles} tiles");
                         fields.len()
                     });
-                    let counts = width("tiered listed") + width("far_count") + width("escape_bytes") + (tiers - 1) * width("tiered pairs");
+                    let counts = width("tiered listed")
+                        + width("far_count")
+                        + width("escape_bytes")
+                        + tiers.saturating_sub(1) * width("tiered pairs");
                     let listed = parts.listed_bytes.len() * (width("tiered gap") + width("tiered listed byte"));
                     let sum = counts + listed + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
                     let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
