@@ -18,9 +18,9 @@
 //!
 //! Measured (AMD EPYC, Zen 4, one of two shared and busy cores, `cargo run --release -p tersor-cpu
 //! --example gemv -- avx512 48 tiered`), in G weights/s fused with the dot, from the cache and from
-//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 51 and 46 (plain 98 and 66 to 91), at
-//! 3.06 bits 49 and 45 (50 and 44); `rans` does 13 there. At AVX2 13 in the cache. In bulk to symbol bytes 34.
-//! It loses above 3.3 bits, where too many symbols are listed: 13 at 3.79 bits.
+//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 50 and 43 (plain 100 and 62), at
+//! 3.06 bits 48 and 45 (51 and 46); `rans` does 13 there. At AVX2 13 in the cache. In bulk to symbol bytes 34.
+//! It loses above 3.3 bits, where too many symbols are listed: 15 and 12 at 3.79 bits (51 and 41).
 //!
 //! Tried without gain: two accumulators for each product; to call for listed symbols out of line (6 bits: 38).
 //! The store of every tile looks wasteful, but without it the compiler moves and spills what it kept in
