@@ -143,8 +143,6 @@ pub(crate) struct Attention {
 pub(crate) struct Attend {
     pub rope: Rope,
     pub attention: Attention,
-    pub prepare: Prepare,
-    pub done: u64,
 }
 
 /// `RansChunk`.

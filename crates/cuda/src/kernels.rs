@@ -15,7 +15,7 @@ const QUAD_WARPS_MAX: usize = 28;
 /// Warps of a block of `plain`.
 const PLAIN_WARPS: usize = 4;
 /// Warps on a multiprocessor that keep its memory busy in `plain`.
-const PLAIN_WARPS_WANTED: usize = 12;
+const PLAIN_WARPS_WANTED: usize = 16;
 /// Fewest supersteps of a run of columns when tiles of `plain` are split.
 const SPLIT_SUPERSTEPS_MIN: usize = 4;
 /// Threads of the large kernels between products.
@@ -44,8 +44,6 @@ pub struct Kernels {
     rope: Function,
     attention: [Function; 3],
     attend: [Function; 3],
-    /// Blocks of `attend` that are done.
-    done: Buffer,
     logits: Function,
     read_all: Function,
 }
@@ -92,7 +90,6 @@ impl Kernels {
             rope: ops.function("rope")?,
             attention: [ops.function("attention_64")?, ops.function("attention_128")?, ops.function("attention_256")?],
             attend: [ops.function("attend_64")?, ops.function("attend_128")?, ops.function("attend_256")?],
-            done: device.upload(&[0u32], "a counter")?,
             logits: ops.function("logits")?,
             read_all: ops.function("read_all")?,
             device: Arc::clone(device),
@@ -401,12 +398,33 @@ impl<'a> Queue<'a> {
         form: &Form<'_>,
         sums: &Buffer,
     ) -> Result<(), CudaError> {
-        let k = form.geometry().padded_cols();
+        let (k, nt, n) = (form.geometry().padded_cols(), form.batch(tokens), form.geometry().padded_rows());
+        let padded_tokens = tokens.next_multiple_of(nt);
+        assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
+        assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
         let supersteps = k / SUPERSTEP_COLS;
         let cluster = if self.kernels.clusters() { CLUSTER.min(supersteps) } else { 1 };
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
         let threads = block_cols.min(OPS_THREADS);
-        let mut args = prepare_args(out, tokens, cols, form, sums);
+        let mut args = abi::Prepare {
+            x: 0,
+            weight: 0,
+            rows: 0,
+            add: NO_SUMS,
+            frag: out.frag.address(),
+            q: out.q.address(),
+            info: out.info.address(),
+            unit: out.unit.address(),
+            clear: sums.address(),
+            eps: 0.0,
+            cols: cols as i32,
+            k: k as i32,
+            tokens: tokens as i32,
+            nt: nt as i32,
+            up_row: 0,
+            clear_n: n as i32,
+            unused: 0,
+        };
         let function = match input {
             Input::Norm { x, weight, eps, add, rows } => {
                 (args.x, args.weight, args.eps) = (x.address(), weight.address(), eps);
@@ -427,7 +445,7 @@ impl<'a> Queue<'a> {
         if shared > function.shared_bytes as usize {
             return Err(CudaError::Unsupported { what: format!("a matrix of {cols} columns") });
         }
-        let shape = self.shape((cluster, tokens.next_multiple_of(form.batch(tokens))), threads, shared, cluster);
+        let shape = self.shape((cluster, padded_tokens), threads, shared, cluster);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
@@ -494,34 +512,22 @@ impl<'a> Queue<'a> {
         Ok(())
     }
 
-    /// Attention of `tokens` tokens, from the sums of q, k and v to the activations of the product with `form`, whose `sums` are cleared.
+    /// Attention of `tokens` tokens, from the sums of q, k and v.
     ///
     /// # Errors
     /// The driver's; heads that are too long.
     ///
     /// # Panics
     /// If a buffer has too little room.
-    pub fn attend(
-        &mut self,
-        at: &AttentionAt<'_>,
-        out: &Activations,
-        tokens: usize,
-        form: &Form<'_>,
-        sums: &Buffer,
-    ) -> Result<(), CudaError> {
-        let cols = at.heads.heads * at.heads.head_dim;
-        let shared = form.geometry().padded_cols() * size_of::<f32>();
-        let function = &self.kernels.attend[at.kernel()?];
-        if tokens > 1 || shared > function.shared_bytes as usize {
+    pub fn attend(&mut self, at: &AttentionAt<'_>, tokens: usize) -> Result<(), CudaError> {
+        if tokens > 1 {
             self.rope(at, tokens)?;
-            self.attention(at, tokens)?;
-            return self.prepare(Input::Copy(at.out), out, tokens, cols, form, sums);
+            return self.attention(at, tokens);
         }
         at.check(1);
-        let mut prepare = prepare_args(out, 1, cols, form, sums);
-        prepare.x = at.out.address();
-        let mut args = abi::Attend { rope: at.rope(), attention: at.attention(), prepare, done: self.kernels.done.address() };
-        let shape = self.shape((at.heads.heads, 1), ATTENTION_THREADS, shared, 1);
+        let function = &self.kernels.attend[at.kernel()?];
+        let mut args = abi::Attend { rope: at.rope(), attention: at.attention() };
+        let shape = self.shape((at.heads.heads, 1), ATTENTION_THREADS, 0, 1);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
@@ -569,33 +575,6 @@ impl<'a> Queue<'a> {
         let (mut args, mut address, mut count) = (sums.args(), out.address(), rows as i32);
         let shape = self.shape((rows.div_ceil(256), tokens), 256, 0, 1);
         launch!(self, &self.kernels.logits, shape, Stream::Compute, args, address, count)
-    }
-}
-
-/// Arguments of `prepare` but for its input.
-fn prepare_args(out: &Activations, tokens: usize, cols: usize, form: &Form<'_>, sums: &Buffer) -> abi::Prepare {
-    let (k, nt, n) = (form.geometry().padded_cols(), form.batch(tokens), form.geometry().padded_rows());
-    let padded_tokens = tokens.next_multiple_of(nt);
-    assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
-    assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
-    abi::Prepare {
-        x: 0,
-        weight: 0,
-        rows: 0,
-        add: NO_SUMS,
-        frag: out.frag.address(),
-        q: out.q.address(),
-        info: out.info.address(),
-        unit: out.unit.address(),
-        clear: sums.address(),
-        eps: 0.0,
-        cols: cols as i32,
-        k: k as i32,
-        tokens: tokens as i32,
-        nt: nt as i32,
-        up_row: 0,
-        clear_n: n as i32,
-        unused: 0,
     }
 }
 

@@ -132,10 +132,10 @@ struct Prepare {
 // frag is what the lanes of a product load: (batch of nt tokens, k / 64, nt / 8, lanes, 4 words); word w of lane (token % 8) * 4 + c holds the
 // even (w < 2) or odd columns among c * 8.. of the 32 columns w % 2. For nt = 1 there are 8 lanes, of which 4..7 hold odd columns twice.
 template <int INPUT>
-__device__ __forceinline__ void prepare(const Prepare& P, int rank, int t) { // rank: of the block in its cluster
+__device__ __forceinline__ void prepare(const Prepare& P) {
   extern __shared__ float kept[]; // (columns of the block)
   __shared__ u32 slots[2][17];
-  const int supersteps = P.k / SUPERSTEP, blocks = cluster_blocks();
+  const int t = blockIdx.y, rank = blockIdx.x, supersteps = P.k / SUPERSTEP, blocks = gridDim.x;
   const int of_block = (supersteps + blocks - 1) / blocks, first = rank * of_block, count = max(min(of_block, supersteps - first), 0);
   const bool there = t < P.tokens;
   launch_dependents();
@@ -169,7 +169,7 @@ __device__ __forceinline__ void prepare(const Prepare& P, int rank, int t) { // 
         gate[u] = value(P.add, t, cols[u]);
         a[u] = value(P.add, t, P.up_row + cols[u]);
       } else {
-        a[u] = __ldcg(P.x + (size_t)row * P.cols + cols[u]); // other blocks of this kernel may have written it (attend)
+        a[u] = P.x[(size_t)row * P.cols + cols[u]];
         if (INPUT == NORM && P.add.sum) gate[u] = value(P.add, row, cols[u]);
       }
     }
@@ -250,9 +250,9 @@ __device__ __forceinline__ void prepare(const Prepare& P, int rank, int t) { // 
   cluster_barrier(); // no block leaves while another may read its slots
 }
 
-extern "C" __global__ void __launch_bounds__(512) prepare_norm(Prepare P) { prepare<NORM>(P, blockIdx.x, blockIdx.y); }
-extern "C" __global__ void __launch_bounds__(512) prepare_copy(Prepare P) { prepare<COPY>(P, blockIdx.x, blockIdx.y); }
-extern "C" __global__ void __launch_bounds__(512) prepare_silu(Prepare P) { prepare<SILU>(P, blockIdx.x, blockIdx.y); }
+extern "C" __global__ void __launch_bounds__(512) prepare_norm(Prepare P) { prepare<NORM>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_copy(Prepare P) { prepare<COPY>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_silu(Prepare P) { prepare<SILU>(P); }
 
 // Where a token's keys and values are.
 struct Place {
@@ -448,28 +448,36 @@ extern "C" __global__ void __launch_bounds__(256) attention_64(Attention P) { at
 extern "C" __global__ void __launch_bounds__(256) attention_128(Attention P) { attention_of_grid<2>(P); }  // <= 128
 extern "C" __global__ void __launch_bounds__(256) attention_256(Attention P) { attention_of_grid<4>(P); }  // <= 256
 
-// attend: rope, attention and prepare_copy for a single token, to the same bits. A launch costs as much as any of them.
+// attend: rope and attention for a single token, to the same bits, since a launch costs as much as either.
 //
 // Grid (heads). Every block turns the key and value of its head too: heads that share them write the same numbers, so that no block waits for
-// another. The block that is done last prepares the activations of the product that follows.
+// another. Tried: the block that is done last prepares the next product's activations; slower than the cluster of blocks of prepare_copy.
 struct Attend {
   Rope rope;               // q is not used
   Attention attention;     // q is not used
-  Prepare prepare;         // of attention's out
-  u32* done;               // blocks that are done; 0 before and after
 };
+
+// Keys and values of the positions before, on their way into the L2 cache: the part of one of `shares` blocks, at most a line a thread.
+__device__ __forceinline__ void fetch_positions(const Attention& P, const Place& place, int kv_head, int share, int shares) {
+  const u64 base = ((u64)P.layer * P.kv_heads + kv_head) * place.capacity * P.head_dim * 2, end = (u64)place.position * P.head_dim * 2;
+  const u64 at = (u64)(share * blockDim.x + threadIdx.x) * 128;
+  if (at >= end) return;
+  fetch_constant((const u8*)place.keys + base + at);
+  fetch_constant((const u8*)place.values + base + at);
+}
 
 template <int PAIRS>
 __device__ __forceinline__ void attend(const Attend& P) {
   __shared__ float slots[8], query[256];
-  __shared__ u32 before;
   const Rope& R = P.rope;
   const int head = blockIdx.x, kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = threadIdx.x;
   const int rows[3] = {head * R.head_dim, R.k_row + kv_head * R.head_dim, R.v_row + kv_head * R.head_dim};
   launch_dependents();
   for (int part = 0; part < 3; part++) fetch_pair_constants(R, rows[part]);
-  wait_for_kernel_before();
+  // Written before the step's first kernel: it need not be waited for.
   const Place place = R.places[0];
+  fetch_positions(P.attention, place, kv_head, head % (R.heads / R.kv_heads), R.heads / R.kv_heads);
+  wait_for_kernel_before();
   float2 q = pair_of(R, 0, rows[Q]), k = pair_of(R, 0, rows[K]), v = pair_of(R, 0, rows[V]); // loads in flight together
   q = turned(R, 0, Q, q, slots);
   k = turned(R, 0, K, k, slots);
@@ -481,14 +489,6 @@ __device__ __forceinline__ void attend(const Attend& P) {
   }
   __syncthreads();
   attention<PAIRS>(P.attention, query, head, 0);
-  __threadfence();
-  __syncthreads();
-  if (i == 0) before = atomicAdd(P.done, 1);
-  __syncthreads();
-  if (before + 1 < gridDim.x) return;
-  __threadfence();
-  if (i == 0) *P.done = 0;
-  prepare<COPY>(P.prepare, 0, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend<1>(P); }

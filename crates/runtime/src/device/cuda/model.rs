@@ -256,9 +256,8 @@ impl CudaRunner {
             q: &s.q,
             out: &s.mixed,
         };
-        let form = self.product_form(queue, o, tokens)?;
-        queue.attend(&at, &s.activations[1], tokens, &form, &s.sums[1])?;
-        queue.product(&form, &s.activations[1], tokens, &s.sums[1])?;
+        queue.attend(&at, tokens)?;
+        self.multiply(queue, Input::Copy(&s.mixed), o, 1, tokens)?;
         self.multiply(queue, norm(&norms.post, Some(self.sums(o, 1))), gate_up, 0, tokens)?;
         let input = Input::Silu { sums: self.sums(gate_up, 0), up_row: self.groups.all[gate_up].first_rows[1] };
         self.multiply(queue, input, down, 1, tokens)
@@ -274,26 +273,20 @@ impl CudaRunner {
         queue.logits(self.sums(head, 0), wanted, c.vocab, &s.logits)
     }
 
-    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers.
+    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers. What is coded is decoded first where there are many tokens.
     fn multiply(&self, queue: &mut Queue<'_>, input: Input<'_>, group: usize, turn: usize, tokens: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
-        let form = self.product_form(queue, group, tokens)?;
-        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form, &s.sums[turn])?;
-        queue.product(&form, &s.activations[turn], tokens, &s.sums[turn])
-    }
-
-    /// The form in which a group multiplies `tokens` tokens: what is coded is decoded first where there are many.
-    fn product_form(&self, queue: &mut Queue<'_>, group: usize, tokens: usize) -> Result<Form<'_>, CudaError> {
-        let form = self.residency.form(group);
-        if let (Form::Quad(quad), Some(decoded)) = (form, &self.scratch.decoded)
+        let mut form = self.residency.form(group);
+        if let (Form::Quad(quad), Some(decoded)) = (form, &s.decoded)
             && tokens >= DECODE_TOKENS_MIN
             && nibble_bytes(form.geometry()) <= decoded.bytes()
         {
             let plain = quad.decoded(decoded, 0);
             queue.decode(&quad, &plain, Stream::Compute)?;
-            return Ok(Form::Plain(plain));
+            form = Form::Plain(plain);
         }
-        Ok(form)
+        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form, &s.sums[turn])?;
+        queue.product(&form, &s.activations[turn], tokens, &s.sums[turn])
     }
 
     fn sums(&self, group: usize, turn: usize) -> SumsAt<'_> {
