@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::abi::{self, Place};
 use crate::compile::{self, SOURCES};
 use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
-use crate::layout::{self, SUPERSTEP_COLS};
+use crate::layout::{self, ATTENTION_SPLITS, SUPERSTEP_COLS};
 use crate::matrix::{Form, PlainAt, QuadAt};
 use crate::{CudaError, layout::Geometry};
 
@@ -41,6 +41,7 @@ pub struct Kernels {
     prepare_norm: Function,
     prepare_copy: Function,
     prepare_silu: Function,
+    prepare_mix: Function,
     rope: Function,
     attention: [Function; 3],
     attend: [Function; 3],
@@ -87,6 +88,7 @@ impl Kernels {
             prepare_norm: ops.function("prepare_norm")?,
             prepare_copy: ops.function("prepare_copy")?,
             prepare_silu: ops.function("prepare_silu")?,
+            prepare_mix: ops.function("prepare_mix")?,
             rope: ops.function("rope")?,
             attention: [ops.function("attention_64")?, ops.function("attention_128")?, ops.function("attention_256")?],
             attend: [ops.function("attend_64")?, ops.function("attend_128")?, ops.function("attend_256")?],
@@ -244,6 +246,8 @@ pub enum Input<'a> {
     },
     /// Floats, (tokens, cols).
     Copy(&'a Buffer),
+    /// What attention left.
+    Mix(&'a Mixed, Heads),
     /// silu(gate) * up; rows of up begin at `up_row`.
     Silu {
         /// Sums of gate and up.
@@ -268,6 +272,44 @@ pub struct Heads {
     pub v_row: usize,
 }
 
+/// Room for what attention leaves: for each token, head and part of its positions a weighted sum of values, and what it takes to put the parts together.
+#[derive(Debug)]
+pub struct Mixed {
+    out: Buffer,
+    stats: Buffer,
+}
+
+impl Mixed {
+    /// For `tokens` tokens of `heads` heads of `head_dim` numbers.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Arc<Device>, tokens: usize, heads: usize, head_dim: usize) -> Result<Self, CudaError> {
+        let parts = tokens * heads * ATTENTION_SPLITS;
+        Ok(Self {
+            out: device.allocate(parts * head_dim * size_of::<f32>(), "attention")?,
+            stats: device.allocate(parts * 2 * size_of::<f32>(), "attention")?,
+        })
+    }
+
+    /// Bytes on the device for a token.
+    #[must_use]
+    pub const fn bytes_for(heads: usize, head_dim: usize) -> usize {
+        heads * ATTENTION_SPLITS * (head_dim + 2) * size_of::<f32>()
+    }
+
+    /// The weighted sums, (tokens, heads, parts, head_dim), and pairs of highest score and sum of weights, (tokens, heads, parts), of `tokens`
+    /// tokens, for checks. A part without positions has the sum 0, and anything for its weighted sum.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn download(&self, tokens: usize, heads: usize, head_dim: usize) -> Result<(Vec<f32>, Vec<[f32; 2]>), CudaError> {
+        let parts = tokens * heads * ATTENTION_SPLITS;
+        let stats: Vec<f32> = self.stats.read(0, 2 * parts)?;
+        Ok((self.out.read(0, parts * head_dim)?, stats.as_chunks().0.to_vec()))
+    }
+}
+
 /// Attention of a layer: what it reads and writes.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionAt<'a> {
@@ -289,15 +331,17 @@ pub struct AttentionAt<'a> {
     pub places: (&'a Buffer, usize),
     /// Room for the turned queries, (tokens, heads, head_dim).
     pub q: &'a Buffer,
-    /// The result, (tokens, heads, head_dim).
-    pub out: &'a Buffer,
+    /// The result.
+    pub out: &'a Mixed,
 }
 
 impl AttentionAt<'_> {
     fn check(&self, tokens: usize) {
-        let bytes = tokens * self.heads.heads * self.heads.head_dim * size_of::<f32>();
+        let numbers = tokens * self.heads.heads * self.heads.head_dim;
         assert!(
-            self.places.1 + tokens * size_of::<Place>() <= self.places.0.bytes() && self.q.bytes() >= bytes && self.out.bytes() >= bytes,
+            self.places.1 + tokens * size_of::<Place>() <= self.places.0.bytes()
+                && self.q.bytes() >= numbers * size_of::<f32>()
+                && self.out.out.bytes() >= numbers * ATTENTION_SPLITS * size_of::<f32>(),
             "room for the tokens"
         );
     }
@@ -324,7 +368,8 @@ impl AttentionAt<'_> {
         abi::Attention {
             q: self.q.address(),
             places: self.places.0.address() + self.places.1 as u64,
-            out: self.out.address(),
+            out: self.out.out.address(),
+            stats: self.out.stats.address(),
             scale: 1.0 / (self.heads.head_dim as f32).sqrt(),
             layer: self.layer as i32,
             heads: self.heads.heads as i32,
@@ -408,6 +453,7 @@ impl<'a> Queue<'a> {
         let threads = block_cols.min(OPS_THREADS);
         let mut args = abi::Prepare {
             x: 0,
+            stats: 0,
             weight: 0,
             rows: 0,
             add: NO_SUMS,
@@ -423,7 +469,7 @@ impl<'a> Queue<'a> {
             nt: nt as i32,
             up_row: 0,
             clear_n: n as i32,
-            unused: 0,
+            head_dim: 0,
         };
         let function = match input {
             Input::Norm { x, weight, eps, add, rows } => {
@@ -435,6 +481,10 @@ impl<'a> Queue<'a> {
             Input::Copy(x) => {
                 args.x = x.address();
                 &self.kernels.prepare_copy
+            }
+            Input::Mix(mixed, heads) => {
+                (args.x, args.stats, args.head_dim) = (mixed.out.address(), mixed.stats.address(), heads.head_dim as i32);
+                &self.kernels.prepare_mix
             }
             Input::Silu { sums, up_row } => {
                 (args.add, args.up_row) = (sums.args(), up_row as i32);
@@ -527,7 +577,7 @@ impl<'a> Queue<'a> {
         at.check(1);
         let function = &self.kernels.attend[at.kernel()?];
         let mut args = abi::Attend { rope: at.rope(), attention: at.attention() };
-        let shape = self.shape((at.heads.heads, 1), ATTENTION_THREADS, 0, 1);
+        let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, 1), ATTENTION_THREADS, 0, 1);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
@@ -551,7 +601,7 @@ impl<'a> Queue<'a> {
         at.check(tokens);
         let function = &self.kernels.attention[at.kernel()?];
         let mut args = at.attention();
-        let shape = self.shape((at.heads.heads, tokens), ATTENTION_THREADS, 0, 1);
+        let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, tokens), ATTENTION_THREADS, 0, 1);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
