@@ -129,12 +129,17 @@ fn embedding(dir: &ModelDir, set: &TensorSet, options: &Options) -> Result<Embed
     }
 }
 
-/// Name, memory and compute capability of every GPU; empty where there is no driver.
+/// Name and memory of a GPU.
+///
+/// # Errors
+/// Why it cannot be used.
+pub(super) fn info(index: usize) -> Result<(String, u64), OpenError> {
+    let device = Device::open(index)?;
+    Ok((device.properties().name.clone(), device.properties().memory_bytes))
+}
+
+/// Number, name and memory of every GPU; empty where there is no driver.
 pub(super) fn list() -> Vec<(usize, String, u64)> {
     let count = tersor_cuda::device_count().unwrap_or(0);
-    (0..count)
-        .filter_map(|index| {
-            Device::open(index).ok().map(|device| (index, device.properties().name.clone(), device.properties().memory_bytes))
-        })
-        .collect()
+    (0..count).filter_map(|index| info(index).ok().map(|(name, memory_bytes)| (index, name, memory_bytes))).collect()
 }
