@@ -397,6 +397,11 @@ __device__ __forceinline__ void attention(const Attention& P, const float* query
   const u32* keys = (const u32*)(place.keys + base);
   const u32* values = (const u32*)(place.values + base);
   const int end = place.position + 1, begin = P.window > 0 && end > P.window ? end - P.window : 0;
+  const size_t place_of_block = ((size_t)t * P.heads + head) * SPLITS + split;
+  if (begin + split * WARPS * AT_ONCE >= end) {
+    if (threadIdx.x == 0) P.stats[place_of_block] = make_float2(-__uint_as_float(0x7f800000), 0.0f);
+    return;
+  }
   float2 q[PAIRS], acc[PAIRS];
 #pragma unroll
   for (int j = 0; j < PAIRS; j++) {
@@ -460,7 +465,6 @@ __device__ __forceinline__ void attention(const Attention& P, const float* query
   for (int w = 1; w < WARPS; w++) highest = fmaxf(highest, top_of[w]);
   float total = 0, weight[WARPS];
   for (int w = 0; w < WARPS; w++) total += sum_of[w] * (weight[w] = sum_of[w] > 0 ? expf(top_of[w] - highest) : 0.0f);
-  const size_t place_of_block = ((size_t)t * P.heads + head) * SPLITS + split;
   if (threadIdx.x == 0) P.stats[place_of_block] = make_float2(highest, total);
   for (int e = threadIdx.x; e < P.head_dim; e += blockDim.x) {
     float y = 0;
