@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tersor_cuda::{Buffer, CudaError, Device, Form, QuadAt, Queue, Stream, nibble_bytes};
 
 /// Layer buffers.
-const BUFFERS: usize = 2;
+pub(super) const BUFFERS: usize = 2;
 
 pub(super) struct GpuAsync {
     layers: Layers,
