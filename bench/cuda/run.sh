@@ -44,7 +44,7 @@ for model in models/demo "$bin/books"; do
 done
 step generate-books-lru-mru 60 "$tersor" generate "$bin/books" --device cuda --strategy lru --lru-policy mru --memory-budget 100MB --prompt "$prompt" -n 100 --json
 # KL of the GPU's predictions from the CPU's, of the same weights: activations are rounded in other places.
-step eval-books 60 "$tersor" eval "$bin/books" --reference "$bin/books" --text "$bin/text.txt" --tokens 2000 --device cuda --json
+step eval-books 60 "$tersor" eval "$bin/books" --reference "$bin/books" --reference-device cpu --text "$bin/text.txt" --tokens 2000 --device cuda --json
 
 # Kernels, with torch's beside them.
 step torch 100 python3 bench/cuda/torch_reference.py 28672x8192 8192x28672 14336x4096

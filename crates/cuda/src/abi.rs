@@ -71,6 +71,7 @@ pub(crate) struct Sums {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prepare {
     pub x: u64,
+    pub stats: u64,
     pub weight: u64,
     pub rows: u64,
     pub add: Sums,
@@ -86,7 +87,7 @@ pub(crate) struct Prepare {
     pub nt: i32,
     pub up_row: i32,
     pub clear_n: i32,
-    pub unused: i32,
+    pub head_dim: i32,
 }
 
 /// `Place`: where a token's keys and values are.
@@ -129,6 +130,7 @@ pub(crate) struct Attention {
     pub q: u64,
     pub places: u64,
     pub out: u64,
+    pub stats: u64,
     pub scale: f32,
     pub layer: i32,
     pub heads: i32,
@@ -143,8 +145,6 @@ pub(crate) struct Attention {
 pub(crate) struct Attend {
     pub rope: Rope,
     pub attention: Attention,
-    pub prepare: Prepare,
-    pub done: u64,
 }
 
 /// `RansChunk`.
@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(parameters(quad, "quad_store"), [size_of::<Quad>(), 8]);
         assert_eq!(parameters(plain, "plain_r2_t32"), [size_of::<Plain>(), act, 8]);
         assert_eq!(parameters(rans, "rans_decode"), [size_of::<RansJob>()]);
-        for kernel in ["prepare_norm", "prepare_copy", "prepare_silu"] {
+        for kernel in ["prepare_norm", "prepare_copy", "prepare_silu", "prepare_mix"] {
             assert_eq!(parameters(ops, kernel), [size_of::<Prepare>()], "{kernel}");
         }
         assert_eq!(parameters(ops, "rope"), [size_of::<Rope>()]);

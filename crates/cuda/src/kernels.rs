@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::abi::{self, Place};
 use crate::compile::{self, SOURCES};
 use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
-use crate::layout::{self, SUPERSTEP_COLS};
+use crate::layout::{self, ATTENTION_SPLITS, SUPERSTEP_COLS};
 use crate::matrix::{Form, PlainAt, QuadAt};
 use crate::{CudaError, layout::Geometry};
 
@@ -15,7 +15,7 @@ const QUAD_WARPS_MAX: usize = 28;
 /// Warps of a block of `plain`.
 const PLAIN_WARPS: usize = 4;
 /// Warps on a multiprocessor that keep its memory busy in `plain`.
-const PLAIN_WARPS_WANTED: usize = 12;
+const PLAIN_WARPS_WANTED: usize = 16;
 /// Fewest supersteps of a run of columns when tiles of `plain` are split.
 const SPLIT_SUPERSTEPS_MIN: usize = 4;
 /// Threads of the large kernels between products.
@@ -41,11 +41,10 @@ pub struct Kernels {
     prepare_norm: Function,
     prepare_copy: Function,
     prepare_silu: Function,
+    prepare_mix: Function,
     rope: Function,
     attention: [Function; 3],
     attend: [Function; 3],
-    /// Blocks of `attend` that are done.
-    done: Buffer,
     logits: Function,
     read_all: Function,
 }
@@ -89,10 +88,10 @@ impl Kernels {
             prepare_norm: ops.function("prepare_norm")?,
             prepare_copy: ops.function("prepare_copy")?,
             prepare_silu: ops.function("prepare_silu")?,
+            prepare_mix: ops.function("prepare_mix")?,
             rope: ops.function("rope")?,
             attention: [ops.function("attention_64")?, ops.function("attention_128")?, ops.function("attention_256")?],
             attend: [ops.function("attend_64")?, ops.function("attend_128")?, ops.function("attend_256")?],
-            done: device.upload(&[0u32], "a counter")?,
             logits: ops.function("logits")?,
             read_all: ops.function("read_all")?,
             device: Arc::clone(device),
@@ -247,6 +246,8 @@ pub enum Input<'a> {
     },
     /// Floats, (tokens, cols).
     Copy(&'a Buffer),
+    /// What attention left.
+    Mix(&'a Mixed, Heads),
     /// silu(gate) * up; rows of up begin at `up_row`.
     Silu {
         /// Sums of gate and up.
@@ -271,6 +272,44 @@ pub struct Heads {
     pub v_row: usize,
 }
 
+/// Room for what attention leaves: for each token, head and part of its positions a weighted sum of values, and what it takes to put the parts together.
+#[derive(Debug)]
+pub struct Mixed {
+    out: Buffer,
+    stats: Buffer,
+}
+
+impl Mixed {
+    /// For `tokens` tokens of `heads` heads of `head_dim` numbers.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Arc<Device>, tokens: usize, heads: usize, head_dim: usize) -> Result<Self, CudaError> {
+        let parts = tokens * heads * ATTENTION_SPLITS;
+        Ok(Self {
+            out: device.allocate(parts * head_dim * size_of::<f32>(), "attention")?,
+            stats: device.allocate(parts * 2 * size_of::<f32>(), "attention")?,
+        })
+    }
+
+    /// Bytes on the device for a token.
+    #[must_use]
+    pub const fn bytes_for(heads: usize, head_dim: usize) -> usize {
+        heads * ATTENTION_SPLITS * (head_dim + 2) * size_of::<f32>()
+    }
+
+    /// The weighted sums, (tokens, heads, parts, head_dim), and pairs of highest score and sum of weights, (tokens, heads, parts), of `tokens`
+    /// tokens, for checks. A part without positions has the sum 0, and anything for its weighted sum.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn download(&self, tokens: usize, heads: usize, head_dim: usize) -> Result<(Vec<f32>, Vec<[f32; 2]>), CudaError> {
+        let parts = tokens * heads * ATTENTION_SPLITS;
+        let stats: Vec<f32> = self.stats.read(0, 2 * parts)?;
+        Ok((self.out.read(0, parts * head_dim)?, stats.as_chunks().0.to_vec()))
+    }
+}
+
 /// Attention of a layer: what it reads and writes.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionAt<'a> {
@@ -292,15 +331,17 @@ pub struct AttentionAt<'a> {
     pub places: (&'a Buffer, usize),
     /// Room for the turned queries, (tokens, heads, head_dim).
     pub q: &'a Buffer,
-    /// The result, (tokens, heads, head_dim).
-    pub out: &'a Buffer,
+    /// The result.
+    pub out: &'a Mixed,
 }
 
 impl AttentionAt<'_> {
     fn check(&self, tokens: usize) {
-        let bytes = tokens * self.heads.heads * self.heads.head_dim * size_of::<f32>();
+        let numbers = tokens * self.heads.heads * self.heads.head_dim;
         assert!(
-            self.places.1 + tokens * size_of::<Place>() <= self.places.0.bytes() && self.q.bytes() >= bytes && self.out.bytes() >= bytes,
+            self.places.1 + tokens * size_of::<Place>() <= self.places.0.bytes()
+                && self.q.bytes() >= numbers * size_of::<f32>()
+                && self.out.out.bytes() >= numbers * ATTENTION_SPLITS * size_of::<f32>(),
             "room for the tokens"
         );
     }
@@ -327,7 +368,8 @@ impl AttentionAt<'_> {
         abi::Attention {
             q: self.q.address(),
             places: self.places.0.address() + self.places.1 as u64,
-            out: self.out.address(),
+            out: self.out.out.address(),
+            stats: self.out.stats.address(),
             scale: 1.0 / (self.heads.head_dim as f32).sqrt(),
             layer: self.layer as i32,
             heads: self.heads.heads as i32,
@@ -401,12 +443,34 @@ impl<'a> Queue<'a> {
         form: &Form<'_>,
         sums: &Buffer,
     ) -> Result<(), CudaError> {
-        let k = form.geometry().padded_cols();
+        let (k, nt, n) = (form.geometry().padded_cols(), form.batch(tokens), form.geometry().padded_rows());
+        let padded_tokens = tokens.next_multiple_of(nt);
+        assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
+        assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
         let supersteps = k / SUPERSTEP_COLS;
         let cluster = if self.kernels.clusters() { CLUSTER.min(supersteps) } else { 1 };
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
         let threads = block_cols.min(OPS_THREADS);
-        let mut args = prepare_args(out, tokens, cols, form, sums);
+        let mut args = abi::Prepare {
+            x: 0,
+            stats: 0,
+            weight: 0,
+            rows: 0,
+            add: NO_SUMS,
+            frag: out.frag.address(),
+            q: out.q.address(),
+            info: out.info.address(),
+            unit: out.unit.address(),
+            clear: sums.address(),
+            eps: 0.0,
+            cols: cols as i32,
+            k: k as i32,
+            tokens: tokens as i32,
+            nt: nt as i32,
+            up_row: 0,
+            clear_n: n as i32,
+            head_dim: 0,
+        };
         let function = match input {
             Input::Norm { x, weight, eps, add, rows } => {
                 (args.x, args.weight, args.eps) = (x.address(), weight.address(), eps);
@@ -418,6 +482,10 @@ impl<'a> Queue<'a> {
                 args.x = x.address();
                 &self.kernels.prepare_copy
             }
+            Input::Mix(mixed, heads) => {
+                (args.x, args.stats, args.head_dim) = (mixed.out.address(), mixed.stats.address(), heads.head_dim as i32);
+                &self.kernels.prepare_mix
+            }
             Input::Silu { sums, up_row } => {
                 (args.add, args.up_row) = (sums.args(), up_row as i32);
                 &self.kernels.prepare_silu
@@ -427,7 +495,7 @@ impl<'a> Queue<'a> {
         if shared > function.shared_bytes as usize {
             return Err(CudaError::Unsupported { what: format!("a matrix of {cols} columns") });
         }
-        let shape = self.shape((cluster, tokens.next_multiple_of(form.batch(tokens))), threads, shared, cluster);
+        let shape = self.shape((cluster, padded_tokens), threads, shared, cluster);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
@@ -494,34 +562,22 @@ impl<'a> Queue<'a> {
         Ok(())
     }
 
-    /// Attention of `tokens` tokens, from the sums of q, k and v to the activations of the product with `form`, whose `sums` are cleared.
+    /// Attention of `tokens` tokens, from the sums of q, k and v.
     ///
     /// # Errors
     /// The driver's; heads that are too long.
     ///
     /// # Panics
     /// If a buffer has too little room.
-    pub fn attend(
-        &mut self,
-        at: &AttentionAt<'_>,
-        out: &Activations,
-        tokens: usize,
-        form: &Form<'_>,
-        sums: &Buffer,
-    ) -> Result<(), CudaError> {
-        let cols = at.heads.heads * at.heads.head_dim;
-        let shared = form.geometry().padded_cols() * size_of::<f32>();
-        let function = &self.kernels.attend[at.kernel()?];
-        if tokens > 1 || shared > function.shared_bytes as usize {
+    pub fn attend(&mut self, at: &AttentionAt<'_>, tokens: usize) -> Result<(), CudaError> {
+        if tokens > 1 {
             self.rope(at, tokens)?;
-            self.attention(at, tokens)?;
-            return self.prepare(Input::Copy(at.out), out, tokens, cols, form, sums);
+            return self.attention(at, tokens);
         }
         at.check(1);
-        let mut prepare = prepare_args(out, 1, cols, form, sums);
-        prepare.x = at.out.address();
-        let mut args = abi::Attend { rope: at.rope(), attention: at.attention(), prepare, done: self.kernels.done.address() };
-        let shape = self.shape((at.heads.heads, 1), ATTENTION_THREADS, shared, 1);
+        let function = &self.kernels.attend[at.kernel()?];
+        let mut args = abi::Attend { rope: at.rope(), attention: at.attention() };
+        let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, 1), ATTENTION_THREADS, 0, 1);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
@@ -545,7 +601,7 @@ impl<'a> Queue<'a> {
         at.check(tokens);
         let function = &self.kernels.attention[at.kernel()?];
         let mut args = at.attention();
-        let shape = self.shape((at.heads.heads, tokens), ATTENTION_THREADS, 0, 1);
+        let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, tokens), ATTENTION_THREADS, 0, 1);
         launch!(self, function, shape, Stream::Compute, args)
     }
 
@@ -569,33 +625,6 @@ impl<'a> Queue<'a> {
         let (mut args, mut address, mut count) = (sums.args(), out.address(), rows as i32);
         let shape = self.shape((rows.div_ceil(256), tokens), 256, 0, 1);
         launch!(self, &self.kernels.logits, shape, Stream::Compute, args, address, count)
-    }
-}
-
-/// Arguments of `prepare` but for its input.
-fn prepare_args(out: &Activations, tokens: usize, cols: usize, form: &Form<'_>, sums: &Buffer) -> abi::Prepare {
-    let (k, nt, n) = (form.geometry().padded_cols(), form.batch(tokens), form.geometry().padded_rows());
-    let padded_tokens = tokens.next_multiple_of(nt);
-    assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
-    assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
-    abi::Prepare {
-        x: 0,
-        weight: 0,
-        rows: 0,
-        add: NO_SUMS,
-        frag: out.frag.address(),
-        q: out.q.address(),
-        info: out.info.address(),
-        unit: out.unit.address(),
-        clear: sums.address(),
-        eps: 0.0,
-        cols: cols as i32,
-        k: k as i32,
-        tokens: tokens as i32,
-        nt: nt as i32,
-        up_row: 0,
-        clear_n: n as i32,
-        unused: 0,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tersor_codec::{Codec, Histogram, Table, encode_chunk, rans};
 use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Stack, Statistics, TILE_ROWS};
 use tersor_cuda::{
-    Activations, AttentionAt, Buffer, Device, Form, Heads, Input, Kernels, Place, PlainMatrix, Prepared, QuadAt, QuadPlaces, Queue,
+    Activations, AttentionAt, Buffer, Device, Form, Heads, Input, Kernels, Mixed, Place, PlainMatrix, Prepared, QuadAt, QuadPlaces, Queue,
     RansDecoder, RansPart, Stream, SumsAt,
 };
 
@@ -358,7 +358,7 @@ fn attention_is_softmax_of_what_rope_kept() {
     let mut rng = Rng::new(5);
     let cases: [(usize, usize, usize, usize, Option<usize>, bool); 5] = [
         (4, 2, 64, 40, None, false),
-        (8, 8, 128, 300, None, true),
+        (8, 8, 128, 1300, None, true),
         (6, 2, 96, 70, Some(9), false),
         (2, 1, 256, 33, None, false),
         (4, 1, 16, 5, None, true),
@@ -395,10 +395,8 @@ fn attention_is_softmax_of_what_rope_kept() {
             })
             .collect();
         let places = gpu.device.upload(&places, "places").unwrap();
-        let (q_b, out) = (
-            gpu.device.allocate(tokens * heads * head_dim * 4, "q").unwrap(),
-            gpu.device.allocate(tokens * heads * head_dim * 4, "out").unwrap(),
-        );
+        let q_b = gpu.device.allocate(tokens * heads * head_dim * 4, "q").unwrap();
+        let [out, again] = [(); 2].map(|()| Mixed::new(&gpu.device, tokens, heads, head_dim).unwrap());
         let shape = Heads { heads, kv_heads, head_dim, k_row, v_row };
         let norm_weights: Vec<Vec<f32>> = (0..2).map(|_| rng.floats(head_dim)).collect();
         let norm_buffers = [upload(&norm_weights[0]), upload(&norm_weights[1])];
@@ -416,29 +414,44 @@ fn attention_is_softmax_of_what_rope_kept() {
             q: &q_b,
             out: &out,
         };
-        let case = Case::new(&gpu, &mut rng, 16, heads * head_dim, KINDS[0], 32);
-        let form = Form::Quad(case.quad_at());
-        let activations = Activations::new(&gpu.device, tokens, case.geometry.padded_cols()).unwrap();
-        let cleared = gpu.device.allocate(tokens.next_multiple_of(32) * 16 * 8, "sums").unwrap();
         let mut queue = Queue::new(&gpu.kernels);
         queue.rope(&at, tokens).unwrap();
         queue.attention(&at, tokens).unwrap();
-        queue.prepare(Input::Copy(&out), &activations, tokens, heads * head_dim, &form, &cleared).unwrap();
-        let bits = || {
-            let out: Vec<u32> = out.read(0, tokens * heads * head_dim).unwrap();
-            let kept: [Vec<u16>; 2] = [&keys_b, &values_b].map(|b| b.read(0, layers * kv_heads * capacity * head_dim).unwrap());
-            (out, kept, activations.download(tokens, case.geometry.padded_cols()).unwrap())
+        let caches = || [&keys_b, &values_b].map(|b| b.read::<u16>(0, layers * kv_heads * capacity * head_dim).unwrap());
+        let apart = caches();
+        // The same in one launch, where there is one for it.
+        keys_b.write(0, &halves(keys)).unwrap();
+        values_b.write(0, &halves(values)).unwrap();
+        Queue::new(&gpu.kernels).attend(&AttentionAt { out: &again, ..at }, tokens).unwrap();
+        assert!(caches() == apart, "{what}: attend keeps other keys and values than its parts");
+        let (parts, stats) = out.download(tokens, heads, head_dim).unwrap();
+        let bits = |(parts, stats): &(Vec<f32>, Vec<[f32; 2]>)| -> Vec<u32> {
+            let with_positions = parts.chunks(head_dim).zip(stats).filter(|(_, [_, sum])| *sum > 0.0);
+            with_positions.flat_map(|(part, stats)| part.iter().chain(stats).map(|x| x.to_bits()).collect::<Vec<_>>()).collect()
         };
-        let apart = bits();
-        // The same in one launch, twice: it leaves its counter as it found it.
-        for _ in 0..2 {
-            out.fill_range(0, out.bytes(), 0xab, Stream::Compute).unwrap();
-            cleared.fill_range(0, cleared.bytes(), 0xab, Stream::Compute).unwrap();
-            Queue::new(&gpu.kernels).attend(&at, &activations, tokens, &form, &cleared).unwrap();
-            assert!(bits() == apart, "{what}: attend differs from its parts");
-            assert_eq!(cleared.read::<i64>(0, tokens * 16).unwrap(), vec![0; tokens * 16], "{what}");
+        let (together, parts_and_stats) = (again.download(tokens, heads, head_dim).unwrap(), (parts.clone(), stats.clone()));
+        assert!(bits(&together) == bits(&parts_and_stats), "{what}: attend differs from its parts");
+        // The parts put together, as prepare_mix does it.
+        let mix = |parts: &[f32], stats: &[[f32; 2]]| -> Vec<f32> {
+            let highest = stats.iter().map(|s| s[0]).fold(f32::MIN, f32::max);
+            let used = || parts.chunks(head_dim).zip(stats).filter(|(_, s)| s[1] > 0.0);
+            let total: f32 = used().map(|(_, s)| s[1] * (s[0] - highest).exp()).sum();
+            (0..head_dim).map(|i| used().map(|(part, s)| part[i] * (s[0] - highest).exp()).sum::<f32>() / total).collect()
+        };
+        let splits = stats.len() / (tokens * heads);
+        let found: Vec<f32> =
+            parts.chunks(splits * head_dim).zip(stats.chunks(splits)).flat_map(|(parts, stats)| mix(parts, stats)).collect();
+        let case = Case::new(&gpu, &mut rng, 16, heads * head_dim, KINDS[0], 32);
+        let form = Form::Quad(case.quad_at());
+        let k = case.geometry.padded_cols();
+        let prepared = Activations::new(&gpu.device, tokens, k).unwrap();
+        let cleared = gpu.device.allocate(tokens.next_multiple_of(32) * 16 * 8, "sums").unwrap();
+        Queue::new(&gpu.kernels).prepare(Input::Mix(&out, shape), &prepared, tokens, heads * head_dim, &form, &cleared).unwrap();
+        let Prepared { q, info, unit } = prepared.download(tokens, k).unwrap();
+        for t in 0..tokens {
+            let x = &found[t * heads * head_dim..][..heads * head_dim];
+            check_prepared(&q[t * k..][..k], &info[t * k / 128..][..k / 128], unit[t], x, &format!("mix, {what}"));
         }
-        let found: Vec<f32> = out.read(0, tokens * heads * head_dim).unwrap();
 
         let value = |t: usize, row: usize| sums[t * n + row] as f64 * 1e-5;
         let head = |t: usize, row: usize, norm: Option<&Vec<f32>>| -> Vec<f64> {

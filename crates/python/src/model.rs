@@ -320,6 +320,6 @@ impl Stream {
     /// 64-bit hash, in hex, of the float32 logits of every generated token: equal hashes mean bit-identical runs.
     #[getter]
     fn logits_hash(&self, py: Python<'_>) -> String {
-        py.detach(|| format!("{:016x}", self.running().session.logits_hash()))
+        py.detach(|| format!("{:016x}", self.running().session.logits_hash().expect("the stream's session hashes its logits")))
     }
 }

@@ -21,8 +21,6 @@ use crate::progress::Progress;
 
 /// Prompt and generated tokens unless the user says otherwise, as far as the context allows.
 const LENGTHS_DEFAULT: (usize, usize) = (512, 128);
-/// Generated tokens of the run that warms up.
-const WARM_UP_TOKENS: usize = 4;
 
 /// Measure prefill and step rates of strategies and thread counts
 ///
@@ -219,21 +217,22 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
     let context = opened.context(None, prompt_tokens + tokens)?;
     let mut engine = opened.load(setup, context, true)?;
     let prompt = prompt(prompt_tokens, engine.runner.config().vocab);
-    generate(&mut engine, &prompt, WARM_UP_TOKENS.min(tokens))?;
+    // Not timed: the logits are hashed.
+    let first = generate(&mut engine, &prompt, tokens, true)?;
+    let hash = first.logits_hash.expect("they were hashed");
     progress.add(1);
 
     let before = engine.runner.report();
-    let (mut prefill, mut step, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut prefill, mut step) = (Vec::new(), Vec::new());
     let mut time = Duration::ZERO;
     for _ in 0..args.repeat {
-        let (generation, hash) = generate(&mut engine, &prompt, tokens)?;
+        let Generated { generation, tokens: chosen, .. } = generate(&mut engine, &prompt, tokens, false)?;
+        ensure!(chosen == first.tokens, "two equal runs gave different tokens");
         prefill.push(generation.prefill_tokens_per_second());
         step.push(generation.step_tokens_per_second());
-        hashes.push(hash);
         time += generation.prefill + generation.steps;
         progress.add(1);
     }
-    ensure!(hashes.iter().all(|hash| *hash == hashes[0]), "two equal runs gave different logits");
     let after = engine.runner.report();
     let decode_ns = (after.decode_exposed_ns - before.decode_exposed_ns) + (after.decode_fused_ns - before.decode_fused_ns);
     let (hit, miss) = (after.hit_bytes - before.hit_bytes, after.miss_bytes - before.miss_bytes);
@@ -250,17 +249,26 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
         decode_fraction: decode_ns as f64 / (time.as_nanos() as f64).max(1.0),
         hit_fraction: (hit + miss > 0).then(|| hit as f64 / (hit + miss) as f64),
     };
-    Ok((run, hashes[0]))
+    Ok((run, hash))
 }
 
-fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize) -> Result<(Generation, u64)> {
+struct Generated {
+    generation: Generation,
+    tokens: Vec<u32>,
+    logits_hash: Option<u64>,
+}
+
+fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize, hashed: bool) -> Result<Generated> {
     let options = Options { tokens_max: tokens, context: engine.context, sampling: Sampling::default(), ignore_eos: true };
     let mut session = Session::new(engine.runner.as_ref(), prompt, &options)?;
+    if !hashed {
+        session = session.without_hash();
+    }
     let generation = session::generate(engine.runner.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
     if generation.stop == Stop::Interrupted {
         return Err(Interrupted.into());
     }
-    Ok((generation, session.logits_hash()))
+    Ok(Generated { generation, tokens: session.generated().to_vec(), logits_hash: session.logits_hash() })
 }
 
 /// The same tokens on every machine, spread over the vocabulary.

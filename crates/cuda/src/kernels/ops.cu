@@ -103,10 +103,11 @@ __device__ __forceinline__ Both combine(Both v, u32 (*slots)[17]) {
   return combine_warp({lane < blocks ? __uint_as_float(sum) : 0.0f, most});
 }
 
-enum Input { NORM = 0, COPY = 1, SILU = 2 };
+enum Input { NORM = 0, COPY = 1, SILU = 2, MIX = 3 };
 
 struct Prepare {
-  float* x;              // NORM: residual stream, (tokens, cols), updated; COPY: input, (tokens, cols)
+  float* x;              // NORM: residual stream, (tokens, cols), updated; COPY: input, (tokens, cols); MIX: attention's out
+  const float2* stats;   // MIX: attention's stats
   const float* weight;   // NORM: (cols)
   const u32* rows;       // NORM: token t reads row rows[t] of x and of the sums; null: t
   Sums add;              // NORM: added to x first, if sum is not null; SILU: gate at row i, up at row up_row + i
@@ -122,7 +123,32 @@ struct Prepare {
   int nt;                // tokens that a product takes together: 1 or a multiple of 8
   int up_row;
   int clear_n;
+  int head_dim;          // MIX
 };
+
+// What the blocks that shared a head's positions found, put together: element `col` of token t's heads.
+__device__ __forceinline__ float mixed_value(const Prepare& P, int t, int col) {
+  const size_t head = (size_t)t * (P.cols / P.head_dim) + col / P.head_dim;
+  const float* part = P.x + head * SPLITS * P.head_dim + col % P.head_dim;
+  float2 stats[SPLITS];
+  float parts[SPLITS];
+#pragma unroll
+  for (int s = 0; s < SPLITS; s++) { // all loads together: what a block without positions left is loaded, but not used
+    stats[s] = P.stats[head * SPLITS + s];
+    parts[s] = part[s * P.head_dim];
+  }
+  float highest = stats[0].x, total = 0, y = 0;
+#pragma unroll
+  for (int s = 1; s < SPLITS; s++) highest = fmaxf(highest, stats[s].x);
+#pragma unroll
+  for (int s = 0; s < SPLITS; s++) {
+    if (stats[s].y == 0) continue;
+    const float weight = expf(stats[s].x - highest);
+    total += weight * stats[s].y;
+    y += weight * parts[s];
+  }
+  return y / total;
+}
 
 // prepare: activations of the next matrix, as int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's
 // unit: q * m * unit. So that a product's sums over any columns are exact integers.
@@ -132,14 +158,14 @@ struct Prepare {
 // frag is what the lanes of a product load: (batch of nt tokens, k / 64, nt / 8, lanes, 4 words); word w of lane (token % 8) * 4 + c holds the
 // even (w < 2) or odd columns among c * 8.. of the 32 columns w % 2. For nt = 1 there are 8 lanes, of which 4..7 hold odd columns twice.
 template <int INPUT>
-__device__ __forceinline__ void prepare(const Prepare& P, int rank, int t) { // rank: of the block in its cluster
+__device__ __forceinline__ void prepare(const Prepare& P) {
   extern __shared__ float kept[]; // (columns of the block)
   __shared__ u32 slots[2][17];
-  const int supersteps = P.k / SUPERSTEP, blocks = cluster_blocks();
+  const int t = blockIdx.y, rank = blockIdx.x, supersteps = P.k / SUPERSTEP, blocks = gridDim.x;
   const int of_block = (supersteps + blocks - 1) / blocks, first = rank * of_block, count = max(min(of_block, supersteps - first), 0);
   const bool there = t < P.tokens;
   launch_dependents();
-  if (INPUT != COPY)
+  if (INPUT == NORM || INPUT == SILU)
     for (int i = threadIdx.x; i < count * SUPERSTEP; i += blockDim.x) {
       const int col = first * SUPERSTEP + i;
       if (!there || col >= P.cols) break;
@@ -165,11 +191,13 @@ __device__ __forceinline__ void prepare(const Prepare& P, int rank, int t) { // 
     for (int u = 0; u < AT_ONCE; u++) {
       a[u] = gate[u] = 0;
       if (cols[u] < 0) continue;
-      if (INPUT == SILU) {
+      if (INPUT == MIX) {
+        a[u] = mixed_value(P, t, cols[u]);
+      } else if (INPUT == SILU) {
         gate[u] = value(P.add, t, cols[u]);
         a[u] = value(P.add, t, P.up_row + cols[u]);
       } else {
-        a[u] = __ldcg(P.x + (size_t)row * P.cols + cols[u]); // other blocks of this kernel may have written it (attend)
+        a[u] = P.x[(size_t)row * P.cols + cols[u]];
         if (INPUT == NORM && P.add.sum) gate[u] = value(P.add, row, cols[u]);
       }
     }
@@ -250,9 +278,10 @@ __device__ __forceinline__ void prepare(const Prepare& P, int rank, int t) { // 
   cluster_barrier(); // no block leaves while another may read its slots
 }
 
-extern "C" __global__ void __launch_bounds__(512) prepare_norm(Prepare P) { prepare<NORM>(P, blockIdx.x, blockIdx.y); }
-extern "C" __global__ void __launch_bounds__(512) prepare_copy(Prepare P) { prepare<COPY>(P, blockIdx.x, blockIdx.y); }
-extern "C" __global__ void __launch_bounds__(512) prepare_silu(Prepare P) { prepare<SILU>(P, blockIdx.x, blockIdx.y); }
+extern "C" __global__ void __launch_bounds__(512) prepare_norm(Prepare P) { prepare<NORM>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_copy(Prepare P) { prepare<COPY>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_silu(Prepare P) { prepare<SILU>(P); }
+extern "C" __global__ void __launch_bounds__(512) prepare_mix(Prepare P) { prepare<MIX>(P); }
 
 // Where a token's keys and values are.
 struct Place {
@@ -344,7 +373,8 @@ extern "C" __global__ void __launch_bounds__(256) rope(Rope P) {
 struct Attention {
   const float* q;        // (tokens, heads, head_dim)
   const Place* places;   // (tokens)
-  float* out;            // (tokens, heads, head_dim)
+  float* out;            // (tokens, heads, SPLITS, head_dim): sums of weighted values
+  float2* stats;         // (tokens, heads, SPLITS): highest score, sum of the weights relative to it; 0: no positions, and nothing in out
   float scale;
   int layer;
   int heads;
@@ -353,10 +383,11 @@ struct Attention {
   int window;            // positions that a token sees, its own included; 0: all
 };
 
-// attention: out = softmax(q . keys * scale) values for a head of a token. Warp w takes the positions w, w + warps, ... four at a time with a
-// running maximum; the warps' results meet in shared memory. A lane holds the pairs of elements lane + 32 j.
+// attention: softmax(q . keys * scale) values for a head of a token, but for the division. SPLITS blocks share the positions: of their warps, warp w
+// takes four at a time from 4 w on, with a running maximum; the warps of a block meet in shared memory, the blocks in prepare_mix. A lane holds the
+// pairs of elements lane + 32 j. Which positions meet when depends on the positions only.
 template <int PAIRS>
-__device__ __forceinline__ void attention(const Attention& P, const float* query, int head, int t) { // query: (head_dim)
+__device__ __forceinline__ void attention(const Attention& P, const float* query, int head, int split, int t) { // query: (head_dim)
   constexpr int WARPS = 8, AT_ONCE = 4;
   __shared__ float top_of[WARPS], sum_of[WARPS];
   __shared__ float mixed[WARPS][PAIRS * 64];
@@ -375,7 +406,7 @@ __device__ __forceinline__ void attention(const Attention& P, const float* query
     acc[j] = make_float2(0, 0);
   }
   float top = -__uint_as_float(0x7f800000), sum = 0;
-  for (int at = begin + warp * AT_ONCE; at < end; at += WARPS * AT_ONCE) {
+  for (int at = begin + (split * WARPS + warp) * AT_ONCE; at < end; at += SPLITS * WARPS * AT_ONCE) {
     float score[AT_ONCE];
     u32 k[AT_ONCE][PAIRS], v[AT_ONCE][PAIRS]; // values are on their way while the scores are summed
 #pragma unroll
@@ -427,49 +458,59 @@ __device__ __forceinline__ void attention(const Attention& P, const float* query
   __syncthreads();
   float highest = top_of[0];
   for (int w = 1; w < WARPS; w++) highest = fmaxf(highest, top_of[w]);
-  float total = 0;
-  for (int w = 0; w < WARPS; w++) total += sum_of[w] * expf(top_of[w] - highest);
+  float total = 0, weight[WARPS];
+  for (int w = 0; w < WARPS; w++) total += sum_of[w] * (weight[w] = sum_of[w] > 0 ? expf(top_of[w] - highest) : 0.0f);
+  const size_t place_of_block = ((size_t)t * P.heads + head) * SPLITS + split;
+  if (threadIdx.x == 0) P.stats[place_of_block] = make_float2(highest, total);
   for (int e = threadIdx.x; e < P.head_dim; e += blockDim.x) {
     float y = 0;
-    for (int w = 0; w < WARPS; w++) y += mixed[w][e] * expf(top_of[w] - highest);
-    P.out[((size_t)t * P.heads + head) * P.head_dim + e] = y / total;
+    for (int w = 0; w < WARPS; w++) y += mixed[w][e] * weight[w];
+    P.out[place_of_block * P.head_dim + e] = y;
   }
 }
 
 template <int PAIRS>
-__device__ __forceinline__ void attention_of_grid(const Attention& P) { // (heads, tokens)
-  const int head = blockIdx.x, t = blockIdx.y;
+__device__ __forceinline__ void attention_of_grid(const Attention& P) { // (heads * SPLITS, tokens)
+  const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, t = blockIdx.y;
   launch_dependents();
   wait_for_kernel_before();
-  attention<PAIRS>(P, P.q + ((size_t)t * P.heads + head) * P.head_dim, head, t);
+  attention<PAIRS>(P, P.q + ((size_t)t * P.heads + head) * P.head_dim, head, split, t);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_64(Attention P) { attention_of_grid<1>(P); }   // head_dim <= 64
 extern "C" __global__ void __launch_bounds__(256) attention_128(Attention P) { attention_of_grid<2>(P); }  // <= 128
 extern "C" __global__ void __launch_bounds__(256) attention_256(Attention P) { attention_of_grid<4>(P); }  // <= 256
 
-// attend: rope, attention and prepare_copy for a single token, to the same bits. A launch costs as much as any of them.
+// attend: rope and attention for a single token, to the same bits, since a launch costs as much as either.
 //
-// Grid (heads). Every block turns the key and value of its head too: heads that share them write the same numbers, so that no block waits for
-// another. The block that is done last prepares the activations of the product that follows.
+// Grid (heads * SPLITS). Every block turns the key and value of its head too: those that share them write the same numbers, so that no block waits
+// for another. Tried: the block that is done last prepares the next product's activations; slower than a cluster of blocks.
 struct Attend {
   Rope rope;               // q is not used
   Attention attention;     // q is not used
-  Prepare prepare;         // of attention's out
-  u32* done;               // blocks that are done; 0 before and after
 };
+
+// Keys and values of the positions before, on their way into the L2 cache: the share of one of the blocks of a kv head, a line a thread.
+__device__ __forceinline__ void fetch_positions(const Attention& P, const Place& place, int kv_head, int share) {
+  const u64 base = ((u64)P.layer * P.kv_heads + kv_head) * place.capacity * P.head_dim * 2, end = (u64)place.position * P.head_dim * 2;
+  const u64 at = (u64)(share * blockDim.x + threadIdx.x) * 128;
+  if (at >= end) return;
+  fetch_constant((const u8*)place.keys + base + at);
+  fetch_constant((const u8*)place.values + base + at);
+}
 
 template <int PAIRS>
 __device__ __forceinline__ void attend(const Attend& P) {
   __shared__ float slots[8], query[256];
-  __shared__ u32 before;
   const Rope& R = P.rope;
-  const int head = blockIdx.x, kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = threadIdx.x;
+  const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = threadIdx.x;
   const int rows[3] = {head * R.head_dim, R.k_row + kv_head * R.head_dim, R.v_row + kv_head * R.head_dim};
   launch_dependents();
   for (int part = 0; part < 3; part++) fetch_pair_constants(R, rows[part]);
-  wait_for_kernel_before();
+  // Written before the step's first kernel: it need not be waited for.
   const Place place = R.places[0];
+  fetch_positions(P.attention, place, kv_head, blockIdx.x - kv_head * (R.heads / R.kv_heads) * SPLITS);
+  wait_for_kernel_before();
   float2 q = pair_of(R, 0, rows[Q]), k = pair_of(R, 0, rows[K]), v = pair_of(R, 0, rows[V]); // loads in flight together
   q = turned(R, 0, Q, q, slots);
   k = turned(R, 0, K, k, slots);
@@ -480,15 +521,7 @@ __device__ __forceinline__ void attend(const Attend& P) {
     keep(R, place, V, kv_head, v);
   }
   __syncthreads();
-  attention<PAIRS>(P.attention, query, head, 0);
-  __threadfence();
-  __syncthreads();
-  if (i == 0) before = atomicAdd(P.done, 1);
-  __syncthreads();
-  if (before + 1 < gridDim.x) return;
-  __threadfence();
-  if (i == 0) *P.done = 0;
-  prepare<COPY>(P.prepare, 0, 0);
+  attention<PAIRS>(P.attention, query, head, split, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend<1>(P); }

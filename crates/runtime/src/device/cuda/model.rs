@@ -16,8 +16,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tersor_cpu::{KernelScales, Level, Matrix, read_row};
 use tersor_cuda::{
-    Activations, AttentionAt, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Pinned, Place, Queue, Stream,
-    SumsAt, nibble_bytes,
+    Activations, AttentionAt, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place, Queue,
+    Stream, SumsAt, nibble_bytes,
 };
 use tersor_format::CodedTensor;
 
@@ -70,7 +70,7 @@ struct Scratch {
     activations: [Activations; 2],
     sums: [Buffer; 2],
     q: Buffer,
-    mixed: Buffer,
+    mixed: Mixed,
     /// Rows of the slice whose logits are wanted.
     rows: Buffer,
     logits: Buffer,
@@ -130,10 +130,11 @@ impl CudaRunner {
         let cols = groups.all.iter().map(|group| group.geometry.padded_cols() as u64).max().unwrap_or(0);
         let activations = 2 * t * (3 * cols + cols / 16 + 4);
         let sums = groups.all.iter().map(|group| sums_bytes(group) as u64).max().unwrap_or(0) * 2;
+        let mixed = Mixed::bytes_for(config.heads, config.head_dim) as u64;
         let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
         let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
         let norms = (2 * config.layers as u64 + 1) * hidden * 4;
-        input + activations + sums + 2 * t * queries * 4 + logits + nibbles + norms + groups.scale_bytes()
+        input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + groups.scale_bytes()
     }
 
     pub fn new(model: &Model, parts: Parts, residency: Box<dyn Residency>) -> Result<Self, OpenError> {
@@ -256,9 +257,8 @@ impl CudaRunner {
             q: &s.q,
             out: &s.mixed,
         };
-        let form = self.product_form(queue, o, tokens)?;
-        queue.attend(&at, &s.activations[1], tokens, &form, &s.sums[1])?;
-        queue.product(&form, &s.activations[1], tokens, &s.sums[1])?;
+        queue.attend(&at, tokens)?;
+        self.multiply(queue, Input::Mix(&s.mixed, at.heads), o, 1, tokens)?;
         self.multiply(queue, norm(&norms.post, Some(self.sums(o, 1))), gate_up, 0, tokens)?;
         let input = Input::Silu { sums: self.sums(gate_up, 0), up_row: self.groups.all[gate_up].first_rows[1] };
         self.multiply(queue, input, down, 1, tokens)
@@ -274,26 +274,20 @@ impl CudaRunner {
         queue.logits(self.sums(head, 0), wanted, c.vocab, &s.logits)
     }
 
-    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers.
+    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers. What is coded is decoded first where there are many tokens.
     fn multiply(&self, queue: &mut Queue<'_>, input: Input<'_>, group: usize, turn: usize, tokens: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
-        let form = self.product_form(queue, group, tokens)?;
-        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form, &s.sums[turn])?;
-        queue.product(&form, &s.activations[turn], tokens, &s.sums[turn])
-    }
-
-    /// The form in which a group multiplies `tokens` tokens: what is coded is decoded first where there are many.
-    fn product_form(&self, queue: &mut Queue<'_>, group: usize, tokens: usize) -> Result<Form<'_>, CudaError> {
-        let form = self.residency.form(group);
-        if let (Form::Quad(quad), Some(decoded)) = (form, &self.scratch.decoded)
+        let mut form = self.residency.form(group);
+        if let (Form::Quad(quad), Some(decoded)) = (form, &s.decoded)
             && tokens >= DECODE_TOKENS_MIN
             && nibble_bytes(form.geometry()) <= decoded.bytes()
         {
             let plain = quad.decoded(decoded, 0);
             queue.decode(&quad, &plain, Stream::Compute)?;
-            return Ok(Form::Plain(plain));
+            form = Form::Plain(plain);
         }
-        Ok(form)
+        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form, &s.sums[turn])?;
+        queue.product(&form, &s.activations[turn], tokens, &s.sums[turn])
     }
 
     fn sums(&self, group: usize, turn: usize) -> SumsAt<'_> {
@@ -402,7 +396,7 @@ impl Scratch {
             activations: [Activations::new(device, t, cols)?, Activations::new(device, t, cols)?],
             sums: [room(sums[0])?, room(sums[1])?],
             q: room(t * queries * 4)?,
-            mixed: room(t * queries * 4)?,
+            mixed: Mixed::new(device, t, config.heads, config.head_dim)?,
             rows: room(HEAD_TOKENS_MAX * 4)?,
             logits: device.allocate(HEAD_TOKENS_MAX * config.vocab * 4, "logits")?,
             logits_host: device.pin(HEAD_TOKENS_MAX * config.vocab * 4)?,
