@@ -31,6 +31,8 @@ pub const HEAD_DIM_MAX: usize = 256;
 #[derive(Debug)]
 pub struct Kernels {
     device: Arc<Device>,
+    /// The kernels know clusters and programmatic launches: what `HOPPER` is to them.
+    hopper: bool,
     _modules: [Module; 4],
     /// (low bits, batch of 1, 8, 16)
     quad: [[Function; 3]; 3],
@@ -56,15 +58,31 @@ impl Kernels {
     /// Kernels that do not compile or load.
     pub fn load(device: &Arc<Device>, cache: Option<&Path>) -> Result<Self, CudaError> {
         // The compiler takes seconds for each file, on one core.
-        let mut modules = std::thread::scope(|scope| {
+        let modules = std::thread::scope(|scope| {
             let workers = SOURCES.each_ref().map(|source| scope.spawn(move || compile::load(device, source, cache)));
             workers.map(|worker| {
                 worker.join().unwrap_or(Err(CudaError::Call { call: "compiling", cause: "the compiler's thread panicked".into() }))
             })
         })
-        .into_iter();
-        let mut next = || modules.next().expect("one for each source");
-        let modules = [next()?, next()?, next()?, next()?];
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+        let native = modules.iter().all(|(_, native)| *native);
+        let modules: [Module; 4] =
+            modules.into_iter().map(|(module, _)| module).collect::<Vec<_>>().try_into().expect("one for each source");
+        Self::of(device, modules, native)
+    }
+
+    /// Loads the PTX that comes with the crate, as [`load`](Self::load) does where no compiler is found: the driver translates it.
+    ///
+    /// # Errors
+    /// Kernels that do not load.
+    pub fn load_ptx(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let modules = SOURCES.iter().map(|source| compile::load_ptx(device, source)).collect::<Result<Vec<_>, _>>()?;
+        Self::of(device, modules.try_into().expect("one for each source"), false)
+    }
+
+    /// `native`: compiled for the GPU's own architecture.
+    fn of(device: &Arc<Device>, modules: [Module; 4], native: bool) -> Result<Self, CudaError> {
         let [quad, plain, rans, ops] = &modules;
         Ok(Self {
             quad: functions(
@@ -95,6 +113,7 @@ impl Kernels {
             logits: ops.function("logits")?,
             read_all: ops.function("read_all")?,
             device: Arc::clone(device),
+            hopper: native && device.properties().capability.0 >= 9,
             _modules: modules,
         })
     }
@@ -122,10 +141,6 @@ impl Kernels {
             geometry = of(supersteps)?;
         }
         Ok(geometry)
-    }
-
-    fn clusters(&self) -> bool {
-        self.device.properties().capability.0 >= 9
     }
 }
 
@@ -416,7 +431,7 @@ impl<'a> Queue<'a> {
     }
 
     fn shape(&mut self, grid: (usize, usize), threads: usize, shared_bytes: usize, cluster: usize) -> Shape {
-        let programmatic = self.after_kernel && self.kernels.clusters();
+        let programmatic = self.after_kernel && self.kernels.hopper;
         self.after_kernel = true;
         Shape {
             grid: (grid.0 as u32, grid.1 as u32),
@@ -448,7 +463,7 @@ impl<'a> Queue<'a> {
         assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
         assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
         let supersteps = k / SUPERSTEP_COLS;
-        let cluster = if self.kernels.clusters() { CLUSTER.min(supersteps) } else { 1 };
+        let cluster = if self.kernels.hopper { CLUSTER.min(supersteps) } else { 1 };
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
         let threads = block_cols.min(OPS_THREADS);
         let mut args = abi::Prepare {

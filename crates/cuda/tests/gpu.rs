@@ -537,6 +537,31 @@ fn recorded_work_is_replayed() {
     }
 }
 
+/// Without NVRTC the driver translates PTX of an older architecture: other instructions and launches, the same numbers.
+#[test]
+fn the_ptx_computes_the_same() {
+    let Some(gpu) = gpu() else { return };
+    let translated = Gpu { device: Arc::clone(&gpu.device), kernels: Kernels::load_ptx(&gpu.device).unwrap() };
+    let mut rng = Rng::new(7);
+    for kind in KINDS {
+        let case = Case::new(&gpu, &mut rng, 272, 2048, kind, 16);
+        let decoded = PlainMatrix::upload(&gpu.device, &case.plain).unwrap();
+        let form = Form::Quad(case.quad_at());
+        for tokens in [1, 5, 33] {
+            check_product(&translated, &case, &form, tokens, &mut rng, &format!("PTX, quad t{tokens}"));
+            check_product(&translated, &case, &decoded.form(), tokens, &mut rng, &format!("PTX, plain t{tokens}"));
+        }
+        let x = gpu.device.upload(&rng.floats(3 * 2048), "x").unwrap();
+        let sums = gpu.device.allocate(272 * 8 * 8, "sums").unwrap();
+        let prepared = [&gpu, &translated].map(|gpu| {
+            let out = Activations::new(&gpu.device, 3, 2048).unwrap();
+            Queue::new(&gpu.kernels).prepare(Input::Copy(&x), &out, 3, 2048, &form, &sums).unwrap();
+            out.download(3, 2048).unwrap()
+        });
+        assert!(prepared[0] == prepared[1], "activations");
+    }
+}
+
 #[test]
 fn an_impossible_request_says_what_it_was() {
     let Some(gpu) = gpu() else { return };

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tersor_runtime::device::{self, Device};
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Generation, Options, Session, Stop};
+use tersor_runtime::model::weights::Span;
 use tersor_runtime::residency::Strategy;
 
 use crate::engine::{Engine, LimitArgs, Opened, Setup};
@@ -46,6 +47,9 @@ pub struct Args {
     /// Timed runs, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
+    /// Also print when layers are decoded or copied and when they are computed with, in the last pass: gpu-async and prefetch on a GPU, alone. Slower
+    #[arg(long)]
+    timeline: bool,
     #[command(flatten)]
     limits: LimitArgs,
     /// Print one JSON document
@@ -89,6 +93,8 @@ struct Run {
     decode_fraction: f64,
     /// Part of the decoded bytes that were found decoded; `null` where nothing is ever looked up.
     hit_fraction: Option<f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    timeline: Vec<Span>,
 }
 
 /// Runs the command.
@@ -96,6 +102,9 @@ pub fn run(args: &Args) -> Result<()> {
     let strategies = strategies(&args.strategy, args.limits.device)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let (prompt_tokens, tokens) = lengths(args)?;
+    if args.timeline && (strategies.len(), threads.len()) != (1, 1) {
+        return Err(Usage("--timeline: for one strategy and one number of threads".to_owned()).into());
+    }
     let combinations: Vec<(Strategy, usize)> =
         strategies.iter().flat_map(|&strategy| threads.iter().map(move |&count| (strategy, count))).collect();
     let _graceful = interrupt::graceful();
@@ -110,7 +119,8 @@ pub fn run(args: &Args) -> Result<()> {
 fn alone(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usize, tokens: usize) -> Result<Report> {
     let progress = Progress::new("bench", u64::from(args.repeat + 1));
     progress.message(&format!("{strategy}, {threads} threads"));
-    let setup = Setup::of(strategy, &args.limits, threads)?;
+    let mut setup = Setup::of(strategy, &args.limits, threads)?;
+    setup.timeline = args.timeline;
     let (run, hash) = measure(args, &setup, prompt_tokens, tokens, &progress)?;
     let machine = Machine {
         cpu: machine::cpu_name(),
@@ -248,6 +258,7 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
         peak_rss_bytes: machine::peak_rss_bytes(),
         decode_fraction: decode_ns as f64 / (time.as_nanos() as f64).max(1.0),
         hit_fraction: (hit + miss > 0).then(|| hit as f64 / (hit + miss) as f64),
+        timeline: after.timeline,
     };
     Ok((run, hash))
 }
@@ -330,7 +341,23 @@ fn render(report: &Report) -> String {
         ]);
     }
     text += &table.render();
+    for run in report.runs.iter().filter(|run| !run.timeline.is_empty()) {
+        text += &timeline(&run.timeline);
+    }
     text
+}
+
+/// The pieces of a pass in order, microseconds.
+fn timeline(spans: &[Span]) -> String {
+    let mut spans: Vec<&Span> = spans.iter().collect();
+    spans.sort_by(|a, b| a.from_us.total_cmp(&b.from_us));
+    let mut table = Table::new(&[">from µs", ">to µs", "computing with", "filling the buffer of"]);
+    for span in spans {
+        let (layer, none) = (format!("layer {}", span.layer), String::new());
+        let (computing, filling) = if span.computing { (layer, none) } else { (none, layer) };
+        table.row([format!("{:.0}", span.from_us), format!("{:.0}", span.until_us), computing, filling]);
+    }
+    format!("\n{}", table.render())
 }
 
 #[cfg(test)]

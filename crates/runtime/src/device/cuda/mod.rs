@@ -82,7 +82,7 @@ pub(super) fn open(
             Strategy::Prefetch => {
                 let layers = groups.layers.max(1) as u64;
                 check(0, coded / layers * prefetch::BUFFERS as u64)?;
-                Box::new(prefetch::Prefetch::open(&loader, given)?)
+                Box::new(prefetch::Prefetch::open(&loader, given, options.timeline)?)
             }
             Strategy::Lru => {
                 check(coded, 0)?;
@@ -90,7 +90,7 @@ pub(super) fn open(
             }
             Strategy::GpuAsync => {
                 check(coded, 0)?;
-                Box::new(gpu_async::GpuAsync::open(&loader)?)
+                Box::new(gpu_async::GpuAsync::open(&loader, options.timeline)?)
             }
             Strategy::Auto => {
                 let profile = DeviceProfile::load(&kernels, options.cache_dir.as_deref())?;

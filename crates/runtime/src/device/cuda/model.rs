@@ -464,6 +464,7 @@ impl Runner for CudaRunner {
         let host = if held.host_bytes > 0 { format!(", {} bytes pinned on the host", held.host_bytes) } else { String::new() };
         report.detail = format!("{}{}{host}", self.report.detail, held.detail);
         report.resident_bytes = held.coded_bytes + held.decoded_bytes + held.buffer_bytes + self.groups.scale_bytes() + self.vector_bytes;
+        report.timeline = self.residency.timeline().unwrap_or_default();
         (report.hits, report.misses) = (held.hits, held.misses);
         (report.hit_bytes, report.miss_bytes) = (held.hit_bytes, held.miss_bytes);
         report
