@@ -15,6 +15,7 @@ last. Exit code 1 if a check fails.
 import argparse
 import importlib.util
 import pathlib
+import signal
 import statistics
 import sys
 import time
@@ -32,6 +33,7 @@ from tersor_kernels import cuda_text, description, layout, mirror  # noqa: E402
 
 GROUP = 64
 TOKENS = (1, 4, 8)
+AWKWARD = {(100, 1536): 1024, (33, 9216): 512}  # padded rows, a short last segment: checked, not timed; with the columns of a segment
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
 ROTATE_BYTES = 400e6
 ROWS_AT_ONCE = 256
@@ -155,8 +157,8 @@ def run_nvrtc(results: Results, shapes) -> None:
         return statistics.median(times)
 
     rng = np.random.default_rng(1)
-    for rows, cols, segment in [(100, 1536, 1024), (33, 9216, 512), *((*shape, None) for shape in shapes)]:
-        timed = segment is None
+    for rows, cols, segment in shapes:
+        timed = (rows, cols) not in AWKWARD
         packed, scales, biases = quantized(rows, cols, rng)
         coded = layout.transcode(packed, segment)
         constants = dict(description.constants(coded))
@@ -253,8 +255,8 @@ def run_mlx(results: Results, shapes) -> None:
         return statistics.median(times)
 
     rng = np.random.default_rng(1)
-    for rows, cols, segment in [(100, 1536, 1024), (33, 9216, 512), *((*shape, None) for shape in shapes)]:
-        timed = segment is None
+    for rows, cols, segment in shapes:
+        timed = (rows, cols) not in AWKWARD
         packed, scales, biases = quantized(rows, cols, rng)
         coded = layout.transcode(packed, segment)
         copies = copies_of(coded.nbytes) if timed else 1
@@ -291,16 +293,28 @@ def run_mlx(results: Results, shapes) -> None:
             results.time("tersor", "decode only", rows, cols, median_ms(call), coded.nbytes + packed.nbytes)
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    rows, cols = map(int, text.split("x"))
+    return rows, cols
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["nvrtc", "mlx"], default="nvrtc")
-    parser.add_argument("--small", action="store_true", help="the smallest timed shape only")
+    parser.add_argument("--shape", type=shape_of, action="append", help="ROWSxCOLS to time, instead of all; may be repeated")
+    parser.add_argument("--segment", type=int, help="columns of a segment of the timed shapes, instead of the planned ones")
+    parser.add_argument("--timings-only", action="store_true", help="without the awkward shapes: MLX takes seconds to compile a kernel")
     arguments = parser.parse_args()
-    shapes = SHAPES[:1] if arguments.small else SHAPES
+    awkward = [] if arguments.timings_only else [(*shape, segment) for shape, segment in AWKWARD.items()]
+    shapes = awkward + [(*shape, arguments.segment) for shape in arguments.shape or SHAPES]
     results = Results()
-    (run_mlx if arguments.backend == "mlx" else run_nvrtc)(results, shapes)
-    print(f"\n{results.failed} checks FAILED" if results.failed else "\nall checks passed")
-    print(f"\n{results.table()}")
+    # `timeout` sends it: what was timed until then is printed all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))
+    try:
+        (run_mlx if arguments.backend == "mlx" else run_nvrtc)(results, shapes)
+        print(f"\n{results.failed} checks FAILED" if results.failed else "\nall checks passed")
+    finally:
+        print(f"\n{results.table()}")
     return 1 if results.failed else 0
 
 
