@@ -236,12 +236,9 @@ def fixed_chunk(symbols, bits, base, has_escape):
     return struct.pack("<II", len(escapes), len(far)) + packed + bytes(escapes) + far_bytes(far)
 
 
-def tiered_core(symbols, widths):
-    """By tier the symbol bytes of the fields 1, 2, ...: the most frequent ones first; those that do not occur fill up."""
-    counts = {byte: 0 for byte in range(1, 256)}
-    for symbol in symbols:
-        if symbol_byte(symbol):
-            counts[symbol_byte(symbol)] += 1
+def tiered_tiers(pairs, widths):
+    """By tier the pair bytes of the fields 1, 2, ...: the most frequent ones first; those that do not occur fill up."""
+    counts = {byte: pairs.count(byte) for byte in range(1, 256)}
     ranked = sorted(counts, key=lambda byte: (-counts[byte], byte))
     tiers = []
     for bits in widths:
@@ -250,8 +247,19 @@ def tiered_core(symbols, widths):
     return tiers
 
 
-def tiered_table(widths, tiers):
-    return bytes([len(widths), *widths]) + b"".join(bytes(tier) for tier in tiers)
+def tiered_table(base, widths, tiers):
+    return bytes([base, len(widths), *widths]) + b"".join(bytes(tier) for tier in tiers)
+
+
+# By width and tile of eight: where the bits of its fields lie, lowest first, as (line, bit).
+TIERED_PLACES = {
+    3: {t: [(t // 2, t % 2 * 3 + k) for k in range(3)] for t in range(6)} | {6: [(0, 6), (0, 7), (1, 6)], 7: [(2, 6), (2, 7), (1, 7)]},
+    4: {t: [(t // 2, t % 2 * 4 + k) for k in range(4)] for t in range(8)},
+    5: {t: [(t, k) for k in range(5)] for t in range(5)}
+    | {5: [(0, 5), (0, 6), (0, 7), (1, 6), (1, 7)], 6: [(2, 5), (2, 6), (2, 7), (3, 6), (3, 7)], 7: [(4, 5), (4, 6), (4, 7), (1, 5), (3, 5)]},
+    6: {4 * h + t: [(3 * h + t, k) for k in range(6)] for h in range(2) for t in range(3)}
+    | {4 * h + 3: [(3 * h + k // 2, 6 + k % 2) for k in range(6)] for h in range(2)},
+}
 
 
 def tiered_lines(fields, bits):
@@ -261,28 +269,41 @@ def tiered_lines(fields, bits):
         lines = {}
         for i, field in enumerate(fields[start : start + 512]):
             tile, j = divmod(i, 64)
-            if bits == 3 and tile == 6:
-                parts = [(0, 6, field % 4), (1, 6, field // 4)]
-            elif bits == 3 and tile == 7:
-                parts = [(2, 6, field % 4), (1, 7, field // 4)]
-            else:
-                together = {2: 4, 3: 2, 4: 2}[bits]
-                parts = [(tile // together, tile % together * bits, field)]
-            for line, shift, value in parts:
-                lines.setdefault(line, [0] * 64)[j] |= value << shift
+            for k, (line, bit) in enumerate(TIERED_PLACES[bits][tile]):
+                lines.setdefault(line, [0] * 64)[j] |= (field >> k & 1) << bit
         out += b"".join(bytes(lines.get(line, [0] * 64)) for line in range(max(lines) + 1))
     return out
 
 
-def tiered_chunk(symbols, widths, tiers):
-    codes, escapes, far = split(symbols, {ESCAPE}.union(*tiers))
+def tiered_pairs(symbols, base):
+    """Pair bytes, and (position, symbol byte) of the symbols outside the window, which are coded as its ninth."""
+    nibbles, listed = [], []
+    for position, symbol in enumerate(symbols):
+        nibble = symbol_byte(symbol) - base
+        if symbol_byte(symbol) == 0 or not 0 <= nibble < 16:
+            listed.append((position, symbol_byte(symbol)))
+            nibble = 8
+        nibbles.append(nibble)
+    pairs = []
+    for position in range(len(symbols)):
+        if position % 128 < 64:
+            partner = nibbles[position + 64] if position + 64 < len(symbols) else 0
+            pairs.append(nibbles[position] + 16 * partner)
+    return pairs, listed
+
+
+def tiered_chunk(symbols, base, widths, tiers):
+    pairs, listed = tiered_pairs(symbols, base)
     counts, packed = [], []
     for bits, tier in zip(widths, tiers):
-        fields = [tier.index(code) + 1 if code in tier else 0 for code in codes]
+        fields = [tier.index(pair) + 1 if pair in tier else 0 for pair in pairs]
         counts.append(len(fields))
         packed.append(tiered_lines(fields, bits))
-        codes = [code for code, field in zip(codes, fields) if field == 0]
-    out = struct.pack(f"<{1 + len(widths)}I", len(escapes), len(far), *counts[1:]) + bytes(escapes)
+        pairs = [pair for pair, field in zip(pairs, fields) if field == 0]
+    far = [(position, symbol) for position, symbol in enumerate(symbols) if symbol_byte(symbol) == 0]
+    gaps = [position - before - 1 for (position, _), before in zip(listed, [-1] + [position for position, _ in listed])]
+    out = struct.pack(f"<{2 + len(widths)}I", len(listed), len(far), len(pairs), *counts[1:])
+    out += struct.pack(f"<{len(gaps)}H", *gaps) + bytes(byte for _, byte in listed) + bytes(pairs)
     return out + b"".join(reversed(packed)) + far_bytes(far)
 
 
@@ -326,12 +347,12 @@ def chunk_cases():
                 symbols = [Generator(seed + i).below(2**bits) - 2 ** (bits - 1) for i in range(n)]
                 base = -(2 ** (bits - 1))
                 yield case(f"fixed/b{bits}", symbols, fixed_table(bits, base, 0), fixed_chunk(symbols, bits, base, 0))
-    for widths in [(2,), (3,), (4,), (2, 2), (2, 4), (3, 3), (2, 2, 2), (3, 2, 2), (2, 3, 4), (4, 3, 2)]:
-        for n in (1, 64, 200, 448, 500, 700):
+    for widths in [(3,), (4,), (5,), (6,), (4, 3), (3, 5), (6, 6), (4, 4, 5), (5, 3, 4), (6, 5, 3)]:
+        for n, base in [(1, 120), (64, 120), (67, 122), (200, 118), (640, 120), (1000, 120), (1200, 119)]:
             seed += 1
-            symbols = weights(n, 2 ** widths[0], seed)
-            tiers = tiered_core(symbols, widths)
-            yield case("tiered", symbols, tiered_table(widths, tiers), tiered_chunk(symbols, widths, tiers))
+            symbols = weights(n, 2 + len(widths), seed)
+            tiers = tiered_tiers(tiered_pairs(symbols, base)[0], widths)
+            yield case("tiered", symbols, tiered_table(base, widths, tiers), tiered_chunk(symbols, base, widths, tiers))
 
 
 def compositions(total, parts):

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TERSOR = ROOT / "target/release/tersor"
 ENTROPIES = [2.25, 3.0, 3.7]
 STRATEGIES = ["cached", "fused", "auto"]
-SIZES = ["3.25", "4.0"]
+# Our models: codec and bits per weight.
+MODELS = {"rans 3.25": "ours-3.25", "rans 4.0": "ours-4.0", "tiered 3.25": "tiered-3.25"}
+CODECS = ["rans", "tiered"]
 LLAMA = ["Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K"]
 DISTURBED = 0.15
 
@@ -57,7 +59,7 @@ class Bench:
         self.results = {}
         # `auto` decides by the machine's profile: measured anew, with the machine as it is now.
         os.environ["XDG_CACHE_HOME"] = str(self.cache / "xdg")
-        self.models = {size: self.cache / f"ours-{size}" for size in SIZES}
+        self.models = {model: self.cache / directory for model, directory in MODELS.items()}
         self.hashes = {}
 
     def section(self, name, measure):
@@ -81,10 +83,10 @@ class Bench:
 
     def check(self):
         lines = []
-        for size, path in self.models.items():
+        for model, path in self.models.items():
             command(TERSOR, "verify", path)
             sizes = json.loads(command(TERSOR, "inspect", path, "--json"))
-            lines.append({"model": f"tersor ecsq {size}", "bpw": sizes["bpw"], "bytes": sizes["bytes"], "sqnr_db": None})
+            lines.append({"model": f"tersor {model}, entropy {sizes['entropy_bits']:.3f}", "bpw": sizes["bpw"], "bytes": sizes["bytes"], "sqnr_db": None})
         import gguf
         import numpy as np
 
@@ -114,13 +116,13 @@ class Bench:
         for _ in range(self.options.rounds):
             for entropy in ENTROPIES:
                 for level, threads in (("avx512", "1,2"), ("avx2", "1")):
-                    text = command(TERSOR, "kernels", "--codec", "rans", "--level", level, "--threads", threads, "--entropy", entropy, "--seconds",
-                                   0.15, "--json")
+                    text = command(TERSOR, "kernels", "--codec", ",".join(CODECS), "--level", level, "--threads", threads, "--entropy", entropy,
+                                   "--seconds", 0.15, "--json")
                     report = json.loads(text)
                     for key, value in report["machine"]["read_gb_per_second"].items():
                         bandwidth.setdefault(key, []).append(value)
                     for row in report["rows"]:
-                        key = (row["kernel"], row["level"], row["threads"], row["working_set"], entropy)
+                        key = (row["codec"].split("/")[0], row["kernel"], row["level"], row["threads"], row["working_set"], entropy)
                         samples.setdefault(key, []).append((row["weights_per_second"], row["fraction_of_bandwidth"], row["bpw"]))
                 if (self.cache / "bulk").exists():
                     for where, millions in (("cache", 0.5), ("memory", 64)):
@@ -135,12 +137,12 @@ class Bench:
 
     # Steps and prefill -----------------------------------------------------------------------------------------------------------------
 
-    def ours(self, size, strategy, threads, prompt, tokens):
-        text = command(TERSOR, "bench", self.models[size], "--strategy", strategy, "-p", prompt, "-n", tokens, "--threads", threads, "--repeat", 1, "--json")
+    def ours(self, model, strategy, threads, prompt, tokens):
+        text = command(TERSOR, "bench", self.models[model], "--strategy", strategy, "-p", prompt, "-n", tokens, "--threads", threads, "--repeat", 1, "--json")
         report = json.loads(text)
-        expected = self.hashes.setdefault((size, prompt, tokens), report["logits_hash"])
+        expected = self.hashes.setdefault((model, prompt, tokens), report["logits_hash"])
         if report["logits_hash"] != expected:
-            sys.exit(f"ecsq {size}, {strategy}, {threads} threads: other logits; timings of wrong answers are not shown")
+            sys.exit(f"{model}, {strategy}, {threads} threads: other logits; timings of wrong answers are not shown")
         return report["runs"][0]
 
     def theirs(self, kind, threads, prompt, tokens):
@@ -160,28 +162,28 @@ class Bench:
                     samples[name].append(rate)
         return {name: (statistics.median(s), min(s), max(s)) if s else None for name, s in samples.items()}
 
-    def rates(self, prompt, tokens, kinds, key, rounds, sizes):
+    def rates(self, prompt, tokens, kinds, key, rounds, models):
         contenders = []
         for threads in self.options.threads:
             for kind in kinds:
                 contenders.append(((f"llama.cpp {kind}", threads), lambda k=kind, t=threads: self.theirs(k, t, 0 if key.startswith("step") else prompt,
                                                                                                           tokens if key.startswith("step") else 0)))
-            for size in sizes:
+            for model in models:
                 for strategy in STRATEGIES:
-                    contenders.append(((f"tersor {size} {strategy}", threads), lambda z=size, s=strategy, t=threads: self.ours(z, s, t, prompt, tokens)[key]))
+                    contenders.append(((f"tersor {model} {strategy}", threads), lambda m=model, s=strategy, t=threads: self.ours(m, s, t, prompt, tokens)[key]))
         return self.turns(contenders, rounds)
 
     def steps(self):
-        return self.rates(1, self.options.tokens, LLAMA, "step_tokens_per_second", self.options.rounds, SIZES)
+        return self.rates(1, self.options.tokens, LLAMA, "step_tokens_per_second", self.options.rounds, MODELS)
 
     def prefill(self):
-        return self.rates(self.options.prompt, 2, ["Q4_0", "Q4_K_M"], "prefill_tokens_per_second", self.options.prefill_rounds, SIZES[:1])
+        return self.rates(self.options.prompt, 2, ["Q4_0", "Q4_K_M"], "prefill_tokens_per_second", self.options.prefill_rounds, ["rans 3.25", "tiered 3.25"])
 
     # Cold load -------------------------------------------------------------------------------------------------------------------------
 
     def cold(self):
-        model = self.models["3.25"]
-        decoded = self.ours("3.25", "cached", os.cpu_count(), 1, 2)["resident_weight_bytes"]
+        model = self.models["rans 3.25"]
+        decoded = self.ours("rans 3.25", "cached", os.cpu_count(), 1, 2)["resident_weight_bytes"]
         plain = self.cache / "decoded-bytes"
         if not plain.exists() or plain.stat().st_size != decoded:
             with open(plain, "wb") as file:
@@ -195,14 +197,14 @@ class Bench:
             left = max(left, evict([plain]))
             samples["read"].append(timed_read([plain]))
             left = max(left, evict(files))
-            samples["load"].append(self.ours("3.25", "cached", os.cpu_count(), 1, 2)["load_seconds"])
-            samples["warm"].append(self.ours("3.25", "cached", os.cpu_count(), 1, 2)["load_seconds"])
+            samples["load"].append(self.ours("rans 3.25", "cached", os.cpu_count(), 1, 2)["load_seconds"])
+            samples["warm"].append(self.ours("rans 3.25", "cached", os.cpu_count(), 1, 2)["load_seconds"])
             left = max(left, evict(files))
             samples["coded"].append(timed_read(files))
         return {k: statistics.median(v) for k, v in samples.items()} | {"decoded_bytes": decoded, "coded_bytes": coded, "left_cached": left}
 
     def auto(self):
-        text = command(sys.executable, ROOT / "bench/auto_budgets.py", self.models["3.25"], "--threads", max(self.options.threads), "--rounds",
+        text = command(sys.executable, ROOT / "bench/auto_budgets.py", self.models["rans 3.25"], "--threads", max(self.options.threads), "--rounds",
                        self.options.rounds, "--percent", self.options.percent, "--json")
         return json.loads(text)
 
@@ -238,24 +240,30 @@ def reach(results, threads):
     rows = []
     if "kernels" in results:
         kernel = lambda *key: results["kernels"]["rows"][key]
-        ratios = [kernel("fused-gemv", "avx512", 1, "memory", h)[0] / kernel("gemv", "avx512", 1, "memory", h)[0] for h in ENTROPIES]
-        rows.append(("fused rans GEMV / our plain GEMV, 1 thread, memory", min(ratios), 0.60, 1.0, spread(ratios)))
-        rates = [kernel("fused-gemv", "avx512", 1, "cache", h)[0] / 1e9 for h in ENTROPIES]
-        rows.append(("fused rans, 1 thread, in cache, G weights/s", min(rates), 13, 20, spread(rates)))
-        fractions = [kernel("gemv", "avx512", 2, "memory", h)[1] for h in ENTROPIES]
+        for codec in CODECS:
+            ratios = [kernel(codec, "fused-gemv", "avx512", 1, "memory", h)[0] / kernel(codec, "gemv", "avx512", 1, "memory", h)[0] for h in ENTROPIES]
+            rows.append((f"fused {codec} GEMV / our plain GEMV, 1 thread, memory", min(ratios), 0.60, 1.0, spread(ratios)))
+        for codec in CODECS:
+            rates = [kernel(codec, "fused-gemv", "avx512", 1, "cache", h)[0] / 1e9 for h in ENTROPIES]
+            rows.append((f"fused {codec}, 1 thread, in cache, G weights/s", min(rates), 13, 20, spread(rates)))
+        fractions = [kernel("rans", "gemv", "avx512", 2, "memory", h)[1] for h in ENTROPIES]
         rows.append(("plain GEMV, 2 threads / read bandwidth", min(fractions), 0.85, 0.95, spread(fractions)))
-        for where in ("cache", "memory"):
-            rates = [kernel("decode", "avx512", 1, where, h)[0] / 1e9 for h in ENTROPIES]
-            rows.append((f"bulk decode to the decoded form, AVX-512, 1 core, {where}, G/s", min(rates), 10, 15, spread(rates)))
-        rates = [kernel("fused-gemv", "avx2", 1, "cache", h)[0] / 1e9 for h in ENTROPIES]
-        rows.append(("AVX2 fused, 1 core, in cache, G/s", min(rates), 4, 7, spread(rates)))
+        for codec in CODECS:
+            for where in ("cache", "memory"):
+                rates = [kernel(codec, "decode", "avx512", 1, where, h)[0] / 1e9 for h in ENTROPIES]
+                rows.append((f"bulk decode of {codec} to the decoded form, AVX-512, 1 core, {where}, G/s", min(rates), 10, 15, spread(rates)))
+        for codec in CODECS:
+            rates = [kernel(codec, "fused-gemv", "avx2", 1, "cache", h)[0] / 1e9 for h in ENTROPIES]
+            rows.append((f"AVX2 fused {codec}, 1 core, in cache, G/s", min(rates), 4, 7, spread(rates)))
     # (row, section, ours, theirs, least, aim)
     for what, section, ours, theirs, least, aim in [
-        ("step, cached at 4.0 bpw / Q4_0", "steps", "tersor 4.0 cached", "llama.cpp Q4_0", 1.0, 1.1),
-        ("step, cached at 3.25 bpw / Q4_0", "steps", "tersor 3.25 cached", "llama.cpp Q4_0", 1.0, 1.1),
-        ("step, fused at 3.25 bpw / Q4_K_M", "steps", "tersor 3.25 fused", "llama.cpp Q4_K_M", 0.8, 1.2),
-        ("prefill 512, cached at 3.25 bpw / Q4_0", "prefill", "tersor 3.25 cached", "llama.cpp Q4_0", 0.5, 1.0),
-        ("prefill 512, fused at 3.25 bpw / Q4_0", "prefill", "tersor 3.25 fused", "llama.cpp Q4_0", 0.5, 1.0),
+        ("step, cached, rans at 4.0 bpw / Q4_0", "steps", "tersor rans 4.0 cached", "llama.cpp Q4_0", 1.0, 1.1),
+        ("step, cached, rans at 3.25 bpw / Q4_0", "steps", "tersor rans 3.25 cached", "llama.cpp Q4_0", 1.0, 1.1),
+        ("step, fused, rans at 3.25 bpw / Q4_K_M", "steps", "tersor rans 3.25 fused", "llama.cpp Q4_K_M", 0.8, 1.2),
+        ("step, fused, tiered at 3.25 bpw / Q4_K_M", "steps", "tersor tiered 3.25 fused", "llama.cpp Q4_K_M", 0.8, 1.2),
+        ("prefill 512, cached, rans at 3.25 bpw / Q4_0", "prefill", "tersor rans 3.25 cached", "llama.cpp Q4_0", 0.5, 1.0),
+        ("prefill 512, fused, rans at 3.25 bpw / Q4_0", "prefill", "tersor rans 3.25 fused", "llama.cpp Q4_0", 0.5, 1.0),
+        ("prefill 512, fused, tiered at 3.25 bpw / Q4_0", "prefill", "tersor tiered 3.25 fused", "llama.cpp Q4_0", 0.5, 1.0),
     ]:
         for count in threads if section in results else []:
             a, b = results[section].get((ours, count)), results[section].get((theirs, count))
@@ -301,14 +309,14 @@ def report(bench):
     if "kernels" in results:
         kernels = results["kernels"]
         bandwidth = ", ".join(f"{v:.1f} GB/s with {k}" for k, v in sorted(kernels["bandwidth"].items()))
-        out += ["", f"Kernels, G weights/s, codec rans; read bandwidth by threads {bandwidth}:", "",
-                "| kernel | level | threads | from | " + " | ".join(f"H {h}" for h in ENTROPIES) + " |", "|---" * (4 + len(ENTROPIES)) + "|"]
-        for key in dict.fromkeys(k[:4] for k in kernels["rows"]):
+        out += ["", f"Kernels, G weights/s; read bandwidth by threads {bandwidth}:", "",
+                "| codec | kernel | level | threads | from | " + " | ".join(f"H {h}" for h in ENTROPIES) + " |", "|---" * (5 + len(ENTROPIES)) + "|"]
+        for key in dict.fromkeys(k[:5] for k in kernels["rows"]):
             out.append("| " + " | ".join(map(str, key)) + " | " + " | ".join(f"{kernels['rows'][*key, h][0] / 1e9:.2f}" for h in ENTROPIES) + " |")
         out += ["", "Bulk decode, 1 thread, G symbols/s (bpw). Ours writes nibbles with escapes, the others a byte per symbol; the same symbols:", "",
                 "| decoder | from | " + " | ".join(f"H {h}" for h in ENTROPIES) + " |", "|---" * (2 + len(ENTROPIES)) + "|"]
-        rows = {(f"tersor rans, {level}", where): [kernels["rows"]["decode", level, 1, where, h] for h in ENTROPIES]
-                for where in ("cache", "memory") for level in ("avx512", "avx2")}
+        rows = {(f"tersor {codec}, {level}", where): [kernels["rows"][codec, "decode", level, 1, where, h] for h in ENTROPIES]
+                for where in ("cache", "memory") for codec in CODECS for level in ("avx512", "avx2")}
         cells = lambda values, size: " | ".join(f"{v[0] / 1e9:.2f} ({v[size]:.3f})" for v in values)
         out += [f"| {name} | {where} | {cells(values, 2)} |" for (name, where), values in rows.items()]
         for name, where in dict.fromkeys(k[:2] for k in kernels["bulk"]):

@@ -125,7 +125,8 @@ fn code_bits(tensor: &CodedTensor) -> Result<f64, DecodeError> {
                 let Table::Tiered(table) = tensor.table() else { unreachable!("a table is of its codec") };
                 let chunk = tiered::Chunk::parse(table, symbols, chunk)?;
                 let fields: usize = chunk.tiers.iter().map(|(_, fields)| fields.len()).sum();
-                (fields + chunk.escapes.len()) as f64 * 8.0 + far_bits(chunk.far.len())
+                let listed = chunk.listed_bytes.len() * tiered::LISTED_BYTES;
+                (fields + chunk.escapes.len() + listed) as f64 * 8.0 + far_bits(chunk.far.len())
             }
             _ => chunk.len() as f64 * 8.0,
         };

@@ -124,23 +124,31 @@ pub enum TableError {
         /// Most tiers allowed.
         tiers_max: usize,
     },
+    /// A `tiered` window that does not lie in the core alphabet.
+    #[error("tiered window begins with symbol byte {base}, allowed is 1..={base_max}")]
+    TierWindow {
+        /// Symbol byte of its first symbol.
+        base: u8,
+        /// The last one allowed.
+        base_max: u8,
+    },
     /// Fields that no layout is made for.
-    #[error("tier {tier}: fields of {bits} bits, allowed is 2..=4")]
+    #[error("tier {tier}: fields of {bits} bits, allowed is 3..=6")]
     TierBits {
         /// Index of the tier.
         tier: usize,
         /// Bits a field.
         bits: u8,
     },
-    /// The symbol bytes of a tier must ascend from 1 on, and occur in no other tier.
-    #[error("tier {tier}: symbol byte {symbol_byte} of field {field} is 0, out of order, or in an earlier tier")]
-    TierSymbol {
+    /// The pair bytes of a tier must ascend from 1 on, and occur in no other tier.
+    #[error("tier {tier}: pair byte {pair_byte} of field {field} is 0, out of order, or in an earlier tier")]
+    TierPair {
         /// Index of the tier.
         tier: usize,
         /// The field value.
         field: usize,
-        /// Its symbol byte.
-        symbol_byte: u8,
+        /// Its pair byte.
+        pair_byte: u8,
     },
 }
 
@@ -280,25 +288,39 @@ pub enum DecodeError {
         /// Bytes between the two.
         gap_bytes: usize,
     },
-    /// A tier of a `tiered` chunk with more symbols than the tier before can escape.
-    #[error("tier {tier} has {symbols} symbols, the one before {symbols_max}")]
+    /// A tier of a `tiered` chunk with more pairs than the tier before can escape.
+    #[error("tier {tier} has {pairs} pairs, the one before {pairs_max}")]
     TierTooLong {
         /// Index of the tier.
         tier: usize,
-        /// Its symbols.
-        symbols: usize,
-        /// Symbols of the tier before.
-        symbols_max: usize,
+        /// Its pairs.
+        pairs: usize,
+        /// Pairs of the tier before.
+        pairs_max: usize,
     },
-    /// A tier does not escape as many symbols as follow in the next one.
-    #[error("tier {tier} escapes {escapes} symbols, behind it are {symbols}")]
+    /// A tier does not escape as many pairs as follow in the next one.
+    #[error("tier {tier} escapes {escapes} pairs, behind it are {pairs}")]
     TierCount {
         /// Index of the tier.
         tier: usize,
-        /// Symbols that it escapes.
+        /// Pairs that it escapes.
         escapes: usize,
-        /// Symbols of the next tier, or escape bytes.
+        /// Pairs of the next tier, or escape bytes.
+        pairs: usize,
+    },
+    /// The last listed symbol of a `tiered` chunk lies behind its end.
+    #[error("listed symbol at position {position} of {symbols} symbols")]
+    ListedOutside {
+        /// Position in the chunk, in symbols.
+        position: usize,
+        /// Symbols of the chunk.
         symbols: usize,
+    },
+    /// A listed symbol of a `tiered` chunk is not coded as one.
+    #[error("listed symbol at position {position} does not have the nibble of listed symbols")]
+    ListedNibble {
+        /// Position in the chunk, in symbols.
+        position: usize,
     },
     /// A far entry out of order, outside the chunk, or with a symbol that is not far.
     #[error("far entry {entry}: position {position}, symbol {symbol} is out of order or not far")]

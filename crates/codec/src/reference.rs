@@ -228,13 +228,19 @@ fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<
         let field = |i: usize| {
             let (eight, tile, j) = (i / 512, i / 64 % 8, i % 64);
             let place = |k: usize| match (bits, tile, k) {
-                (2, ..) => (tile / 4, tile % 4 * 2 + k),
+                (3, 6, 2) => (1, 6),
+                (3, 7, 2) => (1, 7),
+                (3, 6, _) => (0, 6 + k),
+                (3, 7, _) => (2, 6 + k),
+                (3, ..) => (tile / 2, tile % 2 * 3 + k),
                 (4, ..) => (tile / 2, tile % 2 * 4 + k),
-                (_, 6, 2) => (1, 6),
-                (_, 7, 2) => (1, 7),
-                (_, 6, _) => (0, 6 + k),
-                (_, 7, _) => (2, 6 + k),
-                _ => (tile / 2, tile % 2 * 3 + k),
+                (5, 7, 3) => (1, 5),
+                (5, 7, 4) => (3, 5),
+                (5, 5.., 0..3) => (2 * (tile - 5), 5 + k),
+                (5, 5.., _) => (2 * (tile - 5) + 1, 3 + k),
+                (5, ..) => (tile, k),
+                _ if tile % 4 < 3 => (tile / 4 * 3 + tile % 4, k),
+                _ => (tile / 4 * 3 + k / 2, 6 + k % 2),
             };
             (0..bits).map(|k| (place(k), k)).map(|((line, at), k)| bit(eight * bits + line, j, at) << k).sum::<usize>()
         };
@@ -243,29 +249,53 @@ fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<
         }
         tiers.push((0..count).map(field).collect::<Vec<_>>().into_iter());
     }
-    let mut escapes = Escapes::new(chunk.escapes, chunk.far);
-    let mut out = Vec::new();
-    for i in 0..symbols {
-        let mut byte = ESCAPE;
+    let mut escapes = chunk.escapes.iter();
+    let last = tiers.len() - 1;
+    let mut pairs = Vec::new();
+    for _ in 0..chunk.tiers[0].0 {
+        let mut pair = ESCAPE;
         for (index, (tier, fields)) in table.tiers().iter().zip(&mut tiers).enumerate() {
-            // The first tier has a field for every symbol.
+            // The first tier has a field for every pair.
             let count = chunk.tiers[index].0;
-            let none_left = || DecodeError::TierCount { tier: index - 1, escapes: count + 1, symbols: count };
+            let none_left = || DecodeError::TierCount { tier: index - 1, escapes: count + 1, pairs: count };
             let field = fields.next().ok_or_else(none_left)?;
-            byte = tier.symbol_bytes()[field];
-            if byte != ESCAPE {
+            pair = tier.pair_bytes()[field];
+            if pair != ESCAPE {
                 break;
             }
         }
-        out.push(escapes.symbol(i, byte)?);
+        if pair == ESCAPE {
+            let count = chunk.escapes.len();
+            pair = *escapes.next().ok_or(DecodeError::TierCount { tier: last, escapes: count + 1, pairs: count })?;
+        }
+        pairs.push(pair);
     }
-    for (index, fields) in tiers.iter().enumerate() {
-        if fields.len() > 0 {
-            let symbols = chunk.tiers[index].0;
-            return Err(DecodeError::TierCount { tier: index - 1, escapes: symbols - fields.len(), symbols });
+    let left = tiers.iter().map(ExactSizeIterator::len).chain([escapes.len()]).skip(1);
+    for (tier, left) in left.enumerate() {
+        if left > 0 {
+            let pairs = if tier == last { chunk.escapes.len() } else { chunk.tiers[tier + 1].0 };
+            return Err(DecodeError::TierCount { tier, escapes: pairs - left, pairs });
         }
     }
-    escapes.finish()?;
+    let mut listed = chunk.listed().peekable();
+    let mut listed_symbols = Escapes::new(chunk.listed_bytes, chunk.far);
+    let mut out = Vec::new();
+    for i in 0..symbols {
+        let pair = i16::from(pairs[i / 128 * 64 + i % 64]);
+        let nibble = if i % 128 < 64 { pair % 16 } else { pair / 16 };
+        out.push(match listed.next_if(|&(position, _)| position == i) {
+            Some(_) if nibble != i16::from(tiered::LISTED_NIBBLE) => return Err(DecodeError::ListedNibble { position: i }),
+            Some(_) => listed_symbols.next(i)?,
+            None => i16::from(table.base()) + nibble - SYMBOL_BIAS,
+        });
+    }
+    // Pairs of which only the first symbol is there.
+    for i in symbols.saturating_sub(64)..symbols {
+        if i % 128 < 64 && i + 64 >= symbols && pairs[i / 128 * 64 + i % 64] / 16 != 0 {
+            return Err(DecodeError::PaddingNotZero);
+        }
+    }
+    listed_symbols.finish()?;
     Ok(out)
 }
 

@@ -1,59 +1,72 @@
-//! `tiered`: short fields for the frequent symbols, and the others passed on to a next tier of
-//! fields; a prefix code that decodes as fast as plain fields are unpacked.
+//! `tiered`: short fields for the frequent *pairs* of symbols, and the other pairs passed on to a
+//! next tier of fields; a prefix code that decodes nearly as fast as plain nibbles are unpacked.
 //!
 //! # Method
-//! A table has one to three *tiers*, each with fields of its own width, 2 to 4 bits, and a symbol
-//! byte for every field value but 0. Field 0 is ESCAPE: the symbol is coded in the next tier, and
-//! behind the last tier as an escape byte. So the first tier has a field for every symbol of the
-//! chunk, the second one for every symbol that the first escapes, and so on. A symbol of tier `t`
-//! has a code of `bits[0] + ... + bits[t]`.
+//! A pair is the symbols at the same lane of two consecutive tiles of 64: `2p` and `2p + 1`. Where
+//! both lie in a window of 16 consecutive symbols, which holds all but a few in ten thousand, they are
+//! two nibbles, one *pair byte*: the symbol of the first tile in the low one, counted from the
+//! window's first. Symbols outside the window are *listed* with their position.
 //!
-//! The most frequent symbols go to the first tier, the next to the second. Of all lists of widths
-//! the table takes the cheapest: for Gaussian symbols 2-2-2 below 2.9 bits of entropy, 3-2-2 up to
-//! 3.5, then 3-3-3 and 4-3-3.
+//! Pair bytes are coded by one to three *tiers*, each with fields of its own width, 3 to 6 bits, and
+//! a pair byte for every field value but 0. Field 0 is ESCAPE: the pair is coded in the next tier,
+//! and behind the last tier as a byte of itself. So the first tier has a field for every pair of the
+//! chunk, the second one for every pair that the first escapes, and so on. A pair of tier `t` has a
+//! code of `bits[0] + ... + bits[t]`, half of that a symbol.
+//!
+//! The most frequent pairs go to the first tier, the next to the second. Of all lists of widths the
+//! table takes the cheapest, as if the symbols of a pair were independent: for Gaussian symbols
+//! 4-4-5 at 2.25 bits of entropy, 5-5-6 at 2.5, 6-6-6 from 2.9 on.
 //!
 //! # Bytes of the table
 //! ```text
-//! u8 tiers (1..=3) | tiers x u8 bits (2..=4) | for each tier 2^bits - 1 x u8 symbol byte
+//! u8 base | u8 tiers (1..=3) | tiers x u8 bits (3..=6) | for each tier 2^bits - 1 x u8 pair byte
 //! ```
-//! The symbol bytes of a tier ascend strictly, none is 0, and none occurs in two tiers.
+//! `base` is the symbol byte of the window's first symbol, 1..=240. The pair bytes of a tier ascend
+//! strictly, none is 0, and none occurs in two tiers.
 //!
 //! # Bytes of a chunk (little-endian)
 //! ```text
-//! u32 escape_bytes | u32 far_count | (tiers - 1) x u32 symbols | escapes | fields of the last tier | ... | fields of the first tier | far entries
+//! u32 listed | u32 far_count | u32 escape_bytes | (tiers - 1) x u32 pairs | listed x u16 gap | listed x u8 symbol byte | escapes | fields of the last tier | ... | fields of the first tier | far entries
 //! ```
-//! `symbols` are those of the second and the third tier. Fields are packed by tiles of 64, eight
+//! A listed symbol lies `gap` symbols behind the one that follows the last listed one; its symbol byte
+//! (0 for a far one) replaces what the pair says, in which it has nibble 8. `pairs` are those of the second and the third tier.
+//! A pair whose second tile is beyond the chunk has 0 for it. Fields are packed by tiles of 64, eight
 //! tiles to `bits` *lines* of 64 bytes. Byte `j` of a line belongs to field `j` of its tiles:
 //!
 //! ```text
-//! 2 bits   line i: tiles 4i to 4i + 3, the first in the lowest bits
-//! 4 bits   line i: tiles 2i and 2i + 1, the first in the lowest bits
 //! 3 bits   line 0:  bits 0-2 tile 0 | 3-5 tile 1 | 6-7 low bits of tile 6
 //!          line 1:  bits 0-2 tile 2 | 3-5 tile 3 | 6 high bit of tile 6 | 7 high bit of tile 7
 //!          line 2:  bits 0-2 tile 4 | 3-5 tile 5 | 6-7 low bits of tile 7
+//! 4 bits   line i:  bits 0-3 tile 2i | 4-7 tile 2i + 1
+//! 5 bits   line i:  bits 0-4 tile i, and of tiles 5, 6 and 7:
+//!          line 0:  5-7 low bits of tile 5        line 1:  5 bit 3 of tile 7 | 6-7 high bits of tile 5
+//!          line 2:  5-7 low bits of tile 6        line 3:  5 bit 4 of tile 7 | 6-7 high bits of tile 6
+//!          line 4:  5-7 low bits of tile 7
+//! 6 bits   lines 0 to 2: bits 0-5 tiles 0 to 2 | 6-7 bits 0-1, 2-3 and 4-5 of tile 3
+//!          lines 3 to 5: tiles 4 to 7 likewise
 //! ```
 //! The last eight tiles of a tier may be fewer; lines without a field are then left out. Fields
-//! beyond the last symbol are 0.
+//! beyond the last pair are 0.
 //!
 //! # Why this suits SIMD
-//! A tile of the first tier is a shift of a line, a byte permute by the table, which ignores the
-//! bits that belong to other tiles, and one byte expand that fills in the escaped symbols. These
-//! were decoded before in the same way, from the tier behind, so a tier costs in proportion to its
-//! symbols. No step waits for the one before but for the address of the next escaped symbol, so one
-//! chunk alone keeps a core busy. Tiers lie in the order in which they are decoded: a chunk is read
-//! from front to back.
+//! A tile of the first tier, 128 symbols, is a line, shifted or not, a byte permute by the table, which
+//! ignores the bits that belong to other tiles, and one byte expand that fills in the escaped pairs.
+//! These were decoded before in the same way, from the tier behind, so a tier costs in proportion to
+//! its pairs. Nibbles are multiplied as they are, with no table: what the window's first symbol is
+//! worth is added to the sums. No step waits for the one before but for the address of the next
+//! escaped pair, so one chunk alone keeps a core busy. Tiers lie in the order in which they are
+//! decoded: a chunk is read from front to back.
 //!
 //! # Proof of validity
-//! Every tier escapes as many symbols as the next one has; unused fields are zero; far list and
-//! escape bytes of 0 name the same positions.
+//! Every tier escapes as many pairs as the next one has; unused fields and halves are zero; listed
+//! symbols lie in the chunk and have nibble 8; far list and listed bytes of 0 name the same positions.
 
 use std::cmp::Reverse;
 
 use crate::error::{DecodeError, EncodeError, TableError};
-use crate::escape::{Classified, ESCAPED_BITS, FAR_BITS, check_symbols, take_u32};
-use crate::frequencies::payload_bits;
+use crate::escape::{Classified, check_symbols, take_u32};
 use crate::histogram::Population;
-use crate::{ESCAPE, FAR_BYTES, FarList, Histogram, SYMBOL_BIAS};
+use crate::{ESCAPE, FAR_BYTES, FarList, Histogram};
 
 /// Most tiers of a table.
 pub const TIERS_MAX: usize = 3;
@@ -61,26 +74,34 @@ pub const TIERS_MAX: usize = 3;
 const TILE: usize = 64;
 /// Tiles that are packed together.
 const TILES: usize = 8;
+/// Most bits of a field, so lines of eight tiles.
+const BITS_MAX: usize = 6;
 /// Widths of fields.
-const BITS: std::ops::RangeInclusive<u8> = 2..=4;
+const BITS: std::ops::RangeInclusive<u8> = 3..=BITS_MAX as u8;
+/// Symbols of the window.
+const WINDOW: u8 = 16;
+/// The nibble of a symbol that is listed.
+pub const LISTED_NIBBLE: u8 = WINDOW / 2;
+/// Bytes of a listed symbol: its gap and its symbol byte.
+pub const LISTED_BYTES: usize = 3;
 
 /// One tier of a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Tier {
-    /// Bits of a field, 2..=4.
+    /// Bits of a field, 3..=6.
     bits: u8,
-    /// By field: the symbol byte; field 0 is [`ESCAPE`], and what is beyond `2^bits` too.
-    symbol_bytes: [u8; 16],
+    /// By field: the pair byte; field 0 is ESCAPE. Repeats itself every `2^bits` bytes.
+    pair_bytes: [u8; 1 << BITS_MAX],
 }
 
 impl Tier {
-    /// `symbol_bytes`: of the fields 1, 2, ...; in any order.
-    fn new(bits: u8, symbol_bytes: &[u8]) -> Self {
-        let mut tier = Self { bits, symbol_bytes: [ESCAPE; 16] };
-        let own = &mut tier.symbol_bytes[1..=symbol_bytes.len()];
-        own.copy_from_slice(symbol_bytes);
-        own.sort_unstable();
-        tier
+    /// `pair_bytes`: of all fields from 1 on, in any order.
+    fn new(bits: u8, pair_bytes: &[u8]) -> Self {
+        let mut own = [ESCAPE; 1 << BITS_MAX];
+        let fields = 1 << bits;
+        own[1..fields].copy_from_slice(pair_bytes);
+        own[1..fields].sort_unstable();
+        Self { bits, pair_bytes: std::array::from_fn(|i| own[i % fields]) }
     }
 
     /// Bits of a field.
@@ -88,19 +109,20 @@ impl Tier {
         self.bits
     }
 
-    /// By field: the symbol byte; [`ESCAPE`] for field 0 and for what no field can hold.
-    pub fn symbol_bytes(&self) -> &[u8; 16] {
-        &self.symbol_bytes
+    /// By field: the pair byte; [`ESCAPE`] for field 0. Repeats itself every `2^bits` bytes, so that bits above
+    /// the field do not matter to who looks up six.
+    pub fn pair_bytes(&self) -> &[u8; 1 << BITS_MAX] {
+        &self.pair_bytes
     }
 
-    /// Symbol bytes that have a field.
+    /// Pair bytes that have a field.
     fn coded(&self) -> &[u8] {
-        &self.symbol_bytes[1..1 << self.bits]
+        &self.pair_bytes[1..1 << self.bits]
     }
 
-    /// Bytes of the fields of `symbols` symbols.
-    pub fn field_bytes(&self, symbols: usize) -> usize {
-        let tiles = symbols.div_ceil(TILE);
+    /// Bytes of the fields of `pairs` pairs.
+    pub fn field_bytes(&self, pairs: usize) -> usize {
+        let tiles = pairs.div_ceil(TILE);
         (tiles / TILES * usize::from(self.bits) + self.lines(tiles % TILES)) * TILE
     }
 
@@ -109,6 +131,11 @@ impl Tier {
         let last = (0..tiles).flat_map(|tile| places(self.bits, tile)).map(|place| place.line + 1).max();
         last.unwrap_or(0)
     }
+}
+
+/// Pairs of a chunk of `symbols` symbols.
+pub fn pairs_of(symbols: usize) -> usize {
+    symbols / (2 * TILE) * TILE + (symbols % (2 * TILE)).min(TILE)
 }
 
 /// Where some bits of a tile's fields lie: `width` bits of the field from `from` on, at `shift` of
@@ -123,49 +150,105 @@ struct Place {
 
 /// The places of tile `tile` of eight.
 fn places(bits: u8, tile: usize) -> impl Iterator<Item = Place> {
-    let whole = |line, shift| (Place { line, shift, from: 0, width: bits }, None);
-    let (first, second) = match (bits, tile) {
-        (3, 6) => (Place { line: 0, shift: 6, from: 0, width: 2 }, Some(Place { line: 1, shift: 6, from: 2, width: 1 })),
-        (3, 7) => (Place { line: 2, shift: 6, from: 0, width: 2 }, Some(Place { line: 1, shift: 7, from: 2, width: 1 })),
+    let at = |line, shift, from, width| Some(Place { line, shift, from, width });
+    let places = match (bits, tile) {
+        (3, 6) => [at(0, 6, 0, 2), at(1, 6, 2, 1), None],
+        (3, 7) => [at(2, 6, 0, 2), at(1, 7, 2, 1), None],
+        (5, 5) => [at(0, 5, 0, 3), at(1, 6, 3, 2), None],
+        (5, 6) => [at(2, 5, 0, 3), at(3, 6, 3, 2), None],
+        (5, 7) => [at(4, 5, 0, 3), at(1, 5, 3, 1), at(3, 5, 4, 1)],
+        (6, 3 | 7) => [at(tile / 4 * 3, 6, 0, 2), at(tile / 4 * 3 + 1, 6, 2, 2), at(tile / 4 * 3 + 2, 6, 4, 2)],
+        (6, _) => [at(tile / 4 * 3 + tile % 4, 0, 0, 6), None, None],
         _ => {
             let together = usize::from(8 / bits);
-            whole(tile / together, bits * (tile % together) as u8)
+            [at(tile / together, bits * (tile % together) as u8, 0, bits), None, None]
         }
     };
-    std::iter::once(first).chain(second)
+    places.into_iter().flatten()
 }
 
 /// The tiers of a tensor.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Table {
+    /// Symbol byte of nibble 0.
+    base: u8,
     tiers: Vec<Tier>,
 }
 
+/// How often the nibbles of a window occur, and the symbols outside.
+struct Nibbles {
+    /// Listed symbols count as [`LISTED_NIBBLE`].
+    counts: [u64; WINDOW as usize],
+    listed: u64,
+    far: u64,
+}
+
+impl Nibbles {
+    fn new(population: &Population, base: u8) -> Self {
+        let mut nibbles = Self { counts: [0; WINDOW as usize], listed: population.far_total, far: population.far_total };
+        for &(byte, count) in &population.core {
+            match nibble(byte, base) {
+                Some(nibble) => nibbles.counts[usize::from(nibble)] += count,
+                None => nibbles.listed += count,
+            }
+        }
+        nibbles.counts[usize::from(LISTED_NIBBLE)] += nibbles.listed;
+        nibbles
+    }
+
+    /// By pair byte: how many of the pairs it is expected to be, were their symbols independent.
+    fn pair_counts(&self) -> [f64; 256] {
+        let symbols: u64 = self.counts.iter().sum();
+        std::array::from_fn(|pair| {
+            let [a, b] = [pair % 16, pair / 16].map(|nibble| self.counts[nibble] as f64);
+            a * b / (2.0 * symbols.max(1) as f64)
+        })
+    }
+
+    /// Bits of what lies beside the pairs.
+    fn listed_bits(&self) -> f64 {
+        self.listed as f64 * 8.0 * LISTED_BYTES as f64 + self.far as f64 * 8.0 * FAR_BYTES as f64
+    }
+}
+
+/// The nibble of a symbol byte in the window.
+fn nibble(byte: u8, base: u8) -> Option<u8> {
+    let nibble = byte.wrapping_sub(base);
+    (nibble < WINDOW).then_some(nibble)
+}
+
 impl Table {
-    /// The widths and symbols that cost the fewest bits, the table counted; of equals the one with
-    /// the fewest tiers.
+    /// The window with the most symbols, and the widths and pairs that cost the fewest bits, the table
+    /// counted; of equals the window nearest to -8..=7, and the table with the fewest tiers.
     pub(crate) fn build(histogram: &Histogram) -> Result<Self, TableError> {
         let population = Population::new(histogram);
         if population.core_total + population.far_total == 0 {
             return Err(TableError::EmptyHistogram);
         }
-        let mut counts = [0; 256];
+        let mut counts = [0u64; 256];
         for &(byte, count) in &population.core {
             counts[usize::from(byte)] = count;
         }
-        // All symbols, for a tier is full: those that do not occur are the last.
+        let held = |base: u8| counts[usize::from(base)..][..usize::from(WINDOW)].iter().sum::<u64>();
+        let base = (1..=BASE_MAX).max_by_key(|&base| (held(base), Reverse(base.abs_diff(BASE_USUAL)), Reverse(base))).expect("not empty");
+        let nibbles = Nibbles::new(&population, base);
+        let counts = nibbles.pair_counts();
+        // All pairs, for a tier is full: those that do not occur are the last.
         let mut ranked: Vec<u8> = (1..=255).collect();
-        ranked.sort_by_key(|&byte| (Reverse(counts[usize::from(byte)]), byte.abs_diff(SYMBOL_BIAS as u8), byte));
+        ranked.sort_by(|&a, &b| counts[usize::from(b)].total_cmp(&counts[usize::from(a)]).then(a.cmp(&b)));
+        let mut before = vec![0.0; 256];
+        for (i, &pair) in ranked.iter().enumerate() {
+            before[i + 1] = before[i] + counts[usize::from(pair)];
+        }
+        let all = before[255] + counts[0];
         let cost_bits = |widths: &[u8]| {
-            let mut rest = population.core_total + population.far_total;
-            let (mut bits, mut next) = (8.0 * (1 + widths.len()) as f64, 0);
+            let (mut bits, mut next) = (8.0 * (2 + widths.len()) as f64, 0);
             for &width in widths {
                 let entries = (1 << width) - 1;
-                bits += rest as f64 * f64::from(width) + 8.0 * entries as f64;
-                rest -= ranked[next..next + entries].iter().map(|&byte| counts[usize::from(byte)]).sum::<u64>();
+                bits += (all - before[next]) * f64::from(width) + 8.0 * entries as f64;
                 next += entries;
             }
-            bits + (rest - population.far_total) as f64 * ESCAPED_BITS + population.far_total as f64 * FAR_BITS
+            bits + (all - before[next]) * 8.0
         };
         let mut lists: Vec<Vec<u8>> = vec![Vec::new()];
         let mut best: Option<(f64, Vec<u8>)> = None;
@@ -185,11 +268,11 @@ impl Table {
             ranked = rest;
             Tier::new(bits, own)
         });
-        Ok(Self { tiers: tiers.collect() })
+        Ok(Self { base, tiers: tiers.collect() })
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
-        out.push(self.tiers.len() as u8);
+        out.extend([self.base, self.tiers.len() as u8]);
         out.extend(self.tiers.iter().map(|tier| tier.bits));
         for tier in &self.tiers {
             out.extend(tier.coded());
@@ -199,12 +282,15 @@ impl Table {
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, TableError> {
         let available_bytes = bytes.len();
         let truncated = |needed_bytes| TableError::Truncated { needed_bytes, available_bytes };
-        let (&count, rest) = bytes.split_first().ok_or(truncated(1))?;
+        let (&[base, count], rest) = bytes.split_first_chunk().ok_or(truncated(2))?;
+        if !(1..=BASE_MAX).contains(&base) {
+            return Err(TableError::TierWindow { base, base_max: BASE_MAX });
+        }
         let count = usize::from(count);
         if !(1..=TIERS_MAX).contains(&count) {
             return Err(TableError::Tiers { tiers: count, tiers_max: TIERS_MAX });
         }
-        let (widths, mut rest) = rest.split_at_checked(count).ok_or(truncated(1 + count))?;
+        let (widths, mut rest) = rest.split_at_checked(count).ok_or(truncated(2 + count))?;
         let mut seen = [false; 256];
         let mut tiers = Vec::with_capacity(count);
         for (tier, &bits) in widths.iter().enumerate() {
@@ -217,7 +303,7 @@ impl Table {
             for (entry, &byte) in own.iter().enumerate() {
                 let ascends = entry == 0 || own[entry - 1] < byte;
                 if byte == ESCAPE || !ascends || seen[usize::from(byte)] {
-                    return Err(TableError::TierSymbol { tier, field: entry + 1, symbol_byte: byte });
+                    return Err(TableError::TierPair { tier, field: entry + 1, pair_byte: byte });
                 }
                 seen[usize::from(byte)] = true;
             }
@@ -226,20 +312,28 @@ impl Table {
         if !rest.is_empty() {
             return Err(TableError::TrailingBytes { extra_bytes: rest.len() });
         }
-        Ok(Self { tiers })
+        Ok(Self { base, tiers })
     }
 
+    /// As if the symbols of a pair were independent.
     pub(crate) fn payload_bits(&self, histogram: &Histogram) -> f64 {
-        let mut bits_of = [f64::INFINITY; 256];
+        let nibbles = Nibbles::new(&Population::new(histogram), self.base);
         let mut bits = 0.0;
+        let mut bits_of = [f64::INFINITY; 256];
         for tier in &self.tiers {
             bits += f64::from(tier.bits);
-            for &byte in tier.coded() {
-                bits_of[usize::from(byte)] = bits;
+            for &pair in tier.coded() {
+                bits_of[usize::from(pair)] = bits;
             }
         }
-        bits_of[usize::from(ESCAPE)] = bits;
-        payload_bits(histogram, &bits_of)
+        let pairs = nibbles.pair_counts().into_iter().zip(bits_of);
+        let fields: f64 = pairs.map(|(count, own)| count * if own.is_finite() { own } else { bits + 8.0 }).sum();
+        fields + nibbles.listed_bits()
+    }
+
+    /// Symbol byte of the window's first symbol.
+    pub fn base(&self) -> u8 {
+        self.base
     }
 
     /// The tiers, first to last.
@@ -247,52 +341,58 @@ impl Table {
         &self.tiers
     }
 
-    /// By symbol byte: whether it has a field in some tier; ESCAPE always has.
+    /// By symbol byte: whether it lies in the window; ESCAPE stands for those that do not.
     fn coded(&self) -> [bool; 256] {
         let mut coded = [false; 256];
-        for &byte in self.tiers.iter().flat_map(Tier::coded) {
-            coded[usize::from(byte)] = true;
-        }
+        coded[usize::from(self.base)..][..usize::from(WINDOW)].fill(true);
         coded[usize::from(ESCAPE)] = true;
         coded
     }
 }
 
+/// The last window ends with symbol byte 255.
+const BASE_MAX: u8 = 255 - (WINDOW - 1);
+/// The window -8..=7.
+const BASE_USUAL: u8 = 120;
+
 /// The parts of a chunk.
 #[derive(Clone, Copy, Debug)]
 pub struct Chunk<'a> {
-    /// By tier: symbols and packed fields, `field_bytes(symbols)` bytes. No symbols beyond the last
-    /// tier.
+    /// By tier: pairs and packed fields, `field_bytes(pairs)` bytes. No pairs beyond the last tier.
     pub tiers: [(usize, &'a [u8]); TIERS_MAX],
-    /// Escape bytes in symbol order.
+    /// Pair bytes that no tier has.
     pub escapes: &'a [u8],
+    /// Gaps of the listed symbols, u16 each.
+    gaps: &'a [u8],
+    /// Their symbol bytes, 0 for a far one.
+    pub listed_bytes: &'a [u8],
     /// Far symbols.
     pub far: FarList<'a>,
 }
 
 impl<'a> Chunk<'a> {
-    /// Splits a chunk of `symbols` symbols into its parts. Lengths and the far list are checked,
-    /// and that no tier has more symbols than the one before; the rest only decoding can prove.
+    /// Splits a chunk of `symbols` symbols into its parts. Lengths and both lists are checked, and
+    /// that no tier has more pairs than the one before; the rest only decoding can prove.
     pub fn parse(table: &Table, symbols: usize, chunk: &'a [u8]) -> Result<Self, DecodeError> {
         check_symbols(symbols)?;
         let count = table.tiers.len();
         let available_bytes = chunk.len() as u64;
-        let header_bytes = 4 * (1 + count);
+        let header_bytes = 4 * (2 + count);
         let truncated = |needed_bytes| DecodeError::Truncated { needed_bytes, available_bytes };
         let (mut header, mut rest) = chunk.split_at_checked(header_bytes).ok_or(truncated(header_bytes as u64))?;
         let mut number = || take_u32(&mut header).map_or(0, u64::from);
-        let (escape_bytes, far_bytes) = (number(), number() * FAR_BYTES as u64);
+        let (listed, far_bytes, escape_bytes) = (number(), number() * FAR_BYTES as u64, number());
         let mut tiers = [(0, &chunk[..0]); TIERS_MAX];
-        tiers[0].0 = symbols;
+        tiers[0].0 = pairs_of(symbols);
         for tier in 1..count {
-            let (symbols, symbols_max) = (number() as usize, tiers[tier - 1].0);
-            if symbols > symbols_max {
-                return Err(DecodeError::TierTooLong { tier, symbols, symbols_max });
+            let (pairs, pairs_max) = (number() as usize, tiers[tier - 1].0);
+            if pairs > pairs_max {
+                return Err(DecodeError::TierTooLong { tier, pairs, pairs_max });
             }
-            tiers[tier].0 = symbols;
+            tiers[tier].0 = pairs;
         }
-        let field_bytes: usize = table.tiers.iter().zip(&tiers).map(|(tier, (symbols, _))| tier.field_bytes(*symbols)).sum();
-        let needed_bytes = header_bytes as u64 + escape_bytes + field_bytes as u64 + far_bytes;
+        let field_bytes: usize = table.tiers.iter().zip(&tiers).map(|(tier, (pairs, _))| tier.field_bytes(*pairs)).sum();
+        let needed_bytes = header_bytes as u64 + listed * LISTED_BYTES as u64 + escape_bytes + field_bytes as u64 + far_bytes;
         if needed_bytes > available_bytes {
             return Err(truncated(needed_bytes));
         }
@@ -304,32 +404,52 @@ impl<'a> Chunk<'a> {
             rest = after;
             part
         };
-        let escapes = take(escape_bytes as usize);
-        for (tier, (symbols, fields)) in table.tiers.iter().zip(&mut tiers).rev() {
-            *fields = take(tier.field_bytes(*symbols));
+        let (gaps, listed_bytes, escapes) = (take(2 * listed as usize), take(listed as usize), take(escape_bytes as usize));
+        for (tier, (pairs, fields)) in table.tiers.iter().zip(&mut tiers).rev() {
+            *fields = take(tier.field_bytes(*pairs));
         }
-        Ok(Self { tiers, escapes, far: FarList::parse(rest, symbols)? })
+        let chunk = Self { tiers, escapes, gaps, listed_bytes, far: FarList::parse(rest, symbols)? };
+        match chunk.listed().last() {
+            Some((position, _)) if position >= symbols => Err(DecodeError::ListedOutside { position, symbols }),
+            _ => Ok(chunk),
+        }
+    }
+
+    /// Listed symbols: position in the chunk, ascending, and symbol byte.
+    pub fn listed(&self) -> impl Iterator<Item = (usize, u8)> + use<'a> {
+        let gaps = self.gaps.as_chunks().0.iter().map(|gap| usize::from(u16::from_le_bytes(*gap)));
+        let positions = gaps.scan(0, |next, gap| {
+            let position = *next + gap;
+            *next = position + 1;
+            Some(position)
+        });
+        positions.zip(self.listed_bytes.iter().copied())
     }
 }
 
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let classified = Classified::new(symbols, &table.coded())?;
-    classified.write_header(out);
-    let mut codes = classified.codes.clone();
+    let mut classified = Classified::new(symbols, &table.coded())?;
+    let (gaps, listed_bytes) = list(&mut classified);
+    let mut pairs = pair_bytes(&classified.codes, table.base);
+    let mut counts = Vec::with_capacity(table.tiers.len());
     let mut packed = Vec::with_capacity(table.tiers.len());
-    for (index, tier) in table.tiers.iter().enumerate() {
-        if index > 0 {
-            out.extend((codes.len() as u32).to_le_bytes());
-        }
+    for tier in &table.tiers {
+        counts.push(pairs.len() as u32);
         let mut field_of = [0; 256];
-        for (field, &byte) in (1..).zip(tier.coded()) {
-            field_of[usize::from(byte)] = field;
+        for (field, &pair) in (1..).zip(tier.coded()) {
+            field_of[usize::from(pair)] = field;
         }
-        let fields: Vec<u8> = codes.iter().map(|&code| field_of[usize::from(code)]).collect();
+        let fields: Vec<u8> = pairs.iter().map(|&pair| field_of[usize::from(pair)]).collect();
         packed.push(pack(tier.bits, &fields));
-        codes.retain(|&code| field_of[usize::from(code)] == 0);
+        pairs.retain(|&pair| field_of[usize::from(pair)] == 0);
     }
-    classified.write_escapes(out);
+    out.extend((listed_bytes.len() as u32).to_le_bytes());
+    classified.write_far_count(out);
+    out.extend((pairs.len() as u32).to_le_bytes());
+    out.extend(counts[1..].iter().flat_map(|count| count.to_le_bytes()));
+    out.extend(gaps.iter().flat_map(|gap| gap.to_le_bytes()));
+    out.extend(listed_bytes);
+    out.extend(pairs);
     for fields in packed.iter().rev() {
         out.extend(fields);
     }
@@ -337,10 +457,47 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
     Ok(())
 }
 
+/// Gaps and symbol bytes of the symbols outside the window, whose codes are ESCAPE. Where a gap would
+/// not fit, a symbol on the way is listed too, and its code made ESCAPE.
+fn list(classified: &mut Classified) -> (Vec<u16>, Vec<u8>) {
+    let (mut gaps, mut bytes) = (Vec::new(), Vec::new());
+    let mut next = 0;
+    let mut escapes = classified.escapes.iter();
+    for position in 0..classified.codes.len() {
+        let code = &mut classified.codes[position];
+        let gap = u16::try_from(position - next).expect("bridged below");
+        if *code == ESCAPE {
+            bytes.push(*escapes.next().expect("one for each ESCAPE"));
+        } else if gap == u16::MAX {
+            bytes.push(std::mem::replace(code, ESCAPE));
+        } else {
+            continue;
+        }
+        gaps.push(gap);
+        next = position + 1;
+    }
+    (gaps, bytes)
+}
+
+/// `codes`: symbol bytes in the window, or ESCAPE for a listed symbol.
+fn pair_bytes(codes: &[u8], base: u8) -> Vec<u8> {
+    let nibble = |code: u8| if code == ESCAPE { LISTED_NIBBLE } else { code - base };
+    let mut pairs = Vec::with_capacity(pairs_of(codes.len()));
+    for codes in codes.chunks(2 * TILE) {
+        let (first, second) = codes.split_at(codes.len().min(TILE));
+        let start = pairs.len();
+        pairs.extend(first.iter().map(|&code| nibble(code)));
+        for (pair, &code) in pairs[start..].iter_mut().zip(second) {
+            *pair |= nibble(code) << 4;
+        }
+    }
+    pairs
+}
+
 fn pack(bits: u8, fields: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     for fields in fields.chunks(TILES * TILE) {
-        let mut lines = [[0u8; TILE]; 4];
+        let mut lines = [[0u8; TILE]; BITS_MAX];
         let mut used = 0;
         for (tile, fields) in fields.chunks(TILE).enumerate() {
             for Place { line, shift, from, width } in places(bits, tile) {
@@ -359,17 +516,32 @@ fn pack(bits: u8, fields: &[u8]) -> Vec<u8> {
 /// Decodes to symbol bytes, far = 0.
 pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
     let chunk = Chunk::parse(table, out.len(), bytes)?;
-    // What the tier at hand escapes: the symbols of the tier behind it.
-    let mut escaped = chunk.escapes.to_vec();
-    for index in (1..table.tiers.len()).rev() {
-        let mut symbols = vec![0; chunk.tiers[index].0];
-        decode_tier(table, &chunk, index, &escaped, &mut symbols)?;
-        escaped = symbols;
+    // What the tier at hand escapes: the pairs of the tier behind it.
+    let mut pairs = chunk.escapes.to_vec();
+    for index in (0..table.tiers.len()).rev() {
+        let escaped = pairs;
+        pairs = vec![0; chunk.tiers[index].0];
+        decode_tier(table, &chunk, index, &escaped, &mut pairs)?;
     }
-    decode_tier(table, &chunk, 0, &escaped, out)?;
+    for (pairs, out) in pairs.chunks(TILE).zip(out.chunks_mut(2 * TILE)) {
+        let (first, second) = out.split_at_mut(pairs.len());
+        if pairs[second.len()..].iter().any(|pair| pair >> 4 != 0) {
+            return Err(DecodeError::PaddingNotZero);
+        }
+        for (out, pair) in first.iter_mut().zip(pairs) {
+            *out = table.base + pair % WINDOW;
+        }
+        for (out, pair) in second.iter_mut().zip(pairs) {
+            *out = table.base + pair / WINDOW;
+        }
+    }
     let mut far = chunk.far.iter();
-    for position in (0..out.len()).filter(|&position| out[position] == ESCAPE) {
-        if far.next().is_none_or(|far| far.position as usize != position) {
+    for (position, byte) in chunk.listed() {
+        if out[position] != table.base + LISTED_NIBBLE {
+            return Err(DecodeError::ListedNibble { position });
+        }
+        out[position] = byte;
+        if byte == ESCAPE && far.next().is_none_or(|far| far.position as usize != position) {
             return Err(DecodeError::FarMismatch { position });
         }
     }
@@ -379,19 +551,19 @@ pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Resu
     }
 }
 
-/// The symbol bytes of one tier; `escaped` are those of the next.
+/// The pair bytes of one tier; `escaped` are those of the next.
 fn decode_tier(table: &Table, chunk: &Chunk<'_>, index: usize, escaped: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
     let tier = &table.tiers[index];
     unpack(tier.bits, chunk.tiers[index].1, out)?;
     let escapes = out.iter().filter(|field| **field == 0).count();
     if escapes != escaped.len() {
-        return Err(DecodeError::TierCount { tier: index, escapes, symbols: escaped.len() });
+        return Err(DecodeError::TierCount { tier: index, escapes, pairs: escaped.len() });
     }
     let mut escaped = escaped.iter();
     for field in out {
         *field = match *field {
             0 => *escaped.next().expect("as many as there are escapes"),
-            field => tier.symbol_bytes[usize::from(field)],
+            field => tier.pair_bytes[usize::from(field)],
         };
     }
     Ok(())
@@ -401,7 +573,7 @@ fn decode_tier(table: &Table, chunk: &Chunk<'_>, index: usize, escaped: &[u8], o
 fn unpack(bits: u8, packed: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
     let mut unused = 0;
     for (packed, out) in packed.chunks(usize::from(bits) * TILE).zip(out.chunks_mut(TILES * TILE)) {
-        let mut lines = [[0u8; TILE]; 4];
+        let mut lines = [[0u8; TILE]; BITS_MAX];
         lines.as_flattened_mut()[..packed.len()].copy_from_slice(packed);
         let mut fields = [[0u8; TILE]; TILES];
         for (tile, fields) in fields.iter_mut().enumerate() {
@@ -429,88 +601,145 @@ mod tests {
         histogram
     }
 
+    /// Pair bytes 0x80, 0x81, ... in the order of the tiers; the window is -8..=7.
     fn table(widths: &[u8]) -> Table {
-        let mut next = 120;
+        let mut next = 0x80;
         let tiers = widths.iter().map(|&bits| {
             let own: Vec<u8> = (next..next + (1 << bits) - 1).collect();
             next += own.len() as u8;
             Tier::new(bits, &own)
         });
-        Table { tiers: tiers.collect() }
+        Table { base: BASE_USUAL, tiers: tiers.collect() }
     }
 
     #[test]
-    fn frequent_symbols_come_first() {
-        // 1, 0 and -1 are the most frequent; a tier is filled up with the symbols nearest to 0.
-        let mut symbols = vec![0; 500];
-        symbols.extend([1; 300].iter().chain(&[-1; 290]).chain(&[5; 20]));
+    fn frequent_pairs_come_first() {
+        let mut symbols = vec![0; 5000];
+        symbols.extend([1; 3000].iter().chain(&[-1; 2900]).chain(&[5; 200]).chain(&[100; 10]));
         let built = Table::build(&histogram(&symbols)).unwrap();
-        assert_eq!(built.tiers[0], Tier::new(2, &[127, 128, 129]));
-        assert_eq!(built.tiers[1], Tier::new(2, &[126, 130, 133]));
-        assert_eq!(built.tiers.len(), 2);
-        assert_eq!(built.payload_bits(&histogram(&[0, 0, 1, 5, 7, 1000])), 2.0 * 3.0 + 4.0 + (4.0 + 8.0) + (4.0 + 8.0 + 48.0));
+        assert_eq!(built.base, 120);
+        // Seven of the nine pairs of -1, 0 and 1: without (-1, -1), and of the equals (1, -1) and (-1, 1) the smaller byte.
+        assert_eq!(built.tiers[0], Tier::new(3, &[0x78, 0x79, 0x87, 0x88, 0x89, 0x98, 0x99]));
+    }
+
+    #[test]
+    fn the_window_follows_the_symbols() {
+        let base = |symbols: &[i16]| Table::build(&histogram(symbols)).unwrap().base;
+        assert_eq!(base(&[0, 0, 1]), 120, "-8..=7 if that will do");
+        assert_eq!(base(&[0, 12]), 125, "as near to it as possible");
+        assert_eq!(base(&[-127; 3]), 1);
+        assert_eq!(base(&[127, 200]), 240);
+        assert_eq!(base(&[300]), 120);
+    }
+
+    #[test]
+    fn expected_bits_by_hand() {
+        let table = table(&[3, 4]);
+        // Eight times 0, in four pairs (0, 0), 0x88, which is the second of the second tier.
+        assert_eq!(table.payload_bits(&histogram(&[0; 8])), 4.0 * 7.0);
+        // (-8, -8) has no field: three bits, four bits, and a byte.
+        assert_eq!(table.payload_bits(&histogram(&[-8; 2])), 15.0);
+        // Listed symbols take a pair of 0, and 24 bits; a far one 48 more.
+        assert_eq!(table.payload_bits(&histogram(&[100, 1000])), 7.0 + 2.0 * 24.0 + 48.0);
     }
 
     #[test]
     fn bytes_by_hand() {
-        // Tier 0: symbols -8, -7, -6 (bytes 120 to 122); tier 1: -5 to 1 (bytes 123 to 129).
-        let table = table(&[2, 3]);
-        let symbols = [-8, -6, -5, 1, 100, 300];
+        let table = table(&[3, 4]);
+        // Two tiles: the first three symbols have partners, the others not.
+        let mut symbols = vec![-8; 67];
+        symbols[..4].copy_from_slice(&[-7, -1, -7, 100]);
+        symbols[64..].copy_from_slice(&[0, 0, 300]);
         let mut out = Vec::new();
         encode(&table, &symbols, &mut out).unwrap();
-        let mut expected = vec![2, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0, 228, 0];
+        // Listed: 100 at 3, 300 at 66. Pairs: 0x81, 0x87, 0x81, 0x08 without a field, then zeros, which have none either.
+        let mut expected = vec![2, 0, 0, 0, 1, 0, 0, 0, 61, 0, 0, 0, 62, 0, 0, 0, 3, 0, 62, 0, 228, 0];
+        expected.extend([&[8][..], &[0; 60]].concat());
         let line = |fields: &[u8]| [fields, &vec![0; 64 - fields.len()]].concat();
-        expected.extend(line(&[1, 7, 0, 0]));
-        expected.extend(line(&[1, 3, 0, 0, 0, 0]));
-        expected.extend([5, 0, 0, 0, 44, 1]);
+        expected.extend(line(&[1, 0]));
+        expected.extend(line(&[2, 0, 2]));
+        expected.extend([66, 0, 0, 0, 44, 1]);
         assert_eq!(out, expected);
-        let mut bytes = [0; 6];
+        let mut bytes = [0; 67];
         decode(&table, &out, &mut bytes).unwrap();
-        assert_eq!(bytes, [120, 122, 123, 129, 228, 0]);
+        let want: Vec<u8> = symbols.iter().map(|&symbol| if symbol == 300 { 0 } else { (symbol + 128) as u8 }).collect();
+        assert_eq!(bytes[..], want);
 
         let mut refused = |at: usize, value: u8| {
             let mut broken = out.clone();
             broken[at] = value;
             decode(&table, &broken, &mut bytes).unwrap_err()
         };
-        assert_eq!(refused(14 + 4, 1), DecodeError::PaddingNotZero);
-        assert_eq!(refused(14 + 64, 0), DecodeError::TierCount { tier: 0, escapes: 5, symbols: 4 });
-        assert_eq!(refused(14 + 3, 1), DecodeError::TierCount { tier: 1, escapes: 1, symbols: 2 });
-        assert_eq!(refused(12, 0), DecodeError::FarMismatch { position: 4 });
-        assert_eq!(refused(8, 7), DecodeError::TierTooLong { tier: 1, symbols: 7, symbols_max: 6 });
+        let second = 22 + 61;
+        assert_eq!(refused(second + 62, 1), DecodeError::PaddingNotZero, "a field beyond the last pair");
+        assert_eq!(refused(22 + 1, 0x10), DecodeError::PaddingNotZero, "a partner beyond the last symbol");
+        assert_eq!(refused(second + 64, 0), DecodeError::TierCount { tier: 0, escapes: 63, pairs: 62 });
+        assert_eq!(refused(second, 0), DecodeError::TierCount { tier: 1, escapes: 62, pairs: 61 });
+        assert_eq!(refused(20, 0), DecodeError::FarMismatch { position: 3 });
+        assert_eq!(refused(21, 1), DecodeError::FarMismatch { position: 66 });
+        assert_eq!(refused(18, 63), DecodeError::ListedOutside { position: 67, symbols: 67 });
+        assert_eq!(refused(16, 2), DecodeError::ListedNibble { position: 2 });
+        assert_eq!(refused(12, 70), DecodeError::TierTooLong { tier: 1, pairs: 70, pairs_max: 64 });
     }
 
     #[test]
-    fn eight_tiles_of_three_bits() {
-        let fields: Vec<u8> = (0..512).map(|i| if i % 64 == 0 { (i / 64) as u8 } else { 0 }).collect();
-        let packed = pack(3, &fields);
-        assert_eq!(packed.len(), 192);
-        // Tiles 0 to 7 have the fields 0 to 7.
-        assert_eq!((packed[0], packed[64], packed[128]), (0x88, 0xda, 0xec));
-        let mut back = [0; 512];
-        unpack(3, &packed, &mut back).unwrap();
-        assert_eq!(back[..], fields);
-        let three_bits = Tier::new(3, &[1, 2, 3, 4, 5, 6, 7]);
-        let bytes = [0, 64, 64, 128, 128, 192, 192, 192, 192, 256];
-        for (tiles, bytes) in bytes.into_iter().enumerate() {
-            assert_eq!(three_bits.field_bytes(tiles * 64), bytes, "{tiles} tiles");
-            assert_eq!(pack(3, &vec![7; tiles * 64]).len(), bytes, "{tiles} tiles");
+    fn long_gaps_are_bridged() {
+        let mut symbols = vec![0; 3 * 65536];
+        *symbols.last_mut().unwrap() = 100;
+        let table = Table::build(&histogram(&symbols)).unwrap();
+        let mut out = Vec::new();
+        encode(&table, &symbols, &mut out).unwrap();
+        let listed: Vec<_> = Chunk::parse(&table, symbols.len(), &out).unwrap().listed().collect();
+        assert_eq!(listed, [(65535, 128), (131_071, 128), (196_607, 228)]);
+        let mut bytes = vec![0; symbols.len()];
+        decode(&table, &out, &mut bytes).unwrap();
+        assert!(bytes[..196_607].iter().all(|&byte| byte == 128));
+    }
+
+    #[test]
+    fn every_width_packs_and_unpacks() {
+        for bits in BITS {
+            let tier = Tier::new(bits, &Vec::from_iter(1..1 << bits));
+            for tiles in 0..20 {
+                let fields: Vec<u8> = (0..tiles * 64).map(|i| (i * 37 % (1 << bits)) as u8).collect();
+                let packed = pack(bits, &fields);
+                assert_eq!(packed.len(), tier.field_bytes(fields.len()), "{bits} bits, {tiles} tiles");
+                let mut back = vec![0; fields.len()];
+                unpack(bits, &packed, &mut back).unwrap();
+                assert_eq!(back, fields);
+            }
         }
+        let bits_of_lines = |bits: u8| (0..TILES).flat_map(|tile| places(bits, tile)).map(|place| usize::from(place.width)).sum::<usize>();
+        assert!({ BITS }.all(|bits| bits_of_lines(bits) == TILES * usize::from(bits)));
+        // Eight tiles with the fields 0 to 7 in lane 0.
+        let fields: Vec<u8> = (0..512).map(|i| if i % 64 == 0 { (i / 64) as u8 } else { 0 }).collect();
+        let first = |bits| pack(bits, &fields).into_iter().step_by(64).collect::<Vec<u8>>();
+        assert_eq!(first(3), [0x88, 0xda, 0xec]);
+        assert_eq!(first(4), [0x10, 0x32, 0x54, 0x76]);
+        assert_eq!(first(5), [5 << 5, 1, 6 << 5 | 2, 3, 7 << 5 | 4]);
+        assert_eq!(first(6), [3 << 6, 1, 2, 3 << 6 | 4, 1 << 6 | 5, 6]);
     }
 
     #[test]
-    fn read_refuses_impossible_tiers() {
-        let good = [2, 2, 2, 1, 2, 3, 4, 5, 255];
+    fn read_refuses_impossible_tables() {
+        let good = [120, 2, 3, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 255];
         assert_eq!(Table::read(&good).unwrap().tiers.len(), 2);
         let refused = |bytes: &[u8]| Table::read(bytes).unwrap_err();
-        assert_eq!(refused(&[]), TableError::Truncated { needed_bytes: 1, available_bytes: 0 });
-        assert_eq!(refused(&good[..8]), TableError::Truncated { needed_bytes: 9, available_bytes: 8 });
+        assert_eq!(refused(&[1]), TableError::Truncated { needed_bytes: 2, available_bytes: 1 });
+        assert_eq!(refused(&good[..17]), TableError::Truncated { needed_bytes: 18, available_bytes: 17 });
         assert_eq!(refused(&[&good[..], &[0]].concat()), TableError::TrailingBytes { extra_bytes: 1 });
-        assert_eq!(refused(&[4, 2, 2, 2, 2]), TableError::Tiers { tiers: 4, tiers_max: 3 });
-        assert_eq!(refused(&[0]), TableError::Tiers { tiers: 0, tiers_max: 3 });
-        assert_eq!(refused(&[1, 5]), TableError::TierBits { tier: 0, bits: 5 });
-        assert_eq!(refused(&[1, 2, 0, 1, 2]), TableError::TierSymbol { tier: 0, field: 1, symbol_byte: 0 });
-        assert_eq!(refused(&[1, 2, 3, 3, 4]), TableError::TierSymbol { tier: 0, field: 2, symbol_byte: 3 });
-        assert_eq!(refused(&[2, 2, 2, 1, 2, 3, 3, 4, 5]), TableError::TierSymbol { tier: 1, field: 1, symbol_byte: 3 });
+        assert_eq!(refused(&[0, 1]), TableError::TierWindow { base: 0, base_max: 240 });
+        assert_eq!(refused(&[241, 1]), TableError::TierWindow { base: 241, base_max: 240 });
+        assert_eq!(refused(&[120, 4, 3, 3, 3, 3]), TableError::Tiers { tiers: 4, tiers_max: 3 });
+        assert_eq!(refused(&[120, 0]), TableError::Tiers { tiers: 0, tiers_max: 3 });
+        assert_eq!(refused(&[120, 1, 7]), TableError::TierBits { tier: 0, bits: 7 });
+        let with = |at: usize, value: u8| {
+            let mut bytes = good;
+            bytes[at] = value;
+            refused(&bytes)
+        };
+        assert_eq!(with(4, 0), TableError::TierPair { tier: 0, field: 1, pair_byte: 0 });
+        assert_eq!(with(5, 1), TableError::TierPair { tier: 0, field: 2, pair_byte: 1 });
+        assert_eq!(with(11, 7), TableError::TierPair { tier: 1, field: 1, pair_byte: 7 });
     }
 }

@@ -239,7 +239,9 @@ fn payload_bits_predict_the_size() {
             Codec::BlockAns(params) => params.blocks(symbols.len()) as f64,
             _ => 64.0,
         };
-        assert!(bits > expected - 64.0, "{codec}: {bits} bits, at least {expected} expected");
+        // `tiered` takes the symbols of a pair for independent, which those of a sample are not quite.
+        let sampling = if codec == Codec::Tiered { expected * 0.002 } else { 0.0 };
+        assert!(bits > expected - sampling - 64.0, "{codec}: {bits} bits, at least {expected} expected");
         assert!(bits < expected * 1.012 + 64.0 + blocks * 48.0, "{codec}: {bits} bits, about {expected} expected");
         assert!(expected > histogram.entropy_bits() * symbols.len() as f64, "{codec} beats the entropy");
     }

@@ -2,30 +2,18 @@
 //!
 //! Computes: symbol bytes of a chunk, or its product with one token's activations.
 //!
-//! Layout: the codec's, as it lies in the file; see `tersor_codec::tiered`. Eight tiles are 2, 3 or 4
-//! lines of 64 bytes. A line shifted into place is the index of a table lookup that ignores the bits
-//! of other tiles; where the lookup gives 0, the next symbols of the tier behind are filled in. Those
+//! Layout: the codec's, as it lies in the file; see `tersor_codec::tiered`. Eight tiles of pairs are 3
+//! to 6 lines of 64 bytes. A line shifted into place is the index of a table lookup that ignores the
+//! bits of other tiles; where the lookup gives 0, the next pairs of the tier behind are filled in. Those
 //! were decoded before, by the same steps, into a buffer that stays in the L1 or L2 cache.
 //!
 //! Needs: 64 readable bytes behind the chunk. The product wants segments and row tiles of whole
-//! eights of tiles, 32 columns, and no far symbols; otherwise the caller decodes and multiplies.
-//!
-//! Cost: for a tile of 64 symbols, at AVX-512, about one shift, and a permute, a test, a load, an
-//! expand, and a dot product or a store; for the tiers behind the same for every 64 symbols of theirs.
-//! No step waits for the one before but for a count, so a chunk alone fills the core.
-//!
-//! Measured (AMD EPYC, Zen 4, one of two shared and busy cores, `cargo run --release -p tersor-cpu
-//! --example gemv -- avx512 48 tiered`), in G weights/s fused with the dot, from the cache and from
-//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 39 and 35 (plain 105 and 66), at
-//! 3.06 bits 40 and 32 (52 and 43), at 3.79 bits 34 and 22 (53 and 42); `rans` does 13 there. In bulk
-//! 31 to 44 in cache. It loses at AVX2 where many symbols are escaped, since an expand is eight table
-//! lookups there, and above 3.7 bits, where its codes are as long as nibbles with escapes. Tried
-//! without gain: to keep the compiler from folding the load into the expand.
+//! eights of tiles of pairs, 64 columns, and no far symbols; otherwise the caller decodes and multiplies.
 
 use std::ops::Range;
 
-use tersor_codec::tiered::{Chunk, TIERS_MAX, Table, Tier};
-use tersor_codec::{PADDING_BYTES, Table as AnyTable};
+use tersor_codec::tiered::{Chunk, LISTED_NIBBLE, TIERS_MAX, Table, Tier};
+use tersor_codec::{PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
@@ -34,17 +22,17 @@ use crate::matmul::{SegmentScales, finish_rows};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
-/// Tiles that are packed together.
+/// Tiles of pairs that are packed together.
 const TILES: usize = 8;
-const EIGHT_SYMBOLS: usize = TILES * TILE_SYMBOLS;
+const EIGHT_PAIRS: usize = TILES * TILE_SYMBOLS;
 
 /// How far ahead of the lines the memory is told what comes. A chunk is read front to back, but
 /// the processor's own prefetcher stops at the end of a page.
 const PREFETCH_BYTES: usize = 4096;
 
-/// Symbols of the tiers behind the first, on their way to it.
+/// Pair bytes of all tiers but the first for the product; the bulk decoder uses the last for the first tier's.
 #[derive(Default)]
-pub(crate) struct Buffers([AlignedBytes; TIERS_MAX - 1]);
+pub(crate) struct Buffers([AlignedBytes; TIERS_MAX]);
 
 /// Decodes a chunk. False if it is of another codec, or does not decode: `out` and `far` may then
 /// have changed.
@@ -59,13 +47,27 @@ pub(crate) fn decode(
     let Some((table, parts)) = parse(tensor, chunk) else {
         return false;
     };
-    let Some(escaped) = inner(level, tensor, chunk, table, &parts, buffers) else {
+    let [behind @ .., pairs] = &mut buffers.0;
+    let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
         return false;
     };
+    let (tier, (count, fields)) = (&table.tiers()[0], parts.tiers[0]);
+    pairs.ensure(count);
+    let pairs = &mut pairs.as_chunks_mut().0[..count.div_ceil(TILE_SYMBOLS)];
+    if !expand(level, tier, count, fields.as_chunks().0, escaped, pairs) {
+        return false;
+    }
+    if !split(level, table.base(), pairs, out.as_chunks_mut().0) {
+        return false;
+    }
+    for (position, byte) in parts.listed() {
+        if out[position] != table.base() + LISTED_NIBBLE {
+            return false;
+        }
+        out[position] = byte;
+    }
     let known = far.len();
-    let (tier, (symbols, fields)) = (&table.tiers()[0], parts.tiers[0]);
-    let valid = expand(level, tier, symbols, fields.as_chunks().0, escaped, out.as_chunks_mut().0)
-        && take_far(tensor, chunk, parts.far, parts.escapes, out, far);
+    let valid = take_far(tensor, chunk, parts.far, parts.listed_bytes, out, far);
     if !valid {
         far.truncate(known);
     }
@@ -85,7 +87,8 @@ pub(crate) fn dot(
     x: &Activations,
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
-    if !tensor.col_steps().is_multiple_of(TILES) || !(x.segment() / TILE_COLS).is_multiple_of(TILES) {
+    const STEPS: usize = 2 * TILES;
+    if !tensor.col_steps().is_multiple_of(STEPS) || !(x.segment() / TILE_COLS).is_multiple_of(STEPS) {
         return false;
     }
     let mut rest = sums;
@@ -93,17 +96,17 @@ pub(crate) fn dot(
         let Some((table, parts)) = parse(tensor, chunk) else {
             return false;
         };
-        if !parts.far.is_empty() || count_zeros(parts.escapes) > 0 {
+        if !parts.far.is_empty() || count_zeros(parts.listed_bytes) > 0 {
             return false;
         }
-        let Some(escaped) = inner(level, tensor, chunk, table, &parts, buffers) else {
+        let [behind @ .., _] = &mut buffers.0;
+        let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
             return false;
         };
         let row_tiles = tensor.chunk_row_tiles(chunk);
         let (sums, after) = rest.split_at_mut(row_tiles.len());
         rest = after;
-        let lines = parts.tiers[0].1.as_chunks().0;
-        if !dot_lines(level, &table.tiers()[0], lines, escaped, row_tiles.start, scales, x, sums) {
+        if !dot_lines(level, table, &parts, escaped, row_tiles.start, scales, x, sums) {
             return false;
         }
     }
@@ -117,7 +120,7 @@ fn parse(tensor: &CodedTensor, chunk: usize) -> Option<(&Table, Chunk<'_>)> {
     Some((table, Chunk::parse(table, tensor.chunk_symbols(chunk), tensor.chunk(chunk)).ok()?))
 }
 
-/// The symbols that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
+/// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
 /// behind it are corrupt.
 fn inner<'a>(
     level: Level,
@@ -125,16 +128,16 @@ fn inner<'a>(
     chunk: usize,
     table: &Table,
     parts: &Chunk<'a>,
-    buffers: &'a mut Buffers,
+    buffers: &'a mut [AlignedBytes],
 ) -> Option<&'a [u8]> {
     let mut escaped = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
     let behind = table.tiers().iter().zip(parts.tiers).skip(1);
-    for ((tier, (symbols, fields)), buffer) in behind.rev().zip(&mut buffers.0) {
-        buffer.ensure(symbols.next_multiple_of(TILE_SYMBOLS) + PADDING_BYTES);
-        if !expand(level, tier, symbols, fields.as_chunks().0, escaped, buffer.as_chunks_mut().0) {
+    for ((tier, (pairs, fields)), buffer) in behind.rev().zip(buffers) {
+        buffer.ensure(pairs.next_multiple_of(TILE_SYMBOLS) + PADDING_BYTES);
+        if !expand(level, tier, pairs, fields.as_chunks().0, escaped, buffer.as_chunks_mut().0) {
             return None;
         }
-        escaped = &buffer[..symbols + PADDING_BYTES];
+        escaped = &buffer[..pairs + PADDING_BYTES];
     }
     Some(escaped)
 }
@@ -143,13 +146,7 @@ fn inner<'a>(
 /// anything. (No closures: the compiler would not inline intrinsics into them.)
 #[inline(always)]
 fn fields<I: Isa, const B: usize>(isa: I, lines: &[TileBytes; B]) -> [I::Tile; TILES] {
-    let (a, b) = (isa.load(&lines[0]), isa.load(&lines[1]));
-    if B == 2 {
-        let (a1, a2, a3) = (isa.shift_right(a, 2), isa.shift_right(a, 4), isa.shift_right(a, 6));
-        let (b1, b2, b3) = (isa.shift_right(b, 2), isa.shift_right(b, 4), isa.shift_right(b, 6));
-        return [a, a1, a2, a3, b, b1, b2, b3];
-    }
-    let c = isa.load(&lines[2]);
+    let (a, b, c) = (isa.load(&lines[0]), isa.load(&lines[1]), isa.load(&lines[2]));
     if B == 3 {
         let third = isa.splat(0b100);
         let sixth = isa.select_bits(third, isa.shift_right(b, 4), isa.shift_right(a, 6));
@@ -157,15 +154,30 @@ fn fields<I: Isa, const B: usize>(isa: I, lines: &[TileBytes; B]) -> [I::Tile; T
         return [a, isa.shift_right(a, 3), b, isa.shift_right(b, 3), c, isa.shift_right(c, 3), sixth, seventh];
     }
     let d = isa.load(&lines[3]);
-    [a, isa.shift_right(a, 4), b, isa.shift_right(b, 4), c, isa.shift_right(c, 4), d, isa.shift_right(d, 4)]
+    if B == 4 {
+        return [a, isa.shift_right(a, 4), b, isa.shift_right(b, 4), c, isa.shift_right(c, 4), d, isa.shift_right(d, 4)];
+    }
+    let e = isa.load(&lines[4]);
+    if B == 5 {
+        let low = isa.splat(0b111);
+        let fifth = isa.select_bits(low, isa.shift_right(a, 5), isa.shift_right(b, 3));
+        let sixth = isa.select_bits(low, isa.shift_right(c, 5), isa.shift_right(d, 3));
+        let high = isa.select_bits(isa.splat(0b1000), isa.shift_right(b, 2), isa.shift_right(d, 1));
+        let seventh = isa.select_bits(low, isa.shift_right(e, 5), high);
+        return [a, b, c, d, e, fifth, sixth, seventh];
+    }
+    let f = isa.load(&lines[5]);
+    [a, b, c, third_of_six(isa, a, b, c), d, e, f, third_of_six(isa, d, e, f)]
 }
 
-/// A table of `2^bits` bytes again and again, as [`Isa::lookup`] wants it.
-fn repeated(bits: u8, byte_of: impl Fn(usize) -> u8) -> TileBytes {
-    std::array::from_fn(|i| byte_of(i % (1 << bits)))
+/// The tile of 6 bits whose bits are the upper two of three lines.
+#[inline(always)]
+fn third_of_six<I: Isa>(isa: I, a: I::Tile, b: I::Tile, c: I::Tile) -> I::Tile {
+    let high = isa.select_bits(isa.splat(0b1111), isa.shift_right(b, 4), isa.shift_right(c, 2));
+    isa.select_bits(isa.splat(0b11), isa.shift_right(a, 6), high)
 }
 
-/// Reads of one tier's escaped symbols.
+/// Reads of one tier's escaped pairs.
 struct Escaped<'a> {
     bytes: &'a [u8],
     /// [`PADDING_BYTES`] before the end of `bytes`.
@@ -178,7 +190,7 @@ impl<'a> Escaped<'a> {
         Escaped { bytes, end: bytes.len() - PADDING_BYTES, taken: 0 }
     }
 
-    /// Replaces the bytes of 0 by the next symbols, or by anything beyond their end.
+    /// Replaces the bytes of 0 by the next pairs, or by anything beyond their end.
     #[inline(always)]
     fn fill<I: Isa>(&mut self, isa: I, tile: I::Tile, zero: I::Tile) -> I::Tile {
         // SAFETY: the read begins at `end` at most, behind which 64 bytes follow.
@@ -193,14 +205,15 @@ impl<'a> Escaped<'a> {
 }
 
 per_isa! {
-    /// Symbol bytes of one tier, whose fields lie in `lines`. `escaped`: the symbols of the tier
-    /// behind, with [`PADDING_BYTES`] after them. `out`: room for all tiles. False if a field beyond
-    /// the last symbol is not 0, or escaped symbols are left or missing.
-    fn expand(isa; tier: &Tier, symbols: usize, lines: &[TileBytes], escaped: &[u8], out: &mut [TileBytes]) -> bool {
+    /// Pair bytes of one tier, whose fields lie in `lines`. `escaped`: the pairs of the tier behind,
+    /// with [`PADDING_BYTES`] after them. `out`: room for all tiles. False if a field beyond the last
+    /// pair is not 0, or escaped pairs are left or missing.
+    fn expand(isa; tier: &Tier, pairs: usize, lines: &[TileBytes], escaped: &[u8], out: &mut [TileBytes]) -> bool {
         match tier.bits() {
-            2 => expand_bits::<_, 2>(isa, tier, symbols, lines, escaped, out),
-            3 => expand_bits::<_, 3>(isa, tier, symbols, lines, escaped, out),
-            _ => expand_bits::<_, 4>(isa, tier, symbols, lines, escaped, out),
+            3 => expand_bits::<_, 3>(isa, tier, pairs, lines, escaped, out),
+            4 => expand_bits::<_, 4>(isa, tier, pairs, lines, escaped, out),
+            5 => expand_bits::<_, 5>(isa, tier, pairs, lines, escaped, out),
+            _ => expand_bits::<_, 6>(isa, tier, pairs, lines, escaped, out),
         }
     }
 }
@@ -209,15 +222,15 @@ per_isa! {
 fn expand_bits<I: Isa, const B: usize>(
     isa: I,
     tier: &Tier,
-    symbols: usize,
+    pairs: usize,
     lines: &[TileBytes],
     escaped: &[u8],
     out: &mut [TileBytes],
 ) -> bool {
-    let table = isa.load(&repeated(tier.bits(), |field| tier.symbol_bytes()[field]));
+    let table = isa.table(tier.pair_bytes());
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
-    let whole = symbols / EIGHT_SYMBOLS;
+    let whole = pairs / EIGHT_PAIRS;
     let (eights, last) = lines.split_at(whole * B);
     let (out, out_last) = out.split_at_mut(whole * TILES);
     for (lines, out) in eights.as_chunks::<B>().0.iter().zip(out.as_chunks_mut::<TILES>().0) {
@@ -233,12 +246,12 @@ fn expand_bits<I: Isa, const B: usize>(
     if !last.is_empty() {
         let mut lines = [[0; TILE_SYMBOLS]; B];
         lines[..last.len()].copy_from_slice(last);
-        let itself = isa.load(&repeated(tier.bits(), |field| field as u8));
+        let itself = isa.table(&std::array::from_fn(|field| field as u8 % (1 << B)));
         let mut own = [[0; TILE_SYMBOLS]; TILES];
         for (own, tile) in own.iter_mut().zip(fields(isa, &lines)) {
             isa.store(isa.lookup(itself, tile), own);
         }
-        let count = symbols % EIGHT_SYMBOLS;
+        let count = pairs % EIGHT_PAIRS;
         let unused = &mut own.as_flattened_mut()[count..];
         if unused.iter().fold(0, |any, field| any | field) != 0 {
             return false;
@@ -254,22 +267,41 @@ fn expand_bits<I: Isa, const B: usize>(
 }
 
 per_isa! {
-    /// The product of a chunk's row tiles, of which `first` is the first. `lines` are the whole of
-    /// its first tier, `escaped` as for [`expand`]. False if escaped symbols are left or missing.
+    /// Symbol bytes of tiles of pairs, two tiles of each, of the last perhaps one. False if that one's
+    /// partners are not 0.
+    fn split(isa; base: u8, pairs: &[TileBytes], out: &mut [TileBytes]) -> bool {
+        let base = isa.splat(base);
+        for (pairs, out) in pairs.iter().zip(out.chunks_mut(2)) {
+            let tile = isa.load(pairs);
+            isa.store(isa.low(tile, base), &mut out[0]);
+            match out.get_mut(1) {
+                Some(out) => isa.store(isa.high(tile, base), out),
+                None if pairs.iter().any(|pair| pair >> 4 != 0) => return false,
+                None => {}
+            }
+        }
+        true
+    }
+}
+
+per_isa! {
+    /// The product of a chunk's row tiles, of which `first` is the first. `escaped` as for [`expand`].
+    /// False if escaped pairs are left or missing.
     fn dot_lines(
         isa;
-        tier: &Tier,
-        lines: &[TileBytes],
+        table: &Table,
+        parts: &Chunk<'_>,
         escaped: &[u8],
         first: usize,
         scales: &KernelScales,
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
-        match tier.bits() {
-            2 => dot_bits::<_, 2>(isa, tier, lines, escaped, first, scales, x, sums),
-            3 => dot_bits::<_, 3>(isa, tier, lines, escaped, first, scales, x, sums),
-            _ => dot_bits::<_, 4>(isa, tier, lines, escaped, first, scales, x, sums),
+        match table.tiers()[0].bits() {
+            3 => dot_bits::<_, 3>(isa, table, parts, escaped, first, scales, x, sums),
+            4 => dot_bits::<_, 4>(isa, table, parts, escaped, first, scales, x, sums),
+            5 => dot_bits::<_, 5>(isa, table, parts, escaped, first, scales, x, sums),
+            _ => dot_bits::<_, 6>(isa, table, parts, escaped, first, scales, x, sums),
         }
     }
 }
@@ -278,39 +310,86 @@ per_isa! {
 #[allow(clippy::too_many_arguments)] // Those of `dot_lines`.
 fn dot_bits<I: Isa, const B: usize>(
     isa: I,
-    tier: &Tier,
-    lines: &[TileBytes],
+    table: &Table,
+    parts: &Chunk<'_>,
     escaped: &[u8],
     first: usize,
     scales: &KernelScales,
     x: &Activations,
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
-    let table = isa.load(&repeated(tier.bits(), |field| tier.symbol_bytes()[field]));
+    let tier = &table.tiers()[0];
+    let lookup = isa.table(tier.pair_bytes());
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
+    let base = i32::from(table.base()) - i32::from(SYMBOL_BIAS);
     let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
     let (xscales, xsums) = (x.scales(0), x.sums(0));
+    let lines: &[TileBytes] = parts.tiers[0].1.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
+    let mut listed = Listed::new(parts.listed(), base);
+    let mut pairs = [[0; TILE_SYMBOLS]; TILES];
     for (i, acc) in sums.iter_mut().enumerate() {
         let tile_scales = scales.tile(first + i);
         *acc = [0.0; TILE_ROWS];
         for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
-            let mut dots = [isa.zero(); 2];
-            for (q, lines) in q.as_chunks::<TILES>().0.iter().zip(&mut eights) {
+            let (mut low, mut high) = (isa.zero(), isa.zero());
+            let mut beside = [0; TILE_ROWS];
+            for (q, lines) in q.as_chunks::<{ 2 * TILES }>().0.iter().zip(&mut eights) {
                 for line in lines {
                     prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
                 }
                 let tiles = fields(isa, lines);
                 for i in 0..TILES {
-                    let tile = isa.lookup(table, tiles[i]);
-                    dots[i % 2] = isa.dot(dots[i % 2], escaped.fill(isa, tile, zero), &q[i]);
+                    let tile = escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero);
+                    isa.store(tile, &mut pairs[i]);
+                    low = isa.dot_low(low, tile, &q[2 * i]);
+                    high = isa.dot_high(high, tile, &q[2 * i + 1]);
                 }
+                listed.add(&pairs, q, &mut beside);
             }
-            let isum = isa.finish(isa.add(dots[0], dots[1]), xsums[segment]);
+            let mut isum = isa.finish_nibbles(low, high);
+            for (sum, beside) in isum.iter_mut().zip(beside) {
+                *sum += base * xsums[segment] + beside;
+            }
             SegmentScales::of(tile_scales, segment).add(isa, acc, &isum, xscales[segment], xsums[segment]);
         }
         finish_rows(tile_scales, acc);
     }
-    escaped.used_up()
+    escaped.used_up() && listed.valid
+}
+
+/// The listed symbols of a chunk on their way through its product.
+struct Listed<L> {
+    rest: L,
+    next: Option<(usize, u8)>,
+    /// Symbols before the eight tiles of pairs at hand.
+    start: usize,
+    /// The symbol that their nibble stands for.
+    coded: i32,
+    /// Whether all had that nibble.
+    valid: bool,
+}
+
+impl<L: Iterator<Item = (usize, u8)>> Listed<L> {
+    fn new(mut rest: L, base: i32) -> Listed<L> {
+        let next = rest.next();
+        Listed { rest, next, start: 0, coded: base + i32::from(LISTED_NIBBLE), valid: true }
+    }
+
+    /// Adds what the listed symbols of eight tiles of pairs are more than their nibbles. `q`: of their sixteen steps.
+    #[inline(always)]
+    fn add(&mut self, pairs: &[TileBytes; TILES], q: &[[i8; TILE_COLS]; 2 * TILES], sums: &mut [i32; TILE_ROWS]) {
+        let end = self.start + 2 * EIGHT_PAIRS;
+        while let Some((position, byte)) = self.next
+            && position < end
+        {
+            let (step, lane) = ((position - self.start) / TILE_SYMBOLS, position % TILE_SYMBOLS);
+            self.valid &= pairs[step / 2][lane] >> (4 * (step % 2)) & 15 == LISTED_NIBBLE;
+            let more = i32::from(byte) - i32::from(SYMBOL_BIAS) - self.coded;
+            sums[lane / TILE_COLS] += more * i32::from(q[step][lane % TILE_COLS]);
+            self.next = self.rest.next();
+        }
+        self.start = end;
+    }
 }

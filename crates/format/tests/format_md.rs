@@ -147,16 +147,22 @@ fn widths_of_tables_and_chunks() {
                 Table::Tiered(table) => {
                     let parts = tiered::Chunk::parse(table, n, bytes).unwrap();
                     let tiers = table.tiers().len();
-                    let sizes = table.tiers().iter().zip(parts.tiers).map(|(tier, (symbols, fields))| {
-                        let (bits, tiles) = (usize::from(tier.bits()), symbols.div_ceil(64));
-                        let lines = tiles / 8 * bits + (tiles % 8).div_ceil(if bits == 2 { 4 } else { 2 }).min(bits);
-                        assert_eq!(fields.len(), lines * 64);
+                    let sizes = table.tiers().iter().zip(parts.tiers).map(|(tier, (pairs, fields))| {
+                        let (bits, tiles) = (usize::from(tier.bits()), pairs.div_ceil(64));
+                        let last = match (bits, tiles % 8) {
+                            (3 | 4, rest) => rest.div_ceil(2).min(bits),
+                            (5, rest) => rest.min(bits),
+                            (_, rest) => rest - rest / 4,
+                        };
+                        assert_eq!(fields.len(), (tiles / 8 * bits + last) * 64, "{bits} bits, {tiles} tiles");
                         fields.len()
                     });
-                    let sum =
-                        front + (tiers - 1) * width("tiered symbols") + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
+                    let counts = width("tiered listed") + width("far_count") + width("escape_bytes") + (tiers - 1) * width("tiered pairs");
+                    let listed = parts.listed_bytes.len() * (width("tiered gap") + width("tiered listed byte"));
+                    let sum = counts + listed + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
                     let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
-                    (width("tiered table, tiers") + tiers * width("tiered table, bits") + entries * width("tiered table, entry"), sum)
+                    let front = width("tiered table, base") + width("tiered table, tiers") + tiers * width("tiered table, bits");
+                    (front + entries * width("tiered table, entry"), sum)
                 }
                 _ => unreachable!("five codecs"),
             };

@@ -444,8 +444,8 @@ fn side_bits(codec: Codec, linear: &LinearInfo) -> f64 {
             let blocks = (chunk_symbols / f64::from(p.block_symbols)).ceil();
             32.0 + blocks * (16.0 + f64::from(p.state_bits) - f64::from(p.word_bits) / 2.0)
         }
-        // Two more counts, and on average half of the last line of two tiers.
-        Codec::Tiered => 64.0 + 2.0 * (32.0 + 256.0),
+        // Three more counts, and on average half of the last line of two tiers.
+        Codec::Tiered => 64.0 + 32.0 + 2.0 * (32.0 + 256.0),
         _ => 64.0,
     };
     // Chunks start at multiples of 16 bytes: 7.5 bytes are lost on average. The blob ends with 64 to 128 zeros.

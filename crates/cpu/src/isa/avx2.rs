@@ -24,6 +24,7 @@ impl Isa for Avx2 {
     type Tile = [__m256i; 2];
     type Sums = [__m256i; 2];
     type Floats = [__m256; 2];
+    type Table = [__m256i; 4];
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> [__m256i; 2] {
@@ -76,11 +77,30 @@ impl Isa for Avx2 {
         unsafe { halves!(|i| _mm256_or_si256(_mm256_and_si256(mask[i], a[i]), _mm256_andnot_si256(mask[i], b[i]))) }
     }
 
-    /// The shuffle gives 0 where the index has its highest bit set, so the bits above four go.
+    /// Quarters of 16 bytes, each in both halves of a register.
     #[inline(always)]
-    fn lookup(self, table: [__m256i; 2], index: [__m256i; 2]) -> [__m256i; 2] {
-        // SAFETY: registers only.
-        unsafe { halves!(|i| _mm256_shuffle_epi8(table[i], _mm256_and_si256(index[i], _mm256_set1_epi8(15)))) }
+    fn table(self, bytes: &TileBytes) -> [__m256i; 4] {
+        // SAFETY: four times 16 readable bytes.
+        unsafe {
+            let quarter = |i: usize| _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes[16 * i..].as_ptr().cast()));
+            [quarter(0), quarter(1), quarter(2), quarter(3)]
+        }
+    }
+
+    /// A shuffle in every quarter, and a choice among them by bits 4 and 5 of the index. The shuffle gives
+    /// 0 where the index has its highest bit set, so the bits above four go.
+    #[inline(always)]
+    fn lookup(self, table: [__m256i; 4], index: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only. A shift of 16-bit units moves bits 4 and 5 to the highest of their own byte.
+        unsafe {
+            halves!(|i| {
+                let at = _mm256_and_si256(index[i], _mm256_set1_epi8(15));
+                let (odd, upper) = (_mm256_slli_epi16::<3>(index[i]), _mm256_slli_epi16::<2>(index[i]));
+                let low = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[0], at), _mm256_shuffle_epi8(table[1], at), odd);
+                let high = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], at), _mm256_shuffle_epi8(table[3], at), odd);
+                _mm256_blendv_epi8(low, high, upper)
+            })
+        }
     }
 
     #[inline(always)]
@@ -194,6 +214,29 @@ impl Isa for Avx2 {
                 _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
             })
         }
+    }
+
+    #[inline(always)]
+    fn dot_low(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
+        // SAFETY: registers only. Two products are at most 2 * 15 * 128: nothing saturates.
+        unsafe {
+            let q = _mm256_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
+            let ones = _mm256_set1_epi16(1);
+            halves!(|i| {
+                let pairs = _mm256_maddubs_epi16(_mm256_and_si256(tile[i], _mm256_set1_epi8(15)), q);
+                _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn dot_high(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
+        self.dot_low(sums, self.shift_right(tile, 4), q)
+    }
+
+    #[inline(always)]
+    fn finish_nibbles(self, low: [__m256i; 2], high: [__m256i; 2]) -> [i32; TILE_ROWS] {
+        self.finish(self.add(low, high), 0)
     }
 
     #[inline(always)]

@@ -39,6 +39,8 @@ pub(crate) trait Isa: Copy {
     type Sums: Copy;
     /// 16 f32 lanes.
     type Floats: Copy;
+    /// 64 bytes to look up.
+    type Table: Copy;
 
     fn load(self, tile: &TileBytes) -> Self::Tile;
     fn store(self, tile: Self::Tile, out: &mut TileBytes);
@@ -52,8 +54,10 @@ pub(crate) trait Isa: Copy {
     fn shift_right(self, tile: Self::Tile, bits: u32) -> Self::Tile;
     /// The bits of `a` where `mask` has ones, those of `b` elsewhere.
     fn select_bits(self, mask: Self::Tile, a: Self::Tile, b: Self::Tile) -> Self::Tile;
-    /// By byte, `table[index % 16]`. The table repeats itself every 16 bytes.
-    fn lookup(self, table: Self::Tile, index: Self::Tile) -> Self::Tile;
+    /// A table of 64 bytes, as [`Isa::lookup`] wants it.
+    fn table(self, bytes: &TileBytes) -> Self::Table;
+    /// By byte, `table[index % 64]`.
+    fn lookup(self, table: Self::Table, index: Self::Tile) -> Self::Tile;
     /// Replaces the bytes of `tile` that equal `escape` by the next bytes at `escapes`, in lane
     /// order; returns how many.
     ///
@@ -86,6 +90,12 @@ pub(crate) trait Isa: Copy {
     fn zero(self) -> Self::Sums;
     /// Adds each row's four products with `q`.
     fn dot(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
+    /// Adds each row's four products of low nibbles with `q`.
+    fn dot_low(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
+    /// Adds each row's four products of high nibbles with `q`, to sums of their own.
+    fn dot_high(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
+    /// The rows' sums of `nibble * q`, of both.
+    fn finish_nibbles(self, low: Self::Sums, high: Self::Sums) -> [i32; TILE_ROWS];
     /// Sums of two halves of a segment.
     fn add(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// The rows' sums of `symbol * q`, where `symbol = byte - 128`; `q_sum` is the sum of all `q`

@@ -12,6 +12,7 @@ impl Isa for Scalar {
     type Tile = TileBytes;
     type Sums = [i32; TILE_ROWS];
     type Floats = [f32; LANES];
+    type Table = TileBytes;
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> TileBytes {
@@ -49,8 +50,13 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn table(self, bytes: &TileBytes) -> TileBytes {
+        *bytes
+    }
+
+    #[inline(always)]
     fn lookup(self, table: TileBytes, index: TileBytes) -> TileBytes {
-        index.map(|i| table[usize::from(i % 16)])
+        index.map(|i| table[usize::from(i % 64)])
     }
 
     #[inline(always)]
@@ -143,6 +149,26 @@ impl Isa for Scalar {
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    fn dot_low(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+        for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<TILE_COLS>().0) {
+            for (b, q) in row.iter().zip(q) {
+                *sum += i32::from(*b % 16) * i32::from(*q);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn dot_high(self, sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+        self.dot_low(sums, self.shift_right(tile, 4), q)
+    }
+
+    #[inline(always)]
+    fn finish_nibbles(self, low: [i32; TILE_ROWS], high: [i32; TILE_ROWS]) -> [i32; TILE_ROWS] {
+        self.add(low, high)
     }
 
     #[inline(always)]
