@@ -13,6 +13,7 @@ import tempfile
 
 import numpy as np
 import tersor
+from tqdm import tqdm
 
 # Label, arguments of tersor.quantize.
 FIXED = [("affine4 (MLX's 4 bit)", {"scheme": "affine4"}), ("q4_0 (GGUF)", {"scheme": "q4_0"}), ("int4-row", {"scheme": "int4-row"})]
@@ -85,7 +86,8 @@ def main():
     for label, options in sizes + FIXED:
         with tempfile.TemporaryDirectory() as scratch:
             directory = pathlib.Path(scratch) / "model"
-            report = tersor.quantize(arguments.checkpoint, directory, codec=arguments.codec, **options)
+            with tqdm(unit="weight", unit_scale=True, leave=False, disable=None) as bar:  # only on a terminal
+                report = tersor.quantize(arguments.checkpoint, directory, codec=arguments.codec, progress=bar, **options)
             divergence, perplexity = measure(tersor.Model.open(directory, strategy="cached"), runs, reference)
         row = {"label": label, "bpw": report["bpw"], "entropy": report["entropy_bits"], "kl": divergence, "perplexity": perplexity}
         print(f"{label:24}{row['bpw']:8.3f}{row['entropy']:9.3f}{divergence:10.4f}{perplexity:12.3f}", flush=True)

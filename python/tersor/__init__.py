@@ -4,7 +4,8 @@ A matrix of integer *symbols* (quantized weights) becomes a *blob*: a ``uint8`` 
 is checked before it is used, never trusted. Long work releases the GIL and uses all cores.
 
 Errors come by kind: ``ValueError`` for what the caller got wrong, ``NotImplementedError`` for what this version does not support,
-``MemoryError`` for memory and budgets, ``OSError`` for files, and ``CorruptError`` (a ``ValueError``) for bytes that contradict the format.
+``MemoryError`` for memory and budgets, ``OSError`` for files, ``CorruptError`` (a ``ValueError``) for bytes that contradict the format, and
+``RuntimeError`` for what the machine lacks or fails in, such as a GPU.
 
 ``progress`` is told how long work gets on: either a callable ``progress(done, total)``, called for each tensor in the units of the
 phase (weights or bytes), or a tqdm bar, whose total, description and count are set. What it raises ends the work, and so does Ctrl-C;

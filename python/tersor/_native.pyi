@@ -158,8 +158,8 @@ class Model:
         """Opens a Tersor directory, or an unquantized Hugging Face one, which runs as it is.
 
         ``memory_budget``: bytes, or text such as ``"2GiB"``; bounds weights, buffers, tables and a KV cache of ``context`` positions, and a
-        ``MemoryError`` names the least that would do. ``context``: what the model was made for unless given. All strategies give the same
-        bits.
+        ``MemoryError`` names the least that would do. ``context``: what the model was made for unless given. ``device``: ``cpu``, ``cuda`` or
+        ``cuda:1`` (NVIDIA). All strategies of a device give the same bits.
         """
     @property
     def context(self) -> int:

@@ -96,6 +96,16 @@ def test_blocks_equal_the_whole(mode, group_size, dtype):
     assert same(layer.to_quantized().weight, plain.weight)
 
 
+@pytest.mark.parametrize("codec", ["rans", "rans-precise", "huffman", "block-ans", "tiered", "fixed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_codec_equals_mlx(mode, codec):
+    plain = nn.QuantizedLinear.from_linear(nn.Linear(256, 300), 64, 4)
+    layer = EntropyCodedLinear.from_quantized(plain, decode_mode=mode, codec=codec)
+    x = mx.random.normal((2, 256))
+    for _ in range(2):
+        assert same(layer(x), plain(x))
+
+
 @pytest.mark.parametrize("mode", [*MODES, LruMode(70_000), LruMode(70_000, "lru"), LruMode(70_000, "mru"), AutoMode(70_000)])
 def test_models_equal_mlx(quantized, coded, mode):
     decoder = set_decode_mode(coded, mode)

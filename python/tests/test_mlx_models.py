@@ -1,5 +1,6 @@
 """Whole models: books-52m as mlx_lm.convert -q writes it, its coded twin in every mode, generation, directories, the server."""
 
+import hashlib
 import json
 import os
 import socket
@@ -85,6 +86,17 @@ def test_coding_is_lossless_and_near_the_entropy(books_4bit):
         assert name == other and same(a, b)
 
 
+def test_directories_come_back_identical_and_near_the_entropy(books_4bit, tmp_path):
+    """`tersor encode` and `tersor export`, as commands, on what `mlx_lm.convert -q` wrote."""
+    for arguments in (["encode", books_4bit, "-o", tmp_path / "coded"], ["export", tmp_path / "coded", "--to", "mlx", "-o", tmp_path / "back"]):
+        subprocess.run([sys.executable, "-m", "tersor", *arguments], check=True, capture_output=True, timeout=120)
+    files = {file.name: hashlib.sha256(file.read_bytes()).digest() for file in books_4bit.iterdir()}
+    assert files == {file.name: hashlib.sha256(file.read_bytes()).digest() for file in (tmp_path / "back").iterdir()}
+    report = tersor.inspect(tmp_path / "coded")
+    # A scale and a bias of 16 bits for 64 weights are the half bit.
+    assert 0 < report["coded_bpw"] - (report["entropy_bits"] + 0.5) < 0.02
+
+
 @pytest.mark.parametrize("mode", tm.MODES)
 def test_generates_mlx_tokens(books_f32, books_coded, mode, capsys):
     plain, tokenizer = mlx_lm.load(str(books_f32))
@@ -136,6 +148,22 @@ def test_convert_prints_and_refuses(books_f32, books_coded, tmp_path, capsys):
         tm.convert(str(books_coded), str(tmp_path / "again"))
     tm.convert(str(books_f32), str(tmp_path / "model"))
     assert "less than before" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="8 bits"):
+        tm.convert(str(books_f32), str(tmp_path / "other"), quantize=True, q_bits=8)
+    with pytest.raises(ValueError, match="not quantized"):
+        tm.convert(str(need_books()), str(tmp_path / "other"), quantize=False)
+
+
+def test_convert_command(books_f32, books_coded, tmp_path):
+    """On full precision with `mlx_lm.convert`'s arguments; the result is the one by way of `mlx_lm.convert`."""
+    command = [sys.executable, "-m", "tersor.mlx.convert", "--hf-path", str(need_books()), "--mlx-path", str(tmp_path / "model")]
+    done = subprocess.run([*command, "-q", "--q-bits", "4", "--dtype", "float32"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    weights = [(path / "model.safetensors").read_bytes() for path in (tmp_path / "model", books_coded)]
+    assert weights[0] == weights[1]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 1 and again.stderr.startswith("error: cannot save") and again.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("scheme, coded", [("affine4", True), ("q4_0", True), ("int4-row", True), ("ecsq", False)])
@@ -193,7 +221,7 @@ def test_generate_command(books_coded):
     command += ["--prompt", PROMPT, "--max-tokens", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "decode mode prefetch" in done.stdout
+    assert "decode mode prefetch" in done.stdout and "Warning" not in done.stderr
 
 
 def test_server(books_coded):

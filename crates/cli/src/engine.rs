@@ -55,6 +55,8 @@ pub struct Setup {
     limits: LimitArgs,
     /// Threads of products and decoding together.
     pub threads: usize,
+    /// Time when layers are computed with and their buffers filled.
+    pub timeline: bool,
 }
 
 impl Setup {
@@ -77,7 +79,7 @@ impl Setup {
         if let Some(level) = limits.level.filter(|_| limits.device != Device::Cpu) {
             return Err(Usage(format!("--level {level}: for the CPU only, not for {}", limits.device)).into());
         }
-        Ok(Self { strategy, limits: limits.clone(), threads })
+        Ok(Self { strategy, limits: limits.clone(), threads, timeline: false })
     }
 
     /// Where the model is to run.
@@ -171,6 +173,7 @@ impl Opened {
         options.policy = setup.limits.lru_policy;
         options.profile = profile;
         options.cache_dir = Some(machine::cache_dir());
+        options.timeline = setup.timeline;
         options
     }
 

@@ -58,12 +58,12 @@ pub(crate) struct Act {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sums {
-    pub part: u64,
+    pub sum: u64,
     pub unit: u64,
     pub scale: u64,
     pub bias: u64,
-    pub parts: i32,
     pub n: i32,
+    pub unused: i32,
 }
 
 /// `Prepare`.
@@ -71,6 +71,7 @@ pub(crate) struct Sums {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prepare {
     pub x: u64,
+    pub stats: u64,
     pub weight: u64,
     pub rows: u64,
     pub add: Sums,
@@ -78,12 +79,15 @@ pub(crate) struct Prepare {
     pub q: u64,
     pub info: u64,
     pub unit: u64,
+    pub clear: u64,
     pub eps: f32,
     pub cols: i32,
     pub k: i32,
     pub tokens: i32,
     pub nt: i32,
     pub up_row: i32,
+    pub clear_n: i32,
+    pub head_dim: i32,
 }
 
 /// `Place`: where a token's keys and values are.
@@ -126,12 +130,21 @@ pub(crate) struct Attention {
     pub q: u64,
     pub places: u64,
     pub out: u64,
+    pub stats: u64,
     pub scale: f32,
     pub layer: i32,
     pub heads: i32,
     pub kv_heads: i32,
     pub head_dim: i32,
     pub window: i32,
+}
+
+/// `Attend`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attend {
+    pub rope: Rope,
+    pub attention: Attention,
 }
 
 /// `RansChunk`.
@@ -165,4 +178,45 @@ pub(crate) struct RansJob {
     pub r: u32,
     pub far_capacity: u32,
     pub first_chunk: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of the parameters of a kernel, in order, as the compiler lays them out.
+    fn parameters(ptx: &str, kernel: &str) -> Vec<usize> {
+        let (_, rest) = ptx.split_once(&format!(".visible .entry {kernel}(")).unwrap_or_else(|| panic!("no kernel {kernel}"));
+        let (list, _) = rest.split_once(')').unwrap();
+        let bytes = |line: &str| match line.rsplit_once('[') {
+            Some((_, size)) => size.trim_end_matches([']', ',']).parse().unwrap(),
+            None if line.contains(".u64") || line.contains(".b64") => 8,
+            None => 4,
+        };
+        list.lines().map(str::trim).filter(|line| line.starts_with(".param")).map(bytes).collect()
+    }
+
+    #[test]
+    fn structures_are_as_large_as_the_kernels_think() {
+        let [quad, plain, rans, ops] = [
+            include_str!("kernels/ptx/quad.ptx"),
+            include_str!("kernels/ptx/plain.ptx"),
+            include_str!("kernels/ptx/rans.ptx"),
+            include_str!("kernels/ptx/ops.ptx"),
+        ];
+        let act = size_of::<Act>();
+        assert_eq!(parameters(quad, "quad_r1_t8"), [size_of::<Quad>(), act, 8]);
+        assert_eq!(parameters(quad, "quad_store"), [size_of::<Quad>(), 8]);
+        assert_eq!(parameters(plain, "plain_r2_t32"), [size_of::<Plain>(), act, 8]);
+        assert_eq!(parameters(rans, "rans_decode"), [size_of::<RansJob>()]);
+        for kernel in ["prepare_norm", "prepare_copy", "prepare_silu", "prepare_mix"] {
+            assert_eq!(parameters(ops, kernel), [size_of::<Prepare>()], "{kernel}");
+        }
+        assert_eq!(parameters(ops, "rope"), [size_of::<Rope>()]);
+        assert_eq!(parameters(ops, "attention_128"), [size_of::<Attention>()]);
+        assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
+        assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
+        assert_eq!(size_of::<Place>(), 24);
+        assert_eq!(size_of::<RansChunk>(), 24);
+    }
 }

@@ -51,29 +51,31 @@ impl Source {
     }
 }
 
-/// Loads a file of kernels: from `cache` if it was compiled before, else by NVRTC, else from the crate's PTX.
-pub(crate) fn load(device: &Arc<Device>, source: &Source, cache: Option<&Path>) -> Result<Module, CudaError> {
+/// Loads a file of kernels: from `cache` if it was compiled before, else by NVRTC, else from the crate's PTX. True if it was compiled for this
+/// architecture, so that it uses what the architecture has.
+pub(crate) fn load(device: &Arc<Device>, source: &Source, cache: Option<&Path>) -> Result<(Module, bool), CudaError> {
     let text = source.full_text();
     let arch = arch(device.properties().capability);
-    let Some(compiler) = Nvrtc::find() else { return load_ptx(device, source) };
+    let from_ptx = || Ok((load_ptx(device, source)?, false));
+    let Some(compiler) = Nvrtc::find() else { return from_ptx() };
     let version = compiler.version();
     let key = xxh3_64(format!("{arch} {version:?}\n{text}").as_bytes());
     let file = cache.map(|dir| dir.join(format!("{}-{arch}-{key:016x}.cubin", source.name.trim_end_matches(".cu"))));
     if let Some(image) = file.as_deref().and_then(read_cached)
         && let Ok(module) = Module::load(device, &image)
     {
-        return Ok(module);
+        return Ok((module, true));
     }
     // A compiler older than the GPU: its driver can do what the compiler cannot.
-    let Some(image) = compiler.compile(&text, source.name, &arch)? else { return load_ptx(device, source) };
+    let Some(image) = compiler.compile(&text, source.name, &arch)? else { return from_ptx() };
     let module = Module::load(device, &image)?;
     if let Some(file) = file {
         write_cached(&file, &image);
     }
-    Ok(module)
+    Ok((module, true))
 }
 
-fn load_ptx(device: &Arc<Device>, source: &Source) -> Result<Module, CudaError> {
+pub(crate) fn load_ptx(device: &Arc<Device>, source: &Source) -> Result<Module, CudaError> {
     let mut image = source.ptx.as_bytes().to_vec();
     image.push(0);
     Module::load(device, &image)

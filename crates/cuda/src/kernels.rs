@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::abi::{self, Place};
 use crate::compile::{self, SOURCES};
 use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
-use crate::layout::{self, SUPERSTEP_COLS};
+use crate::layout::{self, ATTENTION_SPLITS, SUPERSTEP_COLS};
 use crate::matrix::{Form, PlainAt, QuadAt};
 use crate::{CudaError, layout::Geometry};
 
@@ -15,11 +15,13 @@ const QUAD_WARPS_MAX: usize = 28;
 /// Warps of a block of `plain`.
 const PLAIN_WARPS: usize = 4;
 /// Warps on a multiprocessor that keep its memory busy in `plain`.
-const PLAIN_WARPS_WANTED: usize = 12;
+const PLAIN_WARPS_WANTED: usize = 16;
 /// Fewest supersteps of a run of columns when tiles of `plain` are split.
 const SPLIT_SUPERSTEPS_MIN: usize = 4;
 /// Threads of the large kernels between products.
 const OPS_THREADS: usize = 512;
+/// Threads of `attention` and `attend`.
+const ATTENTION_THREADS: usize = 256;
 /// Blocks of a cluster that take a token together in `prepare`, from compute capability 9.0 on: the largest that every GPU allows.
 const CLUSTER: usize = 8;
 /// Largest head that `attention` was made for.
@@ -29,6 +31,8 @@ pub const HEAD_DIM_MAX: usize = 256;
 #[derive(Debug)]
 pub struct Kernels {
     device: Arc<Device>,
+    /// The kernels know clusters and programmatic launches: what `HOPPER` is to them.
+    hopper: bool,
     _modules: [Module; 4],
     /// (low bits, batch of 1, 8, 16)
     quad: [[Function; 3]; 3],
@@ -39,8 +43,10 @@ pub struct Kernels {
     prepare_norm: Function,
     prepare_copy: Function,
     prepare_silu: Function,
+    prepare_mix: Function,
     rope: Function,
     attention: [Function; 3],
+    attend: [Function; 3],
     logits: Function,
     read_all: Function,
 }
@@ -52,15 +58,31 @@ impl Kernels {
     /// Kernels that do not compile or load.
     pub fn load(device: &Arc<Device>, cache: Option<&Path>) -> Result<Self, CudaError> {
         // The compiler takes seconds for each file, on one core.
-        let mut modules = std::thread::scope(|scope| {
+        let modules = std::thread::scope(|scope| {
             let workers = SOURCES.each_ref().map(|source| scope.spawn(move || compile::load(device, source, cache)));
             workers.map(|worker| {
                 worker.join().unwrap_or(Err(CudaError::Call { call: "compiling", cause: "the compiler's thread panicked".into() }))
             })
         })
-        .into_iter();
-        let mut next = || modules.next().expect("one for each source");
-        let modules = [next()?, next()?, next()?, next()?];
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+        let native = modules.iter().all(|(_, native)| *native);
+        let modules: [Module; 4] =
+            modules.into_iter().map(|(module, _)| module).collect::<Vec<_>>().try_into().expect("one for each source");
+        Self::of(device, modules, native)
+    }
+
+    /// Loads the PTX that comes with the crate, as [`load`](Self::load) does where no compiler is found: the driver translates it.
+    ///
+    /// # Errors
+    /// Kernels that do not load.
+    pub fn load_ptx(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let modules = SOURCES.iter().map(|source| compile::load_ptx(device, source)).collect::<Result<Vec<_>, _>>()?;
+        Self::of(device, modules.try_into().expect("one for each source"), false)
+    }
+
+    /// `native`: compiled for the GPU's own architecture.
+    fn of(device: &Arc<Device>, modules: [Module; 4], native: bool) -> Result<Self, CudaError> {
         let [quad, plain, rans, ops] = &modules;
         Ok(Self {
             quad: functions(
@@ -84,11 +106,14 @@ impl Kernels {
             prepare_norm: ops.function("prepare_norm")?,
             prepare_copy: ops.function("prepare_copy")?,
             prepare_silu: ops.function("prepare_silu")?,
+            prepare_mix: ops.function("prepare_mix")?,
             rope: ops.function("rope")?,
             attention: [ops.function("attention_64")?, ops.function("attention_128")?, ops.function("attention_256")?],
+            attend: [ops.function("attend_64")?, ops.function("attend_128")?, ops.function("attend_256")?],
             logits: ops.function("logits")?,
             read_all: ops.function("read_all")?,
             device: Arc::clone(device),
+            hopper: native && device.properties().capability.0 >= 9,
             _modules: modules,
         })
     }
@@ -117,10 +142,6 @@ impl Kernels {
         }
         Ok(geometry)
     }
-
-    fn clusters(&self) -> bool {
-        self.device.properties().capability.0 >= 9
-    }
 }
 
 /// The kernels of a module, in the order of their names.
@@ -130,19 +151,17 @@ fn functions<const N: usize>(module: &Module, names: [[&'static str; N]; 3]) -> 
     Ok(names.map(|row| row.map(|_| found.next().expect("one for each name"))))
 }
 
-/// Sums that a product leaves: (tokens, parts, n) exact integers, which the next kernel makes numbers.
+/// Sums that a product leaves: (tokens, n) exact integers, which the next kernel makes numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct SumsAt<'a> {
     /// The sums.
-    pub part: &'a Buffer,
+    pub sum: &'a Buffer,
     /// Units of the activations, (tokens).
     pub unit: &'a Buffer,
     /// Scales of the rows, (n).
     pub scale: &'a Buffer,
     /// Biases of the rows, (n).
     pub bias: Option<&'a Buffer>,
-    /// Partial sums of a row.
-    pub parts: usize,
     /// Rows of the matrix, padded.
     pub n: usize,
 }
@@ -150,17 +169,17 @@ pub struct SumsAt<'a> {
 impl SumsAt<'_> {
     fn args(&self) -> abi::Sums {
         abi::Sums {
-            part: self.part.address(),
+            sum: self.sum.address(),
             unit: self.unit.address(),
             scale: self.scale.address(),
             bias: self.bias.map_or(0, Buffer::address),
-            parts: self.parts as i32,
             n: self.n as i32,
+            unused: 0,
         }
     }
 }
 
-const NO_SUMS: abi::Sums = abi::Sums { part: 0, unit: 0, scale: 0, bias: 0, parts: 0, n: 0 };
+const NO_SUMS: abi::Sums = abi::Sums { sum: 0, unit: 0, scale: 0, bias: 0, n: 0, unused: 0 };
 
 /// Room for the activations of a matrix's products, as the kernels read them.
 #[derive(Debug)]
@@ -242,6 +261,8 @@ pub enum Input<'a> {
     },
     /// Floats, (tokens, cols).
     Copy(&'a Buffer),
+    /// What attention left.
+    Mix(&'a Mixed, Heads),
     /// silu(gate) * up; rows of up begin at `up_row`.
     Silu {
         /// Sums of gate and up.
@@ -264,6 +285,121 @@ pub struct Heads {
     pub k_row: usize,
     /// First row of v.
     pub v_row: usize,
+}
+
+/// Room for what attention leaves: for each token, head and part of its positions a weighted sum of values, and what it takes to put the parts together.
+#[derive(Debug)]
+pub struct Mixed {
+    out: Buffer,
+    stats: Buffer,
+}
+
+impl Mixed {
+    /// For `tokens` tokens of `heads` heads of `head_dim` numbers.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Arc<Device>, tokens: usize, heads: usize, head_dim: usize) -> Result<Self, CudaError> {
+        let parts = tokens * heads * ATTENTION_SPLITS;
+        Ok(Self {
+            out: device.allocate(parts * head_dim * size_of::<f32>(), "attention")?,
+            stats: device.allocate(parts * 2 * size_of::<f32>(), "attention")?,
+        })
+    }
+
+    /// Bytes on the device for a token.
+    #[must_use]
+    pub const fn bytes_for(heads: usize, head_dim: usize) -> usize {
+        heads * ATTENTION_SPLITS * (head_dim + 2) * size_of::<f32>()
+    }
+
+    /// The weighted sums, (tokens, heads, parts, head_dim), and pairs of highest score and sum of weights, (tokens, heads, parts), of `tokens`
+    /// tokens, for checks. A part without positions has the sum 0, and anything for its weighted sum.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn download(&self, tokens: usize, heads: usize, head_dim: usize) -> Result<(Vec<f32>, Vec<[f32; 2]>), CudaError> {
+        let parts = tokens * heads * ATTENTION_SPLITS;
+        let stats: Vec<f32> = self.stats.read(0, 2 * parts)?;
+        Ok((self.out.read(0, parts * head_dim)?, stats.as_chunks().0.to_vec()))
+    }
+}
+
+/// Attention of a layer: what it reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionAt<'a> {
+    /// q, k and v of the tokens, stacked.
+    pub sums: SumsAt<'a>,
+    /// Norms of the heads of q and k, (head_dim) each.
+    pub norms: Option<[&'a Buffer; 2]>,
+    /// Epsilon of these norms.
+    pub eps: f32,
+    /// Shapes.
+    pub heads: Heads,
+    /// Number of the layer.
+    pub layer: usize,
+    /// Positions that a token sees, its own included.
+    pub window: Option<usize>,
+    /// Cosines and sines, (tokens, head_dim), from a byte of a buffer on.
+    pub turn: (&'a Buffer, usize),
+    /// Where the tokens' keys and values are: [`Place`], (tokens).
+    pub places: (&'a Buffer, usize),
+    /// Room for the turned queries, (tokens, heads, head_dim).
+    pub q: &'a Buffer,
+    /// The result.
+    pub out: &'a Mixed,
+}
+
+impl AttentionAt<'_> {
+    fn check(&self, tokens: usize) {
+        let numbers = tokens * self.heads.heads * self.heads.head_dim;
+        assert!(
+            self.places.1 + tokens * size_of::<Place>() <= self.places.0.bytes()
+                && self.q.bytes() >= numbers * size_of::<f32>()
+                && self.out.out.bytes() >= numbers * ATTENTION_SPLITS * size_of::<f32>(),
+            "room for the tokens"
+        );
+    }
+
+    fn rope(&self) -> abi::Rope {
+        abi::Rope {
+            sums: self.sums.args(),
+            q_norm: self.norms.map_or(0, |n| n[0].address()),
+            k_norm: self.norms.map_or(0, |n| n[1].address()),
+            turn: self.turn.0.address() + self.turn.1 as u64,
+            places: self.places.0.address() + self.places.1 as u64,
+            q: self.q.address(),
+            eps: self.eps,
+            layer: self.layer as i32,
+            heads: self.heads.heads as i32,
+            kv_heads: self.heads.kv_heads as i32,
+            head_dim: self.heads.head_dim as i32,
+            k_row: self.heads.k_row as i32,
+            v_row: self.heads.v_row as i32,
+        }
+    }
+
+    fn attention(&self) -> abi::Attention {
+        abi::Attention {
+            q: self.q.address(),
+            places: self.places.0.address() + self.places.1 as u64,
+            out: self.out.out.address(),
+            stats: self.out.stats.address(),
+            scale: 1.0 / (self.heads.head_dim as f32).sqrt(),
+            layer: self.layer as i32,
+            heads: self.heads.heads as i32,
+            kv_heads: self.heads.kv_heads as i32,
+            head_dim: self.heads.head_dim as i32,
+            window: self.window.map_or(0, |w| w.min(i32::MAX as usize) as i32),
+        }
+    }
+
+    /// Which of the kernels for heads of at most 64, 128 and 256 numbers.
+    fn kernel(&self) -> Result<usize, CudaError> {
+        let dim = self.heads.head_dim;
+        let index = [64, 128, HEAD_DIM_MAX].iter().position(|&most| dim <= most);
+        index.ok_or_else(|| CudaError::Unsupported { what: format!("a head of {dim} numbers") })
+    }
 }
 
 /// Launches kernels of one forward pass on the compute stream, each allowed to begin while the one before it ends.
@@ -295,7 +431,7 @@ impl<'a> Queue<'a> {
     }
 
     fn shape(&mut self, grid: (usize, usize), threads: usize, shared_bytes: usize, cluster: usize) -> Shape {
-        let programmatic = self.after_kernel && self.kernels.clusters();
+        let programmatic = self.after_kernel && self.kernels.hopper;
         self.after_kernel = true;
         Shape {
             grid: (grid.0 as u32, grid.1 as u32),
@@ -306,23 +442,33 @@ impl<'a> Queue<'a> {
         }
     }
 
-    /// int8 activations of `tokens` tokens, of `cols` columns, for products with `form`.
+    /// int8 activations of `tokens` tokens, of `cols` columns, for products with `form`; clears `sums` for them.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Panics
-    /// If `out` has too little room.
-    pub fn prepare(&mut self, input: Input<'_>, out: &Activations, tokens: usize, cols: usize, form: &Form<'_>) -> Result<(), CudaError> {
-        let (k, nt) = (form.geometry().padded_cols(), form.batch(tokens));
+    /// If `out` or `sums` have too little room.
+    pub fn prepare(
+        &mut self,
+        input: Input<'_>,
+        out: &Activations,
+        tokens: usize,
+        cols: usize,
+        form: &Form<'_>,
+        sums: &Buffer,
+    ) -> Result<(), CudaError> {
+        let (k, nt, n) = (form.geometry().padded_cols(), form.batch(tokens), form.geometry().padded_rows());
         let padded_tokens = tokens.next_multiple_of(nt);
         assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
+        assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
         let supersteps = k / SUPERSTEP_COLS;
-        let cluster = if self.kernels.clusters() { CLUSTER.min(supersteps) } else { 1 };
+        let cluster = if self.kernels.hopper { CLUSTER.min(supersteps) } else { 1 };
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
         let threads = block_cols.min(OPS_THREADS);
         let mut args = abi::Prepare {
             x: 0,
+            stats: 0,
             weight: 0,
             rows: 0,
             add: NO_SUMS,
@@ -330,12 +476,15 @@ impl<'a> Queue<'a> {
             q: out.q.address(),
             info: out.info.address(),
             unit: out.unit.address(),
+            clear: sums.address(),
             eps: 0.0,
             cols: cols as i32,
             k: k as i32,
             tokens: tokens as i32,
             nt: nt as i32,
             up_row: 0,
+            clear_n: n as i32,
+            head_dim: 0,
         };
         let function = match input {
             Input::Norm { x, weight, eps, add, rows } => {
@@ -347,6 +496,10 @@ impl<'a> Queue<'a> {
             Input::Copy(x) => {
                 args.x = x.address();
                 &self.kernels.prepare_copy
+            }
+            Input::Mix(mixed, heads) => {
+                (args.x, args.stats, args.head_dim) = (mixed.out.address(), mixed.stats.address(), heads.head_dim as i32);
+                &self.kernels.prepare_mix
             }
             Input::Silu { sums, up_row } => {
                 (args.add, args.up_row) = (sums.args(), up_row as i32);
@@ -361,20 +514,19 @@ impl<'a> Queue<'a> {
         launch!(self, function, shape, Stream::Compute, args)
     }
 
-    /// Multiplies a matrix by `tokens` prepared tokens; `part` gets the sums. Returns the number of partial sums of a row.
+    /// Multiplies a matrix by `tokens` prepared tokens; the results are added to `sums`, (tokens, n), which were cleared with the preparation.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Panics
-    /// If `part` has too little room.
-    pub fn product(&mut self, form: &Form<'_>, activations: &Activations, tokens: usize, part: &Buffer) -> Result<usize, CudaError> {
+    /// If `sums` have too little room.
+    pub fn product(&mut self, form: &Form<'_>, activations: &Activations, tokens: usize, sums: &Buffer) -> Result<(), CudaError> {
         let g = form.geometry();
         let nt = form.batch(tokens);
-        let parts = parts_of(self.kernels, form, tokens);
         let batches = tokens.div_ceil(nt);
-        let stride = nt * parts * g.padded_rows() * size_of::<i64>();
-        assert!(batches * stride <= part.bytes(), "room for the sums");
+        let stride = nt * g.padded_rows() * size_of::<i64>();
+        assert!(batches * stride <= sums.bytes(), "room for the sums");
         let r = form.low_bits() as usize;
         for batch in 0..batches {
             let first = batch * nt;
@@ -383,7 +535,7 @@ impl<'a> Queue<'a> {
                 q: activations.q.address() + (first * g.padded_cols()) as u64,
                 info: activations.info.address() + (first * g.padded_cols() / SUPERSTEP_COLS * 8) as u64,
             };
-            let mut out = part.address() + (batch * stride) as u64;
+            let mut out = sums.address() + (batch * stride) as u64;
             match form {
                 Form::Quad(quad) => {
                     let index = [1, 8, 16].iter().position(|&n| n == nt).expect("a batch of this form");
@@ -395,13 +547,14 @@ impl<'a> Queue<'a> {
                 }
                 Form::Plain(plain) => {
                     let index = [1, 8, 16, 32].iter().position(|&n| n == nt).expect("a batch of this form");
-                    let mut args = plain.args(parts / g.segs());
-                    let shape = self.shape(((g.row_tiles() * parts).div_ceil(PLAIN_WARPS), 1), PLAIN_WARPS * 32, 0, 1);
+                    let split = plain_split(self.kernels.device.properties().multiprocessors as usize, g, tokens);
+                    let mut args = plain.args(split);
+                    let shape = self.shape(((g.tiles() * split).div_ceil(PLAIN_WARPS), 1), PLAIN_WARPS * 32, 0, 1);
                     launch!(self, &self.kernels.plain[r][index], shape, Stream::Compute, args, act, out)?;
                 }
             }
         }
-        Ok(parts)
+        Ok(())
     }
 
     /// Decodes a coded matrix to nibbles, on either stream.
@@ -424,77 +577,47 @@ impl<'a> Queue<'a> {
         Ok(())
     }
 
-    /// Norms and turns q and k of `tokens` tokens, and keeps k and v where `places` says. `q` becomes (tokens, heads, head_dim).
+    /// Attention of `tokens` tokens, from the sums of q, k and v.
+    ///
+    /// # Errors
+    /// The driver's; heads that are too long.
+    ///
+    /// # Panics
+    /// If a buffer has too little room.
+    pub fn attend(&mut self, at: &AttentionAt<'_>, tokens: usize) -> Result<(), CudaError> {
+        if tokens > 1 {
+            self.rope(at, tokens)?;
+            return self.attention(at, tokens);
+        }
+        at.check(1);
+        let function = &self.kernels.attend[at.kernel()?];
+        let mut args = abi::Attend { rope: at.rope(), attention: at.attention() };
+        let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, 1), ATTENTION_THREADS, 0, 1);
+        launch!(self, function, shape, Stream::Compute, args)
+    }
+
+    /// Norms and turns q and k of `tokens` tokens, and keeps k and v.
     ///
     /// # Errors
     /// The driver's.
-    #[allow(clippy::too_many_arguments)] // They are the kernel's.
-    pub fn rope(
-        &mut self,
-        sums: SumsAt<'_>,
-        norms: Option<[&Buffer; 2]>,
-        eps: f32,
-        heads: Heads,
-        layer: usize,
-        tokens: usize,
-        turn: (&Buffer, usize),
-        places: (&Buffer, usize),
-        q: &Buffer,
-    ) -> Result<(), CudaError> {
-        let mut args = abi::Rope {
-            sums: sums.args(),
-            q_norm: norms.map_or(0, |n| n[0].address()),
-            k_norm: norms.map_or(0, |n| n[1].address()),
-            turn: turn.0.address() + turn.1 as u64,
-            places: places.0.address() + places.1 as u64,
-            q: q.address(),
-            eps,
-            layer: layer as i32,
-            heads: heads.heads as i32,
-            kv_heads: heads.kv_heads as i32,
-            head_dim: heads.head_dim as i32,
-            k_row: heads.k_row as i32,
-            v_row: heads.v_row as i32,
-        };
-        assert!(
-            places.1 + tokens * size_of::<Place>() <= places.0.bytes() && q.bytes() >= tokens * heads.heads * heads.head_dim * 4,
-            "room for the tokens"
-        );
-        let shape = self.shape((heads.heads + 2 * heads.kv_heads, tokens), (heads.head_dim / 2).next_multiple_of(32), 0, 1);
+    pub fn rope(&mut self, at: &AttentionAt<'_>, tokens: usize) -> Result<(), CudaError> {
+        at.check(tokens);
+        let mut args = at.rope();
+        let Heads { heads, kv_heads, head_dim, .. } = at.heads;
+        let shape = self.shape((heads + 2 * kv_heads, tokens), (head_dim / 2).next_multiple_of(32), 0, 1);
         launch!(self, &self.kernels.rope, shape, Stream::Compute, args)
     }
 
-    /// Attention of `tokens` tokens over the keys and values where `places` says. `out`: (tokens, heads, head_dim).
+    /// Attention of `tokens` tokens, whose q, k and v [`rope`](Self::rope) has turned.
     ///
     /// # Errors
-    /// The driver's.
-    #[allow(clippy::too_many_arguments)] // They are the kernel's.
-    pub fn attention(
-        &mut self,
-        q: &Buffer,
-        heads: Heads,
-        layer: usize,
-        window: Option<usize>,
-        tokens: usize,
-        places: (&Buffer, usize),
-        out: &Buffer,
-    ) -> Result<(), CudaError> {
-        let index = [64, 128, HEAD_DIM_MAX].iter().position(|&dim| heads.head_dim <= dim);
-        let Some(index) = index else { return Err(CudaError::Unsupported { what: format!("a head of {} numbers", heads.head_dim) }) };
-        let mut args = abi::Attention {
-            q: q.address(),
-            places: places.0.address() + places.1 as u64,
-            out: out.address(),
-            scale: 1.0 / (heads.head_dim as f32).sqrt(),
-            layer: layer as i32,
-            heads: heads.heads as i32,
-            kv_heads: heads.kv_heads as i32,
-            head_dim: heads.head_dim as i32,
-            window: window.map_or(0, |w| w.min(i32::MAX as usize) as i32),
-        };
-        assert!(out.bytes() >= tokens * heads.heads * heads.head_dim * 4, "room for the tokens");
-        let shape = self.shape((heads.heads, tokens), 256, 0, 1);
-        launch!(self, &self.kernels.attention[index], shape, Stream::Compute, args)
+    /// The driver's; heads that are too long.
+    pub fn attention(&mut self, at: &AttentionAt<'_>, tokens: usize) -> Result<(), CudaError> {
+        at.check(tokens);
+        let function = &self.kernels.attention[at.kernel()?];
+        let mut args = at.attention();
+        let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, tokens), ATTENTION_THREADS, 0, 1);
+        launch!(self, function, shape, Stream::Compute, args)
     }
 
     /// Reads a buffer and keeps nothing, as a measure of bandwidth. `out`: 4 bytes.
@@ -517,16 +640,6 @@ impl<'a> Queue<'a> {
         let (mut args, mut address, mut count) = (sums.args(), out.address(), rows as i32);
         let shape = self.shape((rows.div_ceil(256), tokens), 256, 0, 1);
         launch!(self, &self.kernels.logits, shape, Stream::Compute, args, address, count)
-    }
-}
-
-/// Partial sums of a row in a product of `tokens` tokens.
-#[must_use]
-pub fn parts_of(kernels: &Kernels, form: &Form<'_>, tokens: usize) -> usize {
-    let g = form.geometry();
-    match form {
-        Form::Quad(_) => g.segs(),
-        Form::Plain(_) => g.segs() * plain_split(kernels.device.properties().multiprocessors as usize, g, tokens),
     }
 }
 

@@ -20,6 +20,6 @@ pub use abi::Place;
 pub use compile::{SOURCES, Source as KernelSource};
 pub use driver::{Buffer, Device, Event, Graph, Pinned, Plain as PlainData, Properties, Stream, device_count};
 pub use error::CudaError;
-pub use kernels::{Activations, HEAD_DIM_MAX, Heads, Input, Kernels, Prepared, Queue, SumsAt, parts_of};
+pub use kernels::{Activations, AttentionAt, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Prepared, Queue, SumsAt};
 pub use matrix::{Form, PlainAt, PlainMatrix, QuadAt, QuadPlaces, nibble_bytes};
 pub use rans::{RansDecoder, RansPart, supports as supports_rans};

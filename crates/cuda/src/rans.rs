@@ -14,10 +14,10 @@ use crate::kernels::Kernels;
 use crate::layout::{Geometry, LANES, TILE_ROWS};
 use crate::matrix::{PlainMatrix, nibble_bytes};
 
-/// Bytes of a batch: large enough that a copy's latency does not count.
-const BATCH_BYTES: usize = 32 << 20;
-/// Threads that gather a batch in pinned memory: one copies at a fifth of what PCIe carries.
-const GATHER_THREADS: usize = 8;
+/// Bytes of a batch. A warp decodes a chunk, and a GPU wants many warps: chunks of wide matrices are large.
+const BATCH_BYTES: usize = 64 << 20;
+/// Most threads that gather a batch in pinned memory: one copies at a fifth of what PCIe carries.
+const GATHER_THREADS_MAX: usize = 16;
 /// Readable bytes behind a chunk that the kernel asks for.
 const CHUNK_PADDING: usize = 64;
 /// Chunks begin at multiples of this in the file, and so here.
@@ -80,7 +80,8 @@ struct Batch<'a> {
 impl Batch<'_> {
     /// Writes the chunks to their places, which ascend.
     fn gather(&self, mut area: &mut [u8]) {
-        let share = self.chunks.len().div_ceil(GATHER_THREADS).max(1);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(GATHER_THREADS_MAX);
+        let share = self.chunks.len().div_ceil(threads).max(1);
         std::thread::scope(|scope| {
             let mut start = 0;
             for part in self.chunks.chunks(share) {

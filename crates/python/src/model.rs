@@ -79,8 +79,8 @@ impl Model {
     /// Opens a Tersor directory, or an unquantized Hugging Face one, which runs as it is.
     ///
     /// ``memory_budget``: bytes, or text such as ``"2GiB"``; bounds weights, buffers, tables and a KV cache of ``context`` positions, and a
-    /// ``MemoryError`` names the least that would do. ``context``: what the model was made for unless given. All strategies give the same
-    /// bits.
+    /// ``MemoryError`` names the least that would do. ``context``: what the model was made for unless given. ``device``: ``cpu``, ``cuda`` or
+    /// ``cuda:1`` (NVIDIA). All strategies of a device give the same bits.
     #[staticmethod]
     #[pyo3(signature = (directory, *, strategy = "auto", memory_budget = None, threads = None, context = None, device = "cpu", lru_policy = "pin"))]
     #[allow(clippy::too_many_arguments)] // The options of the command.
@@ -218,7 +218,12 @@ impl Model {
     }
 
     /// The whole continuation; arguments as for :meth:`stream`.
-    #[pyo3(signature = (prompt, **options))]
+    // The options are those of `stream`, which checks them; Python is shown them one by one.
+    #[pyo3(
+        signature = (prompt, **options),
+        text_signature = "($self, prompt, *, max_tokens=128, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, \
+                          repetition_penalty=None, seed=0, ignore_eos=False)"
+    )]
     fn generate(slf: &Bound<'_, Self>, prompt: &Bound<'_, PyAny>, options: Option<&Bound<'_, PyDict>>) -> PyResult<String> {
         let mut text = String::new();
         for piece in slf.call_method("stream", (prompt,), options)?.try_iter()? {
@@ -315,6 +320,6 @@ impl Stream {
     /// 64-bit hash, in hex, of the float32 logits of every generated token: equal hashes mean bit-identical runs.
     #[getter]
     fn logits_hash(&self, py: Python<'_>) -> String {
-        py.detach(|| format!("{:016x}", self.running().session.logits_hash()))
+        py.detach(|| format!("{:016x}", self.running().session.logits_hash().expect("the stream's session hashes its logits")))
     }
 }

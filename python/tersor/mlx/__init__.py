@@ -13,8 +13,8 @@ try:
 except ImportError as error:
     raise ImportError('tersor.mlx needs MLX: pip install "tersor[mlx]" (on Linux also "mlx[cpu]" or "mlx[cuda13]")') from error
 
-from .convert import convert
-from .generate import generate
+from .conversion import convert
+from .generation import generate
 from .layers import (
     EntropyCodedEmbedding,
     EntropyCodedLinear,

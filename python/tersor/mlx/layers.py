@@ -49,7 +49,7 @@ class _EntropyCoded:
         Raises:
             ValueError: parts that do not fit each other, or an unknown mode.
         """
-        _check_quantization(group_size, 4, "affine")
+        check_quantization(group_size, 4, "affine")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.group_size, layer.bits, layer.mode = group_size, 4, "affine"
@@ -79,7 +79,7 @@ class _EntropyCoded:
             ValueError: other bits, modes or group sizes; an unknown decode mode or codec.
         """
         decoder = make_mode(decode_mode)
-        _check_quantization(layer.group_size, layer.bits, layer.mode)
+        check_quantization(layer.group_size, layer.bits, layer.mode)
         return cls.from_coded(
             mx.array(encode_packed(layer.weight, codec)),
             layer.scales,
@@ -186,7 +186,7 @@ class EntropyCodedLinear(_EntropyCoded, nn.QuantizedLinear):
             ValueError: a weight that is no matrix of whole groups; unknown modes and codecs; unsupported bits and group sizes.
         """
         decoder = make_mode(decode_mode)
-        _check_quantization(group_size, bits, mode)
+        check_quantization(group_size, bits, mode)
         _check_weight(linear_layer.weight, group_size)
         quantized = nn.QuantizedLinear.from_linear(linear_layer, group_size, bits, mode)
         return cls.from_quantized(quantized, decode_mode=decoder, codec=codec)
@@ -264,7 +264,7 @@ class EntropyCodedEmbedding(_EntropyCoded, nn.QuantizedEmbedding):
             ValueError: as `EntropyCodedLinear.from_linear`.
         """
         decoder = make_mode(decode_mode)
-        _check_quantization(group_size, bits, mode)
+        check_quantization(group_size, bits, mode)
         _check_weight(embedding_layer.weight, group_size)
         quantized = nn.QuantizedEmbedding.from_embedding(embedding_layer, group_size, bits, mode)
         return cls.from_quantized(quantized, decode_mode=decoder, codec=codec)
@@ -412,7 +412,8 @@ def is_codable(module: nn.Module) -> bool:
     return module.mode == "affine" and module.bits == 4 and module.group_size in GROUP_SIZES
 
 
-def _check_quantization(group_size: int, bits: int, mode: str) -> None:
+def check_quantization(group_size: int, bits: int, mode: str) -> None:
+    """Refuses by ``ValueError`` what cannot be coded."""
     if mode != "affine" or bits != 4:
         raise ValueError(f"only MLX's affine mode with 4 bits can be coded, not {mode} with {bits} bits")
     if group_size not in GROUP_SIZES:

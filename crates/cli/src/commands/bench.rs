@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tersor_runtime::device::{self, Device};
 use tersor_runtime::generate::sampler::Sampling;
 use tersor_runtime::generate::session::{self, Generation, Options, Session, Stop};
+use tersor_runtime::model::weights::Span;
 use tersor_runtime::residency::Strategy;
 
 use crate::engine::{Engine, LimitArgs, Opened, Setup};
@@ -21,8 +22,6 @@ use crate::progress::Progress;
 
 /// Prompt and generated tokens unless the user says otherwise, as far as the context allows.
 const LENGTHS_DEFAULT: (usize, usize) = (512, 128);
-/// Generated tokens of the run that warms up.
-const WARM_UP_TOKENS: usize = 4;
 
 /// Measure prefill and step rates of strategies and thread counts
 ///
@@ -48,6 +47,9 @@ pub struct Args {
     /// Timed runs, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
+    /// Also print when layers are decoded or copied and when they are computed with, in the last pass: gpu-async and prefetch on a GPU, alone. Slower
+    #[arg(long)]
+    timeline: bool,
     #[command(flatten)]
     limits: LimitArgs,
     /// Print one JSON document
@@ -91,6 +93,8 @@ struct Run {
     decode_fraction: f64,
     /// Part of the decoded bytes that were found decoded; `null` where nothing is ever looked up.
     hit_fraction: Option<f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    timeline: Vec<Span>,
 }
 
 /// Runs the command.
@@ -98,6 +102,9 @@ pub fn run(args: &Args) -> Result<()> {
     let strategies = strategies(&args.strategy, args.limits.device)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let (prompt_tokens, tokens) = lengths(args)?;
+    if args.timeline && (strategies.len(), threads.len()) != (1, 1) {
+        return Err(Usage("--timeline: for one strategy and one number of threads".to_owned()).into());
+    }
     let combinations: Vec<(Strategy, usize)> =
         strategies.iter().flat_map(|&strategy| threads.iter().map(move |&count| (strategy, count))).collect();
     let _graceful = interrupt::graceful();
@@ -112,7 +119,8 @@ pub fn run(args: &Args) -> Result<()> {
 fn alone(args: &Args, strategy: Strategy, threads: usize, prompt_tokens: usize, tokens: usize) -> Result<Report> {
     let progress = Progress::new("bench", u64::from(args.repeat + 1));
     progress.message(&format!("{strategy}, {threads} threads"));
-    let setup = Setup::of(strategy, &args.limits, threads)?;
+    let mut setup = Setup::of(strategy, &args.limits, threads)?;
+    setup.timeline = args.timeline;
     let (run, hash) = measure(args, &setup, prompt_tokens, tokens, &progress)?;
     let machine = Machine {
         cpu: machine::cpu_name(),
@@ -219,21 +227,22 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
     let context = opened.context(None, prompt_tokens + tokens)?;
     let mut engine = opened.load(setup, context, true)?;
     let prompt = prompt(prompt_tokens, engine.runner.config().vocab);
-    generate(&mut engine, &prompt, WARM_UP_TOKENS.min(tokens))?;
+    // Not timed: the logits are hashed.
+    let first = generate(&mut engine, &prompt, tokens, true)?;
+    let hash = first.logits_hash.expect("they were hashed");
     progress.add(1);
 
     let before = engine.runner.report();
-    let (mut prefill, mut step, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut prefill, mut step) = (Vec::new(), Vec::new());
     let mut time = Duration::ZERO;
     for _ in 0..args.repeat {
-        let (generation, hash) = generate(&mut engine, &prompt, tokens)?;
+        let Generated { generation, tokens: chosen, .. } = generate(&mut engine, &prompt, tokens, false)?;
+        ensure!(chosen == first.tokens, "two equal runs gave different tokens");
         prefill.push(generation.prefill_tokens_per_second());
         step.push(generation.step_tokens_per_second());
-        hashes.push(hash);
         time += generation.prefill + generation.steps;
         progress.add(1);
     }
-    ensure!(hashes.iter().all(|hash| *hash == hashes[0]), "two equal runs gave different logits");
     let after = engine.runner.report();
     let decode_ns = (after.decode_exposed_ns - before.decode_exposed_ns) + (after.decode_fused_ns - before.decode_fused_ns);
     let (hit, miss) = (after.hit_bytes - before.hit_bytes, after.miss_bytes - before.miss_bytes);
@@ -249,18 +258,28 @@ fn measure(args: &Args, setup: &Setup, prompt_tokens: usize, tokens: usize, prog
         peak_rss_bytes: machine::peak_rss_bytes(),
         decode_fraction: decode_ns as f64 / (time.as_nanos() as f64).max(1.0),
         hit_fraction: (hit + miss > 0).then(|| hit as f64 / (hit + miss) as f64),
+        timeline: after.timeline,
     };
-    Ok((run, hashes[0]))
+    Ok((run, hash))
 }
 
-fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize) -> Result<(Generation, u64)> {
+struct Generated {
+    generation: Generation,
+    tokens: Vec<u32>,
+    logits_hash: Option<u64>,
+}
+
+fn generate(engine: &mut Engine, prompt: &[u32], tokens: usize, hashed: bool) -> Result<Generated> {
     let options = Options { tokens_max: tokens, context: engine.context, sampling: Sampling::default(), ignore_eos: true };
     let mut session = Session::new(engine.runner.as_ref(), prompt, &options)?;
+    if !hashed {
+        session = session.without_hash();
+    }
     let generation = session::generate(engine.runner.as_mut(), &mut session, interrupt::flag(), &mut |_| {})?;
     if generation.stop == Stop::Interrupted {
         return Err(Interrupted.into());
     }
-    Ok((generation, session.logits_hash()))
+    Ok(Generated { generation, tokens: session.generated().to_vec(), logits_hash: session.logits_hash() })
 }
 
 /// The same tokens on every machine, spread over the vocabulary.
@@ -322,7 +341,23 @@ fn render(report: &Report) -> String {
         ]);
     }
     text += &table.render();
+    for run in report.runs.iter().filter(|run| !run.timeline.is_empty()) {
+        text += &timeline(&run.timeline);
+    }
     text
+}
+
+/// The pieces of a pass in order, microseconds.
+fn timeline(spans: &[Span]) -> String {
+    let mut spans: Vec<&Span> = spans.iter().collect();
+    spans.sort_by(|a, b| a.from_us.total_cmp(&b.from_us));
+    let mut table = Table::new(&[">from µs", ">to µs", "computing with", "filling the buffer of"]);
+    for span in spans {
+        let (layer, none) = (format!("layer {}", span.layer), String::new());
+        let (computing, filling) = if span.computing { (layer, none) } else { (none, layer) };
+        table.row([format!("{:.0}", span.from_us), format!("{:.0}", span.until_us), computing, filling]);
+    }
+    format!("\n{}", table.render())
 }
 
 #[cfg(test)]

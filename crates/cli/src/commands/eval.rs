@@ -35,6 +35,9 @@ pub struct Args {
     /// Directory to compare with, normally the unquantized checkpoint
     #[arg(long, value_name = "HFDIR")]
     reference: Option<PathBuf>,
+    /// Where the reference runs [default: as --device; an unquantized one runs on the CPU]
+    #[arg(long, value_name = "D", requires = "reference")]
+    reference_device: Option<Device>,
     /// Tokens of a window [default: 512, or the longest that the model was made for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
@@ -115,7 +118,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn load_reference(path: &std::path::Path, args: &Args, context: usize, threads: usize) -> Result<Engine> {
     let opened = Opened::new(path)?;
     let context = opened.context(Some(context), context)?;
-    let device = if opened.is_coded() { args.engine.limits.device } else { Device::Cpu };
+    let device = args.reference_device.unwrap_or(if opened.is_coded() { args.engine.limits.device } else { Device::Cpu });
     let level = (device == Device::Cpu).then(Level::best);
     let limits = LimitArgs { memory_budget: None, level, device, ..args.engine.limits.clone() };
     opened.load(&Setup::of(Strategy::Auto, &limits, threads)?, context, false)

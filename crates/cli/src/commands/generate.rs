@@ -114,6 +114,9 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let mut engine = opened.load(&setup, context, false)?;
     let mut session = Session::new(engine.runner.as_ref(), &prompt, &options)?;
+    if !args.json {
+        session = session.without_hash();
+    }
 
     let _graceful = interrupt::graceful();
     if !args.json {
@@ -151,7 +154,7 @@ pub fn run(args: &Args) -> Result<()> {
         hit_rate,
         decode_hidden_seconds: report.decode_hidden_ns as f64 / 1e9,
         decode_exposed_seconds: report.decode_exposed_ns as f64 / 1e9,
-        logits_hash: format!("{:016x}", session.logits_hash()),
+        logits_hash: session.logits_hash().map_or_else(String::new, |hash| format!("{hash:016x}")),
         explain: plan.as_ref().map(explanation),
     };
     if args.json {

@@ -94,6 +94,7 @@ __device__ __forceinline__ void copy_async_16(u32 to, const void* from) {
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_wait_but_2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 v;
@@ -138,16 +139,16 @@ __device__ __forceinline__ void add_far(u32 first, u32 end, const int2* far, con
   __syncwarp();
 }
 
-// Writes a tile's sums: part is (tokens, parts, n).
+// Adds a tile's sums to those of its rows, (tokens, n), which begin at 0. The order does not matter: they are integers.
 template <int NT, int NY>
-__device__ __forceinline__ void store_sums(i64* part, int parts, int p, int n, int row_tile, const i64 (&y0)[NY], const i64 (&y1)[NY]) {
+__device__ __forceinline__ void add_sums(i64* sums, int n, int row_tile, const i64 (&y0)[NY], const i64 (&y1)[NY]) {
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int j = 0; j < NY; j++) {
     const int token = NT == 1 ? 0 : (j >> 1) * 8 + c * 2 + (j & 1);
     if (NT == 1 && c != 0) return;
-    i64* out = part + ((size_t)token * parts + p) * n + row_tile * TILE_ROWS + g;
-    out[0] = y0[j];
-    out[8] = y1[j];
+    u64* out = (u64*)(sums + (size_t)token * n + row_tile * TILE_ROWS + g);
+    atomicAdd(out, (u64)y0[j]);
+    atomicAdd(out + 8, (u64)y1[j]);
   }
 }

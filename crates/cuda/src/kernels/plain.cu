@@ -11,7 +11,7 @@
 // programmatic launches; launch and ramp dominate small matrices).  Measured: bench/RESULTS.md, "CUDA".
 
 template <int R, int NT, int U>
-__device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restrict__ part) {
+__device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restrict__ sums) {
   __shared__ u64 far_sums[4][NT * TILE_ROWS];
   constexpr int NTL = (NT + 7) / 8, NY = NTL * (NT == 1 ? 1 : 2), LANES = NT == 1 ? 8 : 32 * NTL;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, c = lane & 3;
@@ -41,8 +41,9 @@ __device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restr
   };
   launch_dependents();
   load(0);
+  const u32 first_far = run == 0 ? __ldg(M.far_off + tile) : 0, end_far = run == 0 ? __ldg(M.far_off + tile + 1) : 0;
   wait_for_kernel_before();
-  if (run == 0) add_far<NT>(M.far_off[tile], M.far_off[tile + 1], M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * (M.tc / SUPERSTEP), M.k, far_sums[warp], y0, y1);
+  add_far<NT>(first_far, end_far, M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * (M.tc / SUPERSTEP), M.k, far_sums[warp], y0, y1);
 #pragma unroll 1
   for (int b = 0; b < blocks; b += U) {
     uint4 v[U], low[R ? U / 2 : 1];
@@ -94,11 +95,11 @@ __device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restr
       }
     }
   }
-  store_sums<NT>(part, M.segs * M.split, p, M.n, row_tile, y0, y1);
+  add_sums<NT>(sums, M.n, row_tile, y0, y1);
 }
 
 #define PLAIN(R, NT, U) \
-  extern "C" __global__ void __launch_bounds__(128) plain_r##R##_t##NT(Plain M, Act A, i64* part) { plain<R, NT, U>(M, A, part); }
+  extern "C" __global__ void __launch_bounds__(128) plain_r##R##_t##NT(Plain M, Act A, i64* sums) { plain<R, NT, U>(M, A, sums); }
 PLAIN(0, 1, 4) PLAIN(0, 8, 4) PLAIN(0, 16, 4) PLAIN(0, 32, 4)
 PLAIN(1, 1, 4) PLAIN(1, 8, 4) PLAIN(1, 16, 4) PLAIN(1, 32, 4)
 PLAIN(2, 1, 4) PLAIN(2, 8, 4) PLAIN(2, 16, 4) PLAIN(2, 32, 4)

@@ -1,8 +1,8 @@
 // quad: decodes entropy-coded weights on the fly, into a product (`quad_r*_t*`) or into the plain layout (`quad_store`).
 //
-// Computes.  part[token][segment][row] = 16 * sum over supersteps s of the segment: m[token][s] * (sum over the 128 columns of s of
+// Computes.  sums[token][row] += 16 * sum over supersteps s of the segment: m[token][s] * (sum over the 128 columns of s of
 // symbol * q[token][column]), exact in int64, hence independent of the order of summation: fused, decoded and plain paths give the
-// same bits.  The consumer adds the segments and multiplies by unit / 16 and the row's scale.  Symbols are unbounded.
+// same bits.  The consumer multiplies by unit / 16 and the row's scale.  Symbols are unbounded.
 //
 // Code.  A symbol is split into high = symbol >> R and R raw low bits.  Four highs of consecutive columns are a quad.  Quads are
 // Huffman coded with codes of at most W bits; those without a code are sent as quad (0,0,0,0) and listed as patches.  Highs outside
@@ -60,7 +60,7 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
 // NT tokens (1 or a multiple of 8).  NT = 1: a block is consecutive tiles.  NT > 1: a block is tiles of one segment, whose
 // activations sit in shared memory.
 template <int R, int NT, int MODE>
-__device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restrict__ part, uint4* __restrict__ out4) {
+__device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restrict__ sums, uint4* __restrict__ out4) {
   extern __shared__ __align__(1024) u8 sm[];
   constexpr bool FLAT = NT == 1;
   const u32 smb = shared_address(sm);
@@ -378,11 +378,11 @@ __device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restric
 #pragma unroll 1
     for (int i = lane + 32 * AHEAD; i < patches; i += 32) store_patch(M.patches[p0 + i]);
   }
-  if (MODE == FUSED) store_sums<NT>(part, M.segs, seg, M.n, row_tile, y0, y1);
+  if (MODE == FUSED) add_sums<NT>(sums, M.n, row_tile, y0, y1);
 }
 
 #define QUAD(R, NT) \
-  extern "C" __global__ void __launch_bounds__(896, 1) quad_r##R##_t##NT(Quad M, Act A, i64* part) { quad<R, NT, FUSED>(M, A, part, nullptr); }
+  extern "C" __global__ void __launch_bounds__(896, 1) quad_r##R##_t##NT(Quad M, Act A, i64* sums) { quad<R, NT, FUSED>(M, A, sums, nullptr); }
 QUAD(0, 1) QUAD(0, 8) QUAD(0, 16)
 QUAD(1, 1) QUAD(1, 8) QUAD(1, 16)
 QUAD(2, 1) QUAD(2, 8) QUAD(2, 16)

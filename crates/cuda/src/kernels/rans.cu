@@ -4,13 +4,16 @@
 //
 // Layout.  One warp decodes one chunk: thread l has the lanes l and l + 32, that is column l % 4 of the rows l / 4 and l / 4 + 8 of each
 // tile of 16 rows x 4 columns.  Eight tiles later four threads transpose their bytes, and each has eight consecutive columns of two rows:
-// the word that it stores.  Words and escapes are read in lane order: a ballot and a popc find each lane's.
+// the word that it stores.  Words and escapes are read in lane order: a ballot and a popc find each lane's. They come
+// through rings in shared memory: read from global memory where they were wanted, each step waited several times as long.
 //
 // Needs.  sm_80.  64 readable bytes behind each chunk.  Cells of the plain layout that no symbol reaches must hold symbol 0 beforehand.
-// Nothing is checked inside the loop: pointers are clamped, and after the last symbol all words and escapes must be used and all lanes be
-// back at STATE_MIN, else the chunk's number plus 1 is left in `status`, which must be read before anything is computed with the result.
+// Nothing is checked inside the loop: a ring reads no further than its chunk, and after the last symbol all words and escapes must be
+// used and all lanes be back at STATE_MIN, else the chunk's number plus 1 is left in `status`, which must be read before anything is
+// computed with the result.
 //
-// Cost: about 35 instructions for two symbols of a thread.  It only has to keep up with PCIe.  Measured: bench/RESULTS.md, "CUDA".
+// Cost: 88 instructions for 64 symbols, 413 cycles where a warp is alone on its scheduler (H200). It only has to keep up with PCIe: it
+// takes half of the copy's time where there are 1,792 chunks, 1.2 times as long where there are 512.  Measured: bench/RESULTS.md, "CUDA".
 
 struct RansChunk {
   u64 offset;        // of the chunk in `payload`
@@ -53,38 +56,76 @@ __device__ __forceinline__ u32 transpose_bytes(u32 x, int c) {
   return __byte_perm(a, z, c & 2 ? 0x3276 : 0x5410);
 }
 
-extern "C" __global__ void __launch_bounds__(128) rans_decode(RansJob J) {
+// Bytes of a chunk on their way through shared memory, in groups that a warp copies together. Steps take at most 64 bytes each, so before
+// eight steps a group more is asked for once there is room, and those asked for two times ago or earlier have arrived: with
+// RING > bytes ahead > RING - GROUP after the request, that is more than the steps can take.
+struct Ring {
+  static constexpr u32 GROUP = 512, BYTES = 4 * GROUP;
+  const u8* from;    // aligned to 16 bytes
+  u32 at;            // next byte, counted from `from`
+  u32 loaded;        // bytes asked for
+  u32 end;           // bytes that may be read
+  u8* shared;
+
+  __device__ __forceinline__ Ring(const u8* first, const u8* readable_end, u8* to, int lane) : shared(to) {
+    at = (u32)((u64)first & 15);
+    from = first - at;
+    end = (u32)(readable_end - from) & ~15u;
+    loaded = 0;
+    for (int i = 0; i < 4; i++) request(lane);
+  }
+  __device__ __forceinline__ void request(int lane) {
+    const u32 mine = loaded + lane * 16;
+    if (mine < end) copy_async_16(shared_address(shared) + mine % BYTES, from + mine);
+    loaded += GROUP;
+  }
+  __device__ __forceinline__ void ahead(int lane) {
+    if (loaded - at <= BYTES - GROUP) request(lane);
+  }
+  __device__ __forceinline__ u32 byte(u32 behind) const { return shared[(at + behind) % BYTES]; }
+};
+
+constexpr int RANS_WARPS = 4;
+
+extern "C" __global__ void __launch_bounds__(RANS_WARPS * 32) rans_decode(RansJob J) {
   __shared__ u32 table[256];
+  __shared__ __align__(16) u8 rings[RANS_WARPS][2][Ring::BYTES];
   for (u32 i = threadIdx.x; i < 1u << J.prob_bits; i += blockDim.x) table[i] = J.table[i];
   __syncthreads();
-  const u32 index = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+  const u32 index = blockIdx.x * RANS_WARPS + (threadIdx.x >> 5);
   if (index >= J.chunk_count) return;
   const int lane = threadIdx.x & 31, c = lane & 3;
   const u32 below = (1u << lane) - 1, slots = (1u << J.prob_bits) - 1, p = J.prob_bits, r = J.r;
   const RansChunk chunk = J.chunks[index];
   const u8* states = J.payload + chunk.offset + 8;
-  const u8* words = states + 128;
-  const u8* escapes = words + chunk.words;
+  const u8* first_word = states + 128;
+  const u8* first_escape = first_word + chunk.words;
+  const u8* readable = first_escape + chunk.escapes + 16; // of the 64 bytes behind the chunk
+  Ring words(first_word, readable, rings[threadIdx.x >> 5][0], lane), escapes(first_escape, readable, rings[threadIdx.x >> 5][1], lane);
+  const u32 words_end = words.at + chunk.words, escapes_end = escapes.at + chunk.escapes;
+  copy_async_commit();
+  copy_async_wait();
+  __syncwarp();
   u32 xa = states[lane] | (u32)states[64 + lane] << 8, xb = states[32 + lane] | (u32)states[96 + lane] << 8;
-  u32 word = 0, escape = 0;
   auto step = [&](u32& a, u32& b) {
     const u32 ea = table[xa & slots], eb = table[xb & slots];
     xa = (ea & 0xfff) * (xa >> p) + (ea >> 12 & 0xfff);
     xb = (eb & 0xfff) * (xb >> p) + (eb >> 12 & 0xfff);
     const bool ha = xa < 256, hb = xb < 256; // below STATE_MIN
-    const u32 ba = __ballot_sync(~0u, ha), bb = __ballot_sync(~0u, hb);
-    if (ha) xa = xa << 8 | words[min(word + __popc(ba & below), chunk.words)];
-    word += __popc(ba);
-    if (hb) xb = xb << 8 | words[min(word + __popc(bb & below), chunk.words)];
-    word += __popc(bb);
+    const u32 ba = __ballot_sync(~0u, ha), bb = __ballot_sync(~0u, hb), of_a = __popc(ba);
+    // Without a branch: lanes that take no word read one that others take.
+    const u32 wa = words.byte(__popc(ba & below)), wb = words.byte(of_a + __popc(bb & below));
+    xa = ha ? xa << 8 | wa : xa;
+    xb = hb ? xb << 8 | wb : xb;
+    words.at += of_a + __popc(bb);
     a = ea >> 24;
     b = eb >> 24;
     const u32 za = __ballot_sync(~0u, a == 0), zb = __ballot_sync(~0u, b == 0);
     if (za | zb) {
-      if (a == 0) a = escapes[min(escape + __popc(za & below), chunk.escapes)];
-      escape += __popc(za);
-      if (b == 0) b = escapes[min(escape + __popc(zb & below), chunk.escapes)];
-      escape += __popc(zb);
+      const u32 ya = escapes.byte(__popc(za & below)), yb = escapes.byte(__popc(za) + __popc(zb & below));
+      a = a == 0 ? ya : a;
+      b = b == 0 ? yb : b;
+      escapes.at += __popc(za) + __popc(zb);
     }
   };
   const u32 tile_blocks = J.tc / 64;
@@ -99,6 +140,12 @@ extern "C" __global__ void __launch_bounds__(128) rans_decode(RansJob J) {
       for (int half = 0; half < 2; half++) {
         u32 even[2] = {0, 0}, odd[2] = {0, 0}; // bytes of the even and odd tiles; rows g, g + 8
         const u32 first = block * 16 + half * 8;
+        __syncwarp(); // what was read of the rings may be overwritten
+        words.ahead(lane);
+        escapes.ahead(lane);
+        copy_async_commit();
+        copy_async_wait_but_2();
+        __syncwarp();
 #pragma unroll 1
         for (u32 j = 0; j < 4; j++) { // rolled: the code of all steps of a block would not fit the instruction cache
           u32 a = 128, b = 128, c0 = 128, c1 = 128;
@@ -158,6 +205,6 @@ extern "C" __global__ void __launch_bounds__(128) rans_decode(RansJob J) {
       }
     }
   }
-  const bool good = xa == 256 && xb == 256 && word == chunk.words && escape == chunk.escapes;
+  const bool good = xa == 256 && xb == 256 && words.at == words_end && escapes.at == escapes_end;
   if (!__all_sync(~0u, good) && lane == 0) atomicMax(J.status, J.first_chunk + index + 1);
 }

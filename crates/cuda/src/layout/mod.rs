@@ -55,6 +55,8 @@ pub const SUPERSTEPS_MAX: usize = 32;
 pub const TILE_COLS_MAX: usize = SUPERSTEP_COLS * SUPERSTEPS_MAX;
 /// Threads of a warp.
 pub const LANES: usize = 32;
+/// Blocks that share the positions of a head in attention; their results meet where the next product's activations are prepared.
+pub const ATTENTION_SPLITS: usize = 8;
 /// Bit streams of a tile: two per lane, one for each of its rows. Stream = lane + 32 · (row >= 8).
 pub const STREAMS: usize = 2 * LANES;
 /// Words of each stream in a group of the ring ("rows" of words).

@@ -104,7 +104,8 @@ pub fn list() -> Vec<DeviceInfo> {
 /// # Errors
 /// [`OpenError::Device`] if it cannot be used, with the reason.
 pub fn info(index: usize) -> Result<DeviceInfo, OpenError> {
-    list().into_iter().find(|info| info.device == Device::Cuda(index)).ok_or_else(|| no_cuda(index))
+    let (name, memory_bytes) = cuda::info(index)?;
+    Ok(DeviceInfo { device: Device::Cuda(index), name, memory_bytes })
 }
 
 /// Opens a coded model under a strategy on a device. Compares every checksum first.
@@ -127,12 +128,10 @@ pub fn open(dir: ModelDir, model: Model, device: Device, strategy: Strategy, opt
 pub fn explain(dir: &ModelDir, device: Device, strategy: Strategy, options: &Options) -> Result<Plan, OpenError> {
     match device {
         Device::Cpu => residency::explain(dir, strategy, options),
-        Device::Cuda(index) => Err(no_cuda(index)),
+        Device::Cuda(_) => Err(OpenError::Device {
+            cause: format!("{device}: plans are explained for the CPU only; what a GPU holds is reported once the model is loaded"),
+        }),
     }
-}
-
-fn no_cuda(index: usize) -> OpenError {
-    OpenError::Device { cause: format!("{}: this build has no CUDA backend; use --device cpu", Device::Cuda(index)) }
 }
 
 #[cfg(test)]

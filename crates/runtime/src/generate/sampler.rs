@@ -158,14 +158,19 @@ impl Sampler {
     }
 }
 
-/// The first of the greatest logits, in the order of `f32::total_cmp`: two loops without branches.
+/// The first of the greatest logits, in the order of `f32::total_cmp`. The greatest of each run is found without branches; only the best run
+/// is searched.
 fn greatest(logits: &[f32]) -> u32 {
+    const RUN: usize = 1024;
     let key = |logit: &f32| {
         let bits = logit.to_bits() as i32;
         bits ^ ((bits >> 31) as u32 >> 1) as i32
     };
-    let best = logits.iter().map(key).max().expect("a vocabulary has tokens");
-    logits.iter().position(|logit| key(logit) == best).expect("just found") as u32
+    let most = |run: &[f32]| run.iter().map(key).max().expect("a run has logits");
+    // `max_by_key` takes the last of equals.
+    let (index, run) = logits.chunks(RUN).enumerate().rev().max_by_key(|(_, run)| most(run)).expect("a vocabulary has tokens");
+    let best = most(run);
+    (index * RUN + run.iter().position(|logit| key(logit) == best).expect("just found")) as u32
 }
 
 /// SplitMix64 by Sebastiano Vigna (<https://prng.di.unimi.it/splitmix64.c>, public domain): a counter and a mixer. One number
@@ -223,6 +228,11 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
+        let mut many = vec![0.5; 5000];
+        many[1500] = 2.0;
+        many[4000] = 2.0;
+        assert_eq!(greatest(&many), 1500);
+        assert_eq!(greatest(&vec![-1.0; 3000]), 0);
         let mut sampler = Sampler::new(Sampling::default()).unwrap();
         assert_eq!(sampler.sample(&[0.0, 3.0, 1.0, 3.0], &[]), 1);
     }

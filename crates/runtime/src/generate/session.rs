@@ -90,7 +90,8 @@ pub struct Session {
     tokens_max: usize,
     eos: Vec<u32>,
     sampler: Sampler,
-    hash: Xxh3Default,
+    /// Of the logits; `None` if nobody will ask.
+    hash: Option<Xxh3Default>,
     stop: Option<Stop>,
 }
 
@@ -116,7 +117,7 @@ impl Session {
             prompt_tokens: prompt.len(),
             tokens_max: options.tokens_max,
             eos: if options.ignore_eos { Vec::new() } else { runner.config().eos.clone() },
-            hash: Xxh3Default::new(),
+            hash: Some(Xxh3Default::new()),
             stop: (options.tokens_max == 0).then_some(Stop::Length),
         })
     }
@@ -155,10 +156,17 @@ impl Session {
         self.stop
     }
 
-    /// xxh3-64 of the little-endian f32 logits, before any penalty or temperature, of every generated token.
+    /// The same without [`logits_hash`](Self::logits_hash), which takes some 100 µs a token with a large vocabulary.
     #[must_use]
-    pub fn logits_hash(&self) -> u64 {
-        self.hash.digest()
+    pub fn without_hash(self) -> Self {
+        Self { hash: None, ..self }
+    }
+
+    /// xxh3-64 of the little-endian f32 logits, before any penalty or temperature, of every generated token; `None` after
+    /// [`without_hash`](Self::without_hash).
+    #[must_use]
+    pub fn logits_hash(&self) -> Option<u64> {
+        self.hash.as_ref().map(Xxh3Default::digest)
     }
 
     /// The tokens that pass through the model next: at most a slice of the prompt, or the last token.
@@ -221,7 +229,9 @@ pub fn step(runner: &mut dyn Runner, sessions: &mut [&mut Session]) -> Result<()
         let (sampler, hash, tokens) = &mut choosers[sequence];
         // Summed, so that the check is a loop without branches.
         chosen[sequence] = Some(if row.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
-            hash_logits(hash, row);
+            if let Some(hash) = hash {
+                hash_logits(hash, row);
+            }
             Ok(sampler.sample(row, tokens))
         } else {
             Err(RunError::NotFinite { position: tokens.len() })

@@ -1,5 +1,6 @@
 //! The seam between the forward pass and the strategies.
 
+use serde::{Deserialize, Serialize};
 use tersor_cpu::{Level, Pool};
 use thiserror::Error;
 
@@ -53,8 +54,21 @@ impl LinearId {
     }
 }
 
+/// A piece of a pass over the layers, on a device whose second stream fills layer buffers while the first computes.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Span {
+    /// Number of the layer, among those that pass through the buffers.
+    pub layer: usize,
+    /// Computing with the layer, or filling a buffer with it: decoding, or copying from the host.
+    pub computing: bool,
+    /// Microseconds from the start of the pass.
+    pub from_us: f64,
+    /// Likewise.
+    pub until_us: f64,
+}
+
 /// What a strategy holds in memory and what it has done so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ResidencyReport {
     /// Name of the strategy as the command line spells it, for example `prefetch`.
     pub strategy: String,
@@ -79,6 +93,8 @@ pub struct ResidencyReport {
     pub decode_fused_ns: u64,
     /// Time spent in products, in nanoseconds, without the waits in `decode_exposed_ns`.
     pub linear_ns: u64,
+    /// What the layers of the last pass took, and the filling of their buffers; empty unless it was asked for (`Options::timeline`).
+    pub timeline: Vec<Span>,
 }
 
 /// Why a forward pass stopped.

@@ -173,13 +173,25 @@ pub struct Options {
     pub profile: Option<Arc<MachineProfile>>,
     /// Where a device's backend keeps compiled kernels and its own profile between runs; `None`: nowhere. The CPU keeps nothing.
     pub cache_dir: Option<PathBuf>,
+    /// Time when layers are computed with and when their buffers are filled, where a second stream of a device fills them. Passes are then not recorded.
+    pub timeline: bool,
 }
 
 impl Options {
     /// No budget, the default policy, no profile.
     #[must_use]
     pub fn new(threads: usize, level: Level) -> Self {
-        Self { memory_budget: None, kv_bytes: 0, model_bytes: 0, threads, level, policy: Policy::default(), profile: None, cache_dir: None }
+        Self {
+            memory_budget: None,
+            kv_bytes: 0,
+            model_bytes: 0,
+            threads,
+            level,
+            policy: Policy::default(),
+            profile: None,
+            cache_dir: None,
+            timeline: false,
+        }
     }
 }
 

@@ -364,6 +364,7 @@ impl Weights for PrefetchWeights {
             decode_exposed_ns: self.exposed_ns,
             decode_fused_ns: self.engine.decode_fused_ns as u64,
             linear_ns: self.engine.linear_ns,
+            timeline: Vec::new(),
         }
     }
 

@@ -66,7 +66,7 @@ fn choose(prices: &[Price], available: Option<u64>) -> Decision {
 
 pub(super) fn open(loader: &mut Loader<'_>, available: Option<u64>, profile: &DeviceProfile) -> Result<Box<dyn Residency>, OpenError> {
     match decide(loader, available, profile) {
-        Decision::Stream => Ok(Box::new(Prefetch::open(loader, available)?)),
+        Decision::Stream => Ok(Box::new(Prefetch::open(loader, available, false)?)),
         Decision::Decoded(decoded) if decoded.iter().all(|&d| d) => Ok(Box::new(cached::open(loader)?)),
         Decision::Decoded(decoded) => Ok(Box::new(Fixed::load(loader, &decoded)?)),
     }

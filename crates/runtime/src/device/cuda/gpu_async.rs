@@ -7,12 +7,13 @@
 use super::groups::{Groups, Loader, PER_LAYER};
 use super::residency::{Held, Residency, Resident};
 use super::slots::Slots;
+use crate::model::weights::Span;
 use crate::residency::OpenError;
 use std::sync::Arc;
 use tersor_cuda::{Buffer, CudaError, Device, Form, QuadAt, Queue, Stream, nibble_bytes};
 
 /// Layer buffers.
-const BUFFERS: usize = 2;
+pub(super) const BUFFERS: usize = 2;
 
 pub(super) struct GpuAsync {
     layers: Layers,
@@ -31,7 +32,7 @@ struct Layers {
 }
 
 impl GpuAsync {
-    pub fn open(loader: &Loader<'_>) -> Result<Self, OpenError> {
+    pub fn open(loader: &Loader<'_>, timed: bool) -> Result<Self, OpenError> {
         let all = loader.groups.all.len();
         let count = loader.groups.layers;
         let mut groups = Vec::with_capacity(all);
@@ -41,7 +42,7 @@ impl GpuAsync {
         }
         let (places, largest) = nibble_places(&groups, count);
         let buffers = (0..BUFFERS.min(count)).map(|_| loader.device().allocate(largest, "layer buffers")).collect::<Result<Vec<_>, _>>()?;
-        let slots = Slots::new(loader.device(), buffers.len(), count)?;
+        let slots = Slots::new(loader.device(), buffers.len(), count, timed)?;
         let layers = Layers { device: Arc::clone(loader.device()), groups, count, buffers, places };
         let mut queue = Queue::new(loader.kernels);
         for layer in 0..layers.buffers.len() {
@@ -105,6 +106,14 @@ impl Residency for GpuAsync {
         }
         let buffer = &self.layers.buffers[self.slots.buffer(layer)];
         Form::Plain(self.layers.quad(group).decoded(buffer, self.layers.places[group]))
+    }
+
+    fn repeats(&self) -> bool {
+        !self.slots.timed()
+    }
+
+    fn timeline(&self) -> Result<Vec<Span>, CudaError> {
+        self.slots.timeline()
     }
 
     fn held(&self) -> Held {

@@ -23,7 +23,7 @@ use profile::DeviceProfile;
 use residency::Residency;
 use std::sync::Arc;
 use tersor_cpu::Pool;
-use tersor_cuda::{CudaError, Device, Kernels};
+use tersor_cuda::{CudaError, Device, Kernels, nibble_bytes};
 use tersor_format::ModelDir;
 
 impl From<CudaError> for OpenError {
@@ -56,42 +56,13 @@ pub(super) fn open(
     let mut detail = String::new();
     let residency: Box<dyn Residency> = {
         let mut loader = Loader::new(dir, &set, &groups, &kernels, &pool, options.level);
-        let check = |needed: u64, buffers: u64| {
-            refuse_small(
-                strategy,
-                budget,
-                Footprint { decoded_bytes: needed, buffer_bytes: buffers, scratch_bytes: fixed, ..Footprint::default() },
-            )
-        };
-        let coded: u64 = set
-            .linears
-            .iter()
-            .skip(usize::from(!set.index.tied))
-            .filter_map(|linear| linear.coded())
-            .map(|tensor| tensor.coded_bytes())
-            .sum();
+        check_budget(strategy, budget, &loader, fixed)?;
         match strategy {
-            Strategy::Fused => {
-                check(coded, 0)?;
-                Box::new(fused::open(&mut loader)?)
-            }
-            Strategy::Cached => {
-                check(cached::bytes(&loader), 0)?;
-                Box::new(cached::open(&mut loader)?)
-            }
-            Strategy::Prefetch => {
-                let layers = groups.layers.max(1) as u64;
-                check(0, coded / layers * prefetch::BUFFERS as u64)?;
-                Box::new(prefetch::Prefetch::open(&loader, given)?)
-            }
-            Strategy::Lru => {
-                check(coded, 0)?;
-                Box::new(lru::Lru::open(&loader, given, options.policy)?)
-            }
-            Strategy::GpuAsync => {
-                check(coded, 0)?;
-                Box::new(gpu_async::GpuAsync::open(&loader)?)
-            }
+            Strategy::Fused => Box::new(fused::open(&mut loader)?),
+            Strategy::Cached => Box::new(cached::open(&mut loader)?),
+            Strategy::Prefetch => Box::new(prefetch::Prefetch::open(&loader, given, options.timeline)?),
+            Strategy::Lru => Box::new(lru::Lru::open(&loader, given, options.policy)?),
+            Strategy::GpuAsync => Box::new(gpu_async::GpuAsync::open(&loader, options.timeline)?),
             Strategy::Auto => {
                 let profile = DeviceProfile::load(&kernels, options.cache_dir.as_deref())?;
                 detail = format!(
@@ -108,11 +79,45 @@ pub(super) fn open(
     Ok(Box::new(CudaRunner::new(model, parts, residency)?))
 }
 
-fn refuse_small(strategy: Strategy, budget_bytes: u64, least: Footprint) -> Result<(), OpenError> {
-    if least.total_bytes() <= budget_bytes {
+/// The least that a strategy needs on the device; `fixed`: bytes besides weights.
+fn least(strategy: Strategy, loader: &Loader<'_>, fixed: u64) -> Footprint {
+    let groups = loader.groups;
+    let coded = |index: usize| {
+        let tensors = groups.all[index].slots.iter().filter_map(|&slot| loader.set.linears[slot].coded());
+        tensors.map(|tensor| tensor.coded_bytes()).sum::<u64>()
+    };
+    let nibbles = |index: usize| nibble_bytes(&groups.all[index].geometry) as u64;
+    let largest =
+        |bytes: &dyn Fn(usize) -> u64| (0..groups.layers).map(|layer| Groups::of_layer(layer).map(bytes).sum()).max().unwrap_or(0);
+    let all = (0..groups.all.len()).map(coded).sum();
+    let scratch_bytes = fixed;
+    match strategy {
+        Strategy::Fused | Strategy::Lru => Footprint { mapped_bytes: all, scratch_bytes, ..Footprint::default() },
+        Strategy::Cached => Footprint { decoded_bytes: cached::bytes(loader), scratch_bytes, ..Footprint::default() },
+        Strategy::GpuAsync => Footprint {
+            mapped_bytes: all,
+            buffer_bytes: gpu_async::BUFFERS as u64 * largest(&nibbles),
+            scratch_bytes,
+            ..Footprint::default()
+        },
+        // The head stays, the layers pass through buffers.
+        Strategy::Prefetch | Strategy::Auto => Footprint {
+            mapped_bytes: coded(groups.all.len() - 1),
+            buffer_bytes: prefetch::BUFFERS as u64 * largest(&coded),
+            scratch_bytes,
+            ..Footprint::default()
+        },
+    }
+}
+
+fn check_budget(strategy: Strategy, budget_bytes: u64, loader: &Loader<'_>, fixed: u64) -> Result<(), OpenError> {
+    let needed = least(strategy, loader, fixed);
+    if needed.total_bytes() <= budget_bytes {
         return Ok(());
     }
-    Err(OpenError::BudgetTooSmall { strategy, budget_bytes, least: Box::new(least), smaller: None })
+    let others = Strategy::CUDA.into_iter().map(|other| (other, least(other, loader, fixed).total_bytes()));
+    let smaller = others.min_by_key(|(_, bytes)| *bytes).filter(|(_, bytes)| *bytes < needed.total_bytes());
+    Err(OpenError::BudgetTooSmall { strategy, budget_bytes, least: Box::new(needed), smaller })
 }
 
 /// The embedding is read on the host, a row for each token.
@@ -129,12 +134,17 @@ fn embedding(dir: &ModelDir, set: &TensorSet, options: &Options) -> Result<Embed
     }
 }
 
-/// Name, memory and compute capability of every GPU; empty where there is no driver.
+/// Name and memory of a GPU.
+///
+/// # Errors
+/// Why it cannot be used.
+pub(super) fn info(index: usize) -> Result<(String, u64), OpenError> {
+    let device = Device::open(index)?;
+    Ok((device.properties().name.clone(), device.properties().memory_bytes))
+}
+
+/// Number, name and memory of every GPU; empty where there is no driver.
 pub(super) fn list() -> Vec<(usize, String, u64)> {
     let count = tersor_cuda::device_count().unwrap_or(0);
-    (0..count)
-        .filter_map(|index| {
-            Device::open(index).ok().map(|device| (index, device.properties().name.clone(), device.properties().memory_bytes))
-        })
-        .collect()
+    (0..count).filter_map(|index| info(index).ok().map(|(name, memory_bytes)| (index, name, memory_bytes))).collect()
 }

@@ -16,8 +16,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tersor_cpu::{KernelScales, Level, Matrix, read_row};
 use tersor_cuda::{
-    Activations, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Pinned, Place, Queue, Stream, SumsAt,
-    nibble_bytes, parts_of,
+    Activations, AttentionAt, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place, Queue,
+    Stream, SumsAt, nibble_bytes,
 };
 use tersor_format::CodedTensor;
 
@@ -70,7 +70,7 @@ struct Scratch {
     activations: [Activations; 2],
     sums: [Buffer; 2],
     q: Buffer,
-    mixed: Buffer,
+    mixed: Mixed,
     /// Rows of the slice whose logits are wanted.
     rows: Buffer,
     logits: Buffer,
@@ -90,8 +90,6 @@ pub(super) struct CudaRunner {
     embedding: Embedding,
     residency: Box<dyn Residency>,
     scratch: Scratch,
-    /// Partial sums of what the last layer still adds to the stream; the head's norm adds it.
-    last_parts: Option<usize>,
     /// Recorded steps by their number of tokens.
     graphs: HashMap<usize, Graph>,
     report: ResidencyReport,
@@ -132,10 +130,11 @@ impl CudaRunner {
         let cols = groups.all.iter().map(|group| group.geometry.padded_cols() as u64).max().unwrap_or(0);
         let activations = 2 * t * (3 * cols + cols / 16 + 4);
         let sums = groups.all.iter().map(|group| sums_bytes(group) as u64).max().unwrap_or(0) * 2;
+        let mixed = Mixed::bytes_for(config.heads, config.head_dim) as u64;
         let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
         let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
         let norms = (2 * config.layers as u64 + 1) * hidden * 4;
-        input + activations + sums + 2 * t * queries * 4 + logits + nibbles + norms + groups.scale_bytes()
+        input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + groups.scale_bytes()
     }
 
     pub fn new(model: &Model, parts: Parts, residency: Box<dyn Residency>) -> Result<Self, OpenError> {
@@ -170,7 +169,6 @@ impl CudaRunner {
             embedding,
             residency,
             scratch,
-            last_parts: None,
             graphs: HashMap::new(),
             report,
             vector_bytes: vector_bytes as u64,
@@ -222,13 +220,11 @@ impl CudaRunner {
         let mut queue = Queue::new(&kernels);
         self.residency.begin(&mut queue)?;
         queue.interrupted();
-        let mut add = None;
         for layer in 0..self.config.layers {
             self.residency.enter(&mut queue, layer)?;
-            add = Some(self.layer(&mut queue, layer, tokens, add)?);
+            self.layer(&mut queue, layer, tokens, layer > 0)?;
             self.residency.leave(&mut queue, layer)?;
         }
-        self.last_parts = add;
         if wanted > 0 {
             self.head(&mut queue, wanted, chosen)?;
         }
@@ -240,40 +236,46 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// One layer. `add` and the result: number of partial sums of what is still to be added to the stream.
-    fn layer(&self, queue: &mut Queue<'_>, layer: usize, tokens: usize, add: Option<usize>) -> Result<usize, CudaError> {
+    /// One layer. `behind_another`: what the layer before it computed last is still to be added to the stream.
+    fn layer(&self, queue: &mut Queue<'_>, layer: usize, tokens: usize, behind_another: bool) -> Result<(), CudaError> {
         let (c, s, norms) = (&self.config, &self.scratch, &self.norms[layer]);
         let norm = |weight, add| Input::Norm { x: &s.input, weight, eps: c.rms_eps, add, rows: None };
-        let qkv = self.groups.index(layer, Kind::Qkv);
-        let add = add.map(|parts| self.sums(self.groups.index(layer - 1, Kind::Down), 1, parts));
-        let parts = self.multiply(queue, norm(&norms.input, add), qkv, 0, tokens)?;
+        let index = |kind| self.groups.index(layer, kind);
+        let (qkv, o, gate_up, down) = (index(Kind::Qkv), index(Kind::O), index(Kind::GateUp), index(Kind::Down));
+        let add = behind_another.then(|| self.sums(self.groups.index(layer - 1, Kind::Down), 1));
+        self.multiply(queue, norm(&norms.input, add), qkv, 0, tokens)?;
         let first_rows = &self.groups.all[qkv].first_rows;
-        let heads = Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, k_row: first_rows[1], v_row: first_rows[2] };
-        let head_norms = norms.heads.as_ref().map(|[q, k]| [q, k]);
-        let (turn, places) = ((&s.input, s.turn_at), (&s.input, s.places_at));
-        queue.rope(self.sums(qkv, 0, parts), head_norms, c.rms_eps, heads, layer, tokens, turn, places, &s.q)?;
-        queue.attention(&s.q, heads, layer, c.windows[layer], tokens, places, &s.mixed)?;
-        let o = self.groups.index(layer, Kind::O);
-        let parts = self.multiply(queue, Input::Copy(&s.mixed), o, 1, tokens)?;
-        let gate_up = self.groups.index(layer, Kind::GateUp);
-        let parts = self.multiply(queue, norm(&norms.post, Some(self.sums(o, 1, parts))), gate_up, 0, tokens)?;
-        let up_row = self.groups.all[gate_up].first_rows[1];
-        let input = Input::Silu { sums: self.sums(gate_up, 0, parts), up_row };
-        self.multiply(queue, input, self.groups.index(layer, Kind::Down), 1, tokens)
+        let at = AttentionAt {
+            sums: self.sums(qkv, 0),
+            norms: norms.heads.as_ref().map(|[q, k]| [q, k]),
+            eps: c.rms_eps,
+            heads: Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, k_row: first_rows[1], v_row: first_rows[2] },
+            layer,
+            window: c.windows[layer],
+            turn: (&s.input, s.turn_at),
+            places: (&s.input, s.places_at),
+            q: &s.q,
+            out: &s.mixed,
+        };
+        queue.attend(&at, tokens)?;
+        self.multiply(queue, Input::Mix(&s.mixed, at.heads), o, 1, tokens)?;
+        self.multiply(queue, norm(&norms.post, Some(self.sums(o, 1))), gate_up, 0, tokens)?;
+        let input = Input::Silu { sums: self.sums(gate_up, 0), up_row: self.groups.all[gate_up].first_rows[1] };
+        self.multiply(queue, input, down, 1, tokens)
     }
 
     /// Logits of all tokens, or of those in `scratch.rows`.
     fn head(&self, queue: &mut Queue<'_>, wanted: usize, chosen: bool) -> Result<(), CudaError> {
         let (c, s) = (&self.config, &self.scratch);
-        let add = self.last_parts.map(|parts| self.sums(self.groups.index(c.layers - 1, Kind::Down), 1, parts));
+        let add = (c.layers > 0).then(|| self.sums(self.groups.index(c.layers - 1, Kind::Down), 1));
         let head = self.groups.index(0, Kind::Head);
         let input = Input::Norm { x: &s.input, weight: &self.final_norm, eps: c.rms_eps, add, rows: chosen.then_some(&s.rows) };
-        let parts = self.multiply(queue, input, head, 0, wanted)?;
-        queue.logits(self.sums(head, 0, parts), wanted, c.vocab, &s.logits)
+        self.multiply(queue, input, head, 0, wanted)?;
+        queue.logits(self.sums(head, 0), wanted, c.vocab, &s.logits)
     }
 
-    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers. Returns the number of partial sums.
-    fn multiply(&self, queue: &mut Queue<'_>, input: Input<'_>, group: usize, turn: usize, tokens: usize) -> Result<usize, CudaError> {
+    /// Prepares activations and multiplies a group by them; sums go to `turn`'s buffers. What is coded is decoded first where there are many tokens.
+    fn multiply(&self, queue: &mut Queue<'_>, input: Input<'_>, group: usize, turn: usize, tokens: usize) -> Result<(), CudaError> {
         let s = &self.scratch;
         let mut form = self.residency.form(group);
         if let (Form::Quad(quad), Some(decoded)) = (form, &s.decoded)
@@ -284,18 +286,17 @@ impl CudaRunner {
             queue.decode(&quad, &plain, Stream::Compute)?;
             form = Form::Plain(plain);
         }
-        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form)?;
+        queue.prepare(input, &s.activations[turn], tokens, self.groups.all[group].cols(), &form, &s.sums[turn])?;
         queue.product(&form, &s.activations[turn], tokens, &s.sums[turn])
     }
 
-    fn sums(&self, group: usize, turn: usize, parts: usize) -> SumsAt<'_> {
+    fn sums(&self, group: usize, turn: usize) -> SumsAt<'_> {
         let g = &self.groups.all[group];
         SumsAt {
-            part: &self.scratch.sums[turn],
+            sum: &self.scratch.sums[turn],
             unit: self.scratch.activations[turn].unit(),
             scale: &g.scale,
             bias: g.bias.as_ref(),
-            parts,
             n: g.n(),
         }
     }
@@ -360,13 +361,11 @@ impl CudaRunner {
     }
 }
 
-/// Most bytes of sums that products of a group leave.
+/// Bytes of the sums of a group's products.
 fn sums_bytes(group: &super::groups::Group) -> usize {
-    // One token: a tile may be split into runs of 4 supersteps, or be as narrow as 8.
-    let one = group.geometry.padded_cols().div_ceil(4 * 128) * group.n() * 8;
-    let many = group.geometry.padded_cols().div_ceil(8 * 128) * group.n() * 8;
-    let tokens = if group.kind == Kind::Head { HEAD_TOKENS_MAX } else { SLICE_TOKENS_MAX };
-    one.max(many * tokens)
+    let tokens: usize = if group.kind == Kind::Head { HEAD_TOKENS_MAX } else { SLICE_TOKENS_MAX };
+    // The largest batch of a product.
+    tokens.next_multiple_of(32) * group.n() * 8
 }
 
 impl Scratch {
@@ -381,15 +380,11 @@ impl Scratch {
         for (index, group) in groups.all.iter().enumerate() {
             let form = residency.form(index);
             cols = cols.max(form.geometry().padded_cols());
-            let head = group.kind == Kind::Head;
-            let tokens = if head { HEAD_TOKENS_MAX } else { t };
-            if matches!(form, Form::Quad(_)) && !head {
+            if matches!(form, Form::Quad(_)) && group.kind != Kind::Head {
                 coded = coded.max(nibble_bytes(form.geometry()));
             }
-            // Every batch size has its own number of partial sums.
-            let bytes = |tokens: usize| parts_of(kernels, &form, tokens) * group.n() * 8 * tokens.next_multiple_of(form.batch(tokens));
             let turn = usize::from(matches!(group.kind, Kind::O | Kind::Down));
-            sums[turn] = [1, 8, 16, tokens].iter().map(|&tokens| bytes(tokens)).fold(sums[turn], usize::max);
+            sums[turn] = sums[turn].max(sums_bytes(group));
         }
         let room = |bytes| device.allocate(bytes, "activations");
         let queries = config.heads * config.head_dim;
@@ -401,7 +396,7 @@ impl Scratch {
             activations: [Activations::new(device, t, cols)?, Activations::new(device, t, cols)?],
             sums: [room(sums[0])?, room(sums[1])?],
             q: room(t * queries * 4)?,
-            mixed: room(t * queries * 4)?,
+            mixed: Mixed::new(device, t, config.heads, config.head_dim)?,
             rows: room(HEAD_TOKENS_MAX * 4)?,
             logits: device.allocate(HEAD_TOKENS_MAX * config.vocab * 4, "logits")?,
             logits_host: device.pin(HEAD_TOKENS_MAX * config.vocab * 4)?,
@@ -469,6 +464,7 @@ impl Runner for CudaRunner {
         let host = if held.host_bytes > 0 { format!(", {} bytes pinned on the host", held.host_bytes) } else { String::new() };
         report.detail = format!("{}{}{host}", self.report.detail, held.detail);
         report.resident_bytes = held.coded_bytes + held.decoded_bytes + held.buffer_bytes + self.groups.scale_bytes() + self.vector_bytes;
+        report.timeline = self.residency.timeline().unwrap_or_default();
         (report.hits, report.misses) = (held.hits, held.misses);
         (report.hit_bytes, report.miss_bytes) = (held.hit_bytes, held.miss_bytes);
         report

@@ -7,6 +7,7 @@
 use super::groups::{Groups, Loader, PER_LAYER};
 use super::residency::{Held, Residency, Resident};
 use super::slots::Slots;
+use crate::model::weights::Span;
 use crate::residency::OpenError;
 use std::sync::Arc;
 use tersor_cuda::{Buffer, CudaError, Device, Form, Pinned, QuadAt, QuadPlaces, Queue, Stream};
@@ -38,7 +39,7 @@ pub(super) struct Prefetch {
 
 impl Prefetch {
     /// `available`: bytes for weights on the device; `None`: everything is streamed.
-    pub fn open(loader: &Loader<'_>, available: Option<u64>) -> Result<Self, OpenError> {
+    pub fn open(loader: &Loader<'_>, available: Option<u64>, timed: bool) -> Result<Self, OpenError> {
         let count = loader.groups.layers;
         let device = Arc::clone(loader.device());
         let head = Resident::quad(loader, loader.groups.all.len() - 1)?;
@@ -88,7 +89,7 @@ impl Prefetch {
         }
         let largest = streamed.iter().map(|&layer| layers[layer].bytes()).max().unwrap_or(0);
         let buffers = (0..BUFFERS.min(streamed.len())).map(|_| device.allocate(largest, "layer buffers")).collect::<Result<Vec<_>, _>>()?;
-        let slots = Slots::new(&device, buffers.len(), streamed.len())?;
+        let slots = Slots::new(&device, buffers.len(), streamed.len(), timed)?;
         let this = Self { device, layers, streamed, buffers, head, slots };
         for place in 0..this.buffers.len() {
             copy(&this.device, &this.layers, this.streamed[place], &this.buffers[place])?;
@@ -140,6 +141,14 @@ impl Residency for Prefetch {
             Home::Host(_, place) => &self.buffers[self.slots.buffer(*place)],
         };
         Form::Quad(QuadAt { places, buffer, at: *at })
+    }
+
+    fn repeats(&self) -> bool {
+        !self.slots.timed()
+    }
+
+    fn timeline(&self) -> Result<Vec<Span>, CudaError> {
+        self.slots.timeline()
     }
 
     fn held(&self) -> Held {

@@ -72,17 +72,17 @@ impl DeviceProfile {
         let plain = PlainMatrix::upload(device, &plain)?;
         let x = device.upload(&vec![0.5f32; cols], "activations")?;
         let activations = Activations::new(device, 1, geometry.padded_cols())?;
-        let part = device.allocate(geometry.padded_rows() * geometry.segs() * 32 * 8, "sums")?;
+        let sums = device.allocate(geometry.padded_rows() * 8, "sums")?;
         let seconds = |form: &Form<'_>| -> Result<f64, OpenError> {
             let mut queue = Queue::new(kernels);
-            queue.prepare(Input::Copy(&x), &activations, 1, cols, form)?;
+            queue.prepare(Input::Copy(&x), &activations, 1, cols, form, &sums)?;
             for _ in 0..3 {
-                queue.product(form, &activations, 1, &part)?;
+                queue.product(form, &activations, 1, &sums)?;
             }
             let (start, end) = (device.event(true)?, device.event(true)?);
             device.record(&start, Stream::Compute)?;
             for _ in 0..REPEATS {
-                queue.product(form, &activations, 1, &part)?;
+                queue.product(form, &activations, 1, &sums)?;
             }
             device.record(&end, Stream::Compute)?;
             Ok(start.seconds_until(&end)? / REPEATS as f64)

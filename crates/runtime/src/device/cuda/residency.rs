@@ -1,6 +1,7 @@
 //! What the strategies of a GPU have in common: which form each group has when its product comes.
 
 use super::groups::Loader;
+use crate::model::weights::Span;
 use crate::residency::OpenError;
 use tersor_cuda::{Buffer, CudaError, Form, PlainMatrix, QuadAt, QuadPlaces, Queue};
 
@@ -51,6 +52,14 @@ pub(super) trait Residency: Send {
 
     /// What is held.
     fn held(&self) -> Held;
+
+    /// When layers were computed with and buffers filled in the last pass, where that is timed.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn timeline(&self) -> Result<Vec<Span>, CudaError> {
+        Ok(Vec::new())
+    }
 }
 
 /// What a strategy holds on the device, bytes, and has done.
