@@ -156,7 +156,7 @@ impl Session {
         self.stop
     }
 
-    /// The same without [`logits_hash`](Self::logits_hash), which takes some 100 µs a token with a large vocabulary.
+    /// The same without [`logits_hash`](Self::logits_hash), which reads all logits of a token once more.
     #[must_use]
     pub fn without_hash(self) -> Self {
         Self { hash: None, ..self }

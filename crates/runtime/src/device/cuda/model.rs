@@ -222,7 +222,7 @@ impl CudaRunner {
         queue.interrupted();
         for layer in 0..self.config.layers {
             self.residency.enter(&mut queue, layer)?;
-            self.layer(&mut queue, layer, tokens, layer > 0)?;
+            self.layer(&mut queue, layer, tokens)?;
             self.residency.leave(&mut queue, layer)?;
         }
         if wanted > 0 {
@@ -236,13 +236,13 @@ impl CudaRunner {
         Ok(())
     }
 
-    /// One layer. `behind_another`: what the layer before it computed last is still to be added to the stream.
-    fn layer(&self, queue: &mut Queue<'_>, layer: usize, tokens: usize, behind_another: bool) -> Result<(), CudaError> {
+    /// One layer. What the layer before it computed last is still to be added to the stream.
+    fn layer(&self, queue: &mut Queue<'_>, layer: usize, tokens: usize) -> Result<(), CudaError> {
         let (c, s, norms) = (&self.config, &self.scratch, &self.norms[layer]);
         let norm = |weight, add| Input::Norm { x: &s.input, weight, eps: c.rms_eps, add, rows: None };
         let index = |kind| self.groups.index(layer, kind);
         let (qkv, o, gate_up, down) = (index(Kind::Qkv), index(Kind::O), index(Kind::GateUp), index(Kind::Down));
-        let add = behind_another.then(|| self.sums(self.groups.index(layer - 1, Kind::Down), 1));
+        let add = (layer > 0).then(|| self.sums(self.groups.index(layer - 1, Kind::Down), 1));
         self.multiply(queue, norm(&norms.input, add), qkv, 0, tokens)?;
         let first_rows = &self.groups.all[qkv].first_rows;
         let at = AttentionAt {
