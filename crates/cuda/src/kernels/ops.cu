@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(256) rope(Rope P) {
   launch_dependents();
   fetch_pair_constants(crew, P, row);
   wait_for_kernel_before();
-  const float2 v = turned(crew, P, t, part, pair_of(crew, P, t, row), slots);
+  const float2 v = turned(crew, P, angle_of(crew, P, t), part, pair_of(crew, P, t, row), slots);
   if (i >= half) return;
   if (part == Q) {
     float* q = P.q + ((size_t)t * P.heads + head) * P.head_dim;
@@ -238,11 +238,12 @@ __device__ __forceinline__ void attend_of_grid(const Attend& P) {
   launch_dependents();
   const Rows rows = rows_of(R, head);
   for (int part = 0; part < 3; part++) fetch_pair_constants(crew, R, rows.of[part]);
-  // Written before the step's first kernel: it need not be waited for.
+  // Written before the step's first kernel: they need not be waited for.
   const Place place = R.places[0];
+  const Angle angle = angle_of(crew, R, 0);
   fetch_positions(crew, P.attention, place, kv_head, blockIdx.x - kv_head * group * SPLITS);
   wait_for_kernel_before();
-  attend<PAIRS>(crew, room, P, place, head, split);
+  attend<PAIRS>(crew, room, P, place, angle, head, split);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend_of_grid<1>(P); }

@@ -133,12 +133,20 @@ struct Feed {
     slot = slot + 1 == RING ? 0 : slot + 1;
   }
 
-  // The superstep that was asked for first; `put` asks for one in its place.
-  __device__ __forceinline__ void take(const Room& room, uint4& a, uint4& b) {
+  // The superstep that was asked for first, or two; as many `put`s ask for others in their place.
+  __device__ __forceinline__ void take(const Room& room, uint4 (&a)[2]) const {
     copy_async_wait_but<RING - 1>();
+    load(room, slot, a);
+  }
+  __device__ __forceinline__ void take(const Room& room, uint4 (&a)[2], uint4 (&b)[2]) const {
+    copy_async_wait_but<RING - 2>();
+    load(room, slot, a);
+    load(room, slot + 1 == RING ? 0 : slot + 1, b);
+  }
+  __device__ __forceinline__ void load(const Room& room, u32 slot, uint4 (&v)[2]) const {
     const u32 from = room.ring + slot * SUPERSTEP_BYTES + (threadIdx.x & 31) * 16;
-    a = load_ring(from);
-    b = load_ring(from + SUPERSTEP_BYTES / 2);
+    v[0] = load_ring(from);
+    v[1] = load_ring(from + SUPERSTEP_BYTES / 2);
   }
 };
 
@@ -172,45 +180,67 @@ struct OfRoom {
   }
 };
 
-// The block's share of a product with the activations in `room`.
+// A warp's part of a product.
+struct Task {
+  u32 at, end;           // supersteps
+  u32 far, far_end;      // far symbols of the tiles that begin in it
+};
+
+// Before the barrier: far symbols are rare, but where they are, is known from global memory only.
+__device__ __forceinline__ Task task_of(const Plain& M, const Share& share) {
+  Task p;
+  share_out(share.first, share.count, STEP_WARPS, threadIdx.x >> 5, p.at, p.end);
+  const u32 supersteps = M.tc / SUPERSTEP;
+  p.far = __ldg(M.far_off + (p.at + supersteps - 1) / supersteps);
+  p.far_end = __ldg(M.far_off + (p.end + supersteps - 1) / supersteps);
+  return p;
+}
+
+// A superstep's sums of rows g and g + 8, times 16.
+__device__ __forceinline__ void multiply_superstep(const uint4 (&v)[2], u32 x, int2 m, i64& y0, i64& y1) {
+  const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
+  int low[2][4] = {}, high[2][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const uint4 a = v[half], f = load_shared_16(x + half * 64);
+    mma(low[half], a.x & L, a.y & L, a.z & L, a.w & L, f.x, f.y);
+    mma(high[half], a.x & H, a.y & H, a.z & H, a.w & H, f.z, f.w);
+  }
+  y0 += (i64)m.x * ((low[0][0] + low[1][0]) * 16 + (high[0][0] + high[1][0] - m.y));
+  y1 += (i64)m.x * ((low[0][2] + low[1][2]) * 16 + (high[0][2] + high[1][2] - m.y));
+}
+
+// The warp's part of a product with the activations in `room`.
 template <int RING>
-__device__ __forceinline__ void product(const Plain& M, Feed<RING>& feed, const Room& room, int index, i64* sums) {
+__device__ __forceinline__ void product(const Plain& M, Feed<RING>& feed, const Room& room, Task p, i64* sums) {
   const int warp = threadIdx.x >> 5, c = threadIdx.x & 3;
   const u32 supersteps = M.tc / SUPERSTEP;
-  const Share share = room.shares[index];
-  u32 at, end;
-  share_out(share.first, share.count, STEP_WARPS, warp, at, end);
-  while (at < end) {
-    const u32 tile = at / supersteps, first = at - tile * supersteps, run = min(supersteps - first, end - at);
+  while (p.at < p.end) {
+    const u32 tile = p.at / supersteps, first = p.at - tile * supersteps, run = min(supersteps - first, p.end - p.at);
     const u32 seg = tile / M.row_tiles, row_tile = tile - seg * M.row_tiles;
-    u32 far = 0, far_end = 0;
-    if (first == 0) { // whoever has the begin of a tile
-      far = M.far_off[tile];
-      far_end = M.far_off[tile + 1];
-    }
     i64 y0[1] = {0}, y1[1] = {0};
     u32 x = room.frag + (seg * supersteps + first) * SUPERSTEP + c * 16;
     const int2* info = room.info + seg * supersteps + first;
+    u32 i = 0;
 #pragma unroll 1
-    for (u32 i = 0; i < run; i++, x += SUPERSTEP, info++) {
-      uint4 v[2];
+    for (; i + 2 <= run; i += 2, x += 2 * SUPERSTEP, info += 2) {
+      uint4 v[2][2];
       feed.take(room, v[0], v[1]);
-      int low[4] = {}, high[4] = {};
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const uint4 a = v[half], f = load_shared_16(x + half * 64);
-        const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
-        mma(low, a.x & L, a.y & L, a.z & L, a.w & L, f.x, f.y);
-        mma(high, a.x & H, a.y & H, a.z & H, a.w & H, f.z, f.w);
-      }
-      const int2 m = *info;
-      y0[0] += (i64)m.x * (low[0] * 16 + high[0] - m.y);
-      y1[0] += (i64)m.x * (low[2] * 16 + high[2] - m.y);
+      multiply_superstep(v[0], x, info[0], y0[0], y1[0]);
+      multiply_superstep(v[1], x + SUPERSTEP, info[1], y0[0], y1[0]);
+      feed.put(room);
       feed.put(room);
     }
-    add_far<1>(far, far_end, M.far, OfRoom{room, (int)(seg * supersteps)}, room.far[warp], y0, y1);
+    if (i < run) {
+      uint4 v[2];
+      feed.take(room, v);
+      multiply_superstep(v, x, info[0], y0[0], y1[0]);
+      feed.put(room);
+    }
+    if (first == 0 && p.far < p.far_end)
+      add_far<1>(__ldg(M.far_off + tile), __ldg(M.far_off + tile + 1), M.far, OfRoom{room, (int)(seg * supersteps)}, room.far[warp], y0, y1);
     add_sums<1>(sums, M.n, row_tile, y0, y1);
-    at += run;
+    p.at += run;
   }
 }
 
@@ -246,58 +276,82 @@ __device__ __forceinline__ u32 most_of_warp(u32 most) {
   return most;
 }
 
+// The residual stream's columns of a thread, in the order of `prepare` in ops.cu, of `cluster` blocks: round j is the (j % per)-th of block j / per.
+struct Columns {
+  int block_cols, threads, per, rounds, hidden;
+  __device__ __forceinline__ Columns(const Step& P) : hidden(P.hidden) {
+    const int supersteps = P.padded_hidden / SUPERSTEP;
+    block_cols = (supersteps + P.cluster - 1) / P.cluster * SUPERSTEP;
+    threads = min(block_cols, STEP_THREADS);
+    per = (block_cols + threads - 1) / threads;
+    rounds = P.cluster * per;
+  }
+  __device__ __forceinline__ int of_round(int j) const { // -1: none
+    const int rank = per == 1 ? j : j / per, i = (j - rank * per) * threads + threadIdx.x, col = rank * block_cols + i;
+    return j < rounds && threadIdx.x < threads && i < block_cols && col < hidden ? col : -1;
+  }
+};
+
+// What can be known of a norm's input before the product before it is done: rounds j.. of the stream, the weight, the product's scale and bias.
+constexpr int ROUNDS = 8; // whose loads are in flight together
+struct Known { float x[ROUNDS], weight[ROUNDS], scale[ROUNDS], bias[ROUNDS]; };
+
+__device__ __forceinline__ Known known(const Columns& columns, int j, const float* x, const Sums& add, const float* weight) {
+  Known k;
+#pragma unroll
+  for (int u = 0; u < ROUNDS; u++) {
+    const int col = max(columns.of_round(j + u), 0);
+    k.x[u] = x[col];
+    k.weight[u] = __ldg(weight + col);
+    k.scale[u] = add.sum ? __ldg(add.scale + col) : 0.0f;
+    k.bias[u] = add.bias ? __ldg(add.bias + col) : 0.0f;
+  }
+  return k;
+}
+
 // Adds a product to the stream (if there is one), norms it and prepares it for the next product; returns the unit. Every block does all of it; each
-// writes a part of the new stream. Sums of squares meet as in `prepare` of ops.cu, of `cluster` blocks.
-__device__ __forceinline__ float normed(const Step& P, const Room& room, const float* x, const Sums& add, const float* weight, float* out, int2 range) {
-  constexpr int AT_ONCE = 8;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, supersteps = P.padded_hidden / SUPERSTEP;
-  const int block_cols = (supersteps + P.cluster - 1) / P.cluster * SUPERSTEP, threads = min(block_cols, STEP_THREADS);
-  const int per = (block_cols + threads - 1) / threads, rounds = P.cluster * per;
+// writes a part of the new stream. `k`: of the first rounds. Sums of squares meet as in `prepare`.
+__device__ __forceinline__ float normed(const Step& P, const Room& room, Known k, const float* x, const Sums& add, const float* weight, float* out, int2 range) {
+  const Columns columns(P);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   float* kept = (float*)room.scratch;
   float (*sums)[STEP_WARPS] = (float (*)[STEP_WARPS])room.slots;
   u32* mosts = (u32*)(room.slots + CLUSTER_MAX * STEP_WARPS);
+  const float unit_before = add.sum ? add.unit[0] : 0.0f;
   float sum = 0;
   u32 most = 0;
-  int rank = 0, of_rank = 0; // of the next column to load; one behind it for those to sum
-  int summed_rank = 0, summed = 0;
+  int rank = 0, of_rank = 0;
 #pragma unroll 1
-  for (int j0 = 0; j0 < rounds; j0 += AT_ONCE) {
-    float a[AT_ONCE], b[AT_ONCE], w[AT_ONCE];
-    int cols[AT_ONCE];
+  for (int j0 = 0; j0 < columns.rounds; j0 += ROUNDS) {
+    if (j0 > 0) k = known(columns, j0, x, add, weight);
+    i64 s[ROUNDS];
+    if (add.sum) {
 #pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      const int i = of_rank * threads + threadIdx.x, col = rank * block_cols + i;
-      cols[u] = j0 + u < rounds && threadIdx.x < threads && i < block_cols && col < P.hidden ? col : -1;
-      if (++of_rank == per) of_rank = 0, rank++;
+      for (int u = 0; u < ROUNDS; u++) s[u] = add.sum[max(columns.of_round(j0 + u), 0)];
     }
 #pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      a[u] = b[u] = w[u] = 0;
-      if (cols[u] < 0) continue;
-      a[u] = x[cols[u]];
-      w[u] = __ldg(weight + cols[u]);
-      if (add.sum) b[u] = value(add, 0, cols[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      if (j0 + u >= rounds) break;
-      if (cols[u] >= 0) {
-        if (add.sum) {
-          a[u] += b[u];
-          if ((cols[u] >> 5) % gridDim.x == blockIdx.x) out[cols[u]] = a[u];
-        }
-        sum = __fmaf_rn(a[u], a[u], sum);
-        a[u] *= w[u];
-        kept[cols[u]] = a[u];
-        most = max(most, __float_as_uint(a[u]) & 0x7fffffff);
+    for (int u = 0; u < ROUNDS; u++) {
+      if (j0 + u >= columns.rounds) break;
+      const int col = columns.of_round(j0 + u);
+      float a = k.x[u];
+      if (add.sum) {
+        const float y = value_of(s[u], unit_before, k.scale[u]);
+        a += add.bias ? y + k.bias[u] : y;
+        if (col >= 0 && (col >> 5) % gridDim.x == blockIdx.x) out[col] = a;
       }
-      if (++summed == per) {
+      if (col >= 0) {
+        sum = __fmaf_rn(a, a, sum);
+        a *= k.weight[u];
+        kept[col] = a;
+        most = max(most, __float_as_uint(a) & 0x7fffffff);
+      }
+      if (++of_rank == columns.per) {
 #pragma unroll
         for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-        if (lane == 0) sums[summed_rank][warp] = sum;
+        if (lane == 0) sums[rank][warp] = sum;
         sum = 0;
-        summed = 0;
-        summed_rank++;
+        of_rank = 0;
+        rank++;
       }
     }
   }
@@ -319,8 +373,7 @@ __device__ __forceinline__ float normed(const Step& P, const Room& room, const f
 #pragma unroll
   for (int d = 4; d > 0; d >>= 1) of_ranks += __shfl_xor_sync(~0u, of_ranks, d);
   const float total = __shfl_sync(~0u, of_ranks, 0);
-  most = mosts[lane & (STEP_WARPS - 1)];
-  most = most_of_warp(most);
+  most = most_of_warp(mosts[lane & (STEP_WARPS - 1)]);
   const float factor = 1.0f / sqrtf(total / P.hidden + P.eps);
   const float unit = unit_of(__uint_as_float(most) * factor);
   quantize(room, range, unit, [&](int col, float (&v)[8]) {
@@ -350,19 +403,11 @@ __device__ __forceinline__ void clear(i64* sums, int n) {
   for (int i = blockIdx.x * STEP_THREADS + threadIdx.x; i < n; i += gridDim.x * STEP_THREADS) sums[i] = 0;
 }
 
-// Brings what a block needs after a barrier into the L2 cache.
-__device__ __forceinline__ void fetch_vectors(const float* a, const float* b, const float* c, int n) {
-  for (int i = threadIdx.x * 32; i < n; i += STEP_THREADS * 32) {
-    fetch_constant(a + i);
-    if (b) fetch_constant(b + i);
-    if (c) fetch_constant(c + i);
-  }
-}
-
 // The heads' parts, shared out to crews of half a block.
 struct Attends {
   Attend at;
   Crew crew;
+  Angle angle;
   int which;   // crew of the block
   int group;   // crews that share a kv head
   __device__ __forceinline__ int first() const { return blockIdx.x + which * gridDim.x; }
@@ -379,6 +424,7 @@ __device__ __forceinline__ Attends attends(const Step& P, const StepLayer& L, in
   const StepProduct& qkv = L.products[QKV];
   all.at.rope = {{P.sums[QKV], unit, qkv.scale, qkv.bias, qkv.matrix.n}, L.q_norm, L.k_norm, P.turn, P.place, nullptr, P.eps, layer, P.heads, P.kv_heads, P.head_dim, P.k_row, P.v_row};
   all.at.attention = {nullptr, P.place, P.parts, P.stats, P.scale, layer, P.heads, P.kv_heads, P.head_dim, L.window};
+  all.angle = angle_of(all.crew, all.at.rope, 0);
   return all;
 }
 
@@ -399,7 +445,7 @@ __device__ __forceinline__ void attend_all(const Step& P, const Attends& all, co
   __shared__ bool last[2];
   for (int item = all.first(); item < all.items(); item += 2 * gridDim.x) {
     const int head = item / SPLITS;
-    attend<PAIRS>(crew, mine, all.at, place, head, item % SPLITS);
+    attend<PAIRS>(crew, mine, all.at, place, all.angle, head, item % SPLITS);
     __threadfence();
     crew.sync();
     if (crew.index == 0) last[all.which] = atomicAdd(arrivals + head, 1) == SPLITS - 1;
@@ -459,17 +505,20 @@ __device__ __forceinline__ void step(const Step& P) {
   const float* x = P.x;
   Sums add = {nullptr, unit + 1, nullptr, nullptr, 0};
   int turn = 0;
+  Known k = known(Columns(P), 0, x, add, P.layer_count > 0 ? room.layers[0].input_norm : P.final_norm);
+  Task task = P.layer_count > 0 ? task_of(room.layers[0].products[QKV].matrix, room.shares[0]) : task_of(P.head.matrix, room.shares[0]);
+  // Every unit is written by one thread, behind a barrier of the block, and read behind the next one of the grid.
+  auto keep_unit = [&](int turn, float value) { if (threadIdx.x == 0) unit[turn] = value; };
 #pragma unroll 1
   for (int layer = 0; layer < P.layer_count; layer++) {
     const StepLayer& L = room.layers[layer & 1];
-    auto share = [&](int which) { return met(L.products[which].matrix, room.shares[layer * 4 + which]); };
-    auto multiply = [&](int which) { product<RING>(L.products[which].matrix, feed, room, layer * 4 + which, P.sums[which]); };
+    auto share = [&](int which) -> const Share& { return room.shares[layer * 4 + which]; };
+    auto range = [&](int which) { return met(L.products[which].matrix, share(which)); };
+    auto multiply = [&](int which) { product<RING>(L.products[which].matrix, feed, room, task, P.sums[which]); };
     auto sums_of = [&](int which, int turn) { return Sums{P.sums[which], unit + turn, L.products[which].scale, L.products[which].bias, L.products[which].matrix.n}; };
-    // Every unit is written by one thread, behind a barrier of the block, and read behind the next one of the grid.
-    auto keep_unit = [&](int turn, float value) { if (threadIdx.x == 0) unit[turn] = value; };
 
     float* out = P.stream[turn];
-    float u = normed(P, room, x, add, L.input_norm, out, share(QKV));
+    float u = normed(P, room, k, x, add, L.input_norm, out, range(QKV));
     if (layer > 0) x = out, turn ^= 1;
     keep_unit(0, u);
     multiply(QKV);
@@ -482,18 +531,20 @@ __device__ __forceinline__ void step(const Step& P) {
     if (layer > 0) clear(P.sums[DOWN], add.n);
     attend_all<PAIRS>(P, heads, position, room, P.control + 1, mosts + 2 * layer);
     grid.arrive();
-    fetch_vectors(L.post_norm, L.products[O].scale, L.products[O].bias, P.hidden);
+    task = task_of(L.products[O].matrix, share(O));
     grid.wait();
 
     clear(P.sums[QKV], L.products[QKV].matrix.n);
-    u = prepared(P.mixed, room, mosts + 2 * layer, share(O));
+    u = prepared(P.mixed, room, mosts + 2 * layer, range(O));
     keep_unit(1, u);
     multiply(O);
     grid.arrive();
+    k = known(Columns(P), 0, x, sums_of(O, 1), L.post_norm);
+    task = task_of(L.products[GATE_UP].matrix, share(GATE_UP));
     grid.wait();
 
     out = P.stream[turn];
-    u = normed(P, room, x, sums_of(O, 1), L.post_norm, out, share(GATE_UP));
+    u = normed(P, room, k, x, sums_of(O, 1), L.post_norm, out, range(GATE_UP));
     x = out, turn ^= 1;
     keep_unit(0, u);
     multiply(GATE_UP);
@@ -517,20 +568,24 @@ __device__ __forceinline__ void step(const Step& P) {
       if ((threadIdx.x & 31) == 0) atomicMax(mosts + 2 * layer + 1, top);
     }
     grid.arrive();
+    task = task_of(L.products[DOWN].matrix, share(DOWN));
     grid.wait();
 
     clear(P.sums[GATE_UP], L.products[GATE_UP].matrix.n);
-    u = prepared(P.active, room, mosts + 2 * layer + 1, share(DOWN));
+    u = prepared(P.active, room, mosts + 2 * layer + 1, range(DOWN));
     keep_unit(1, u);
     multiply(DOWN);
     add = sums_of(DOWN, 1);
     grid.arrive();
-    fetch_vectors(layer + 1 < P.layer_count ? room.layers[(layer + 1) & 1].input_norm : P.final_norm, add.scale, add.bias, P.hidden);
+    const bool more = layer + 1 < P.layer_count;
+    const StepLayer& next = room.layers[(layer + 1) & 1];
+    k = known(Columns(P), 0, x, add, more ? next.input_norm : P.final_norm);
+    task = task_of(more ? next.products[QKV].matrix : P.head.matrix, room.shares[layer * 4 + 4]);
     grid.wait();
   }
-  const float u = normed(P, room, x, add, P.final_norm, P.stream[turn], met(P.head.matrix, room.shares[products - 1]));
-  if (threadIdx.x == 0) unit[0] = u;
-  product<RING>(P.head.matrix, feed, room, products - 1, P.sums[HEAD]);
+  const float u = normed(P, room, k, x, add, P.final_norm, P.stream[turn], met(P.head.matrix, room.shares[products - 1]));
+  keep_unit(0, u);
+  product<RING>(P.head.matrix, feed, room, task, P.sums[HEAD]);
   grid.arrive();
   grid.wait();
   if (P.layer_count > 0) clear(P.sums[DOWN], add.n);

@@ -10,8 +10,10 @@ struct Sums {
   int n;
 };
 
+__device__ __forceinline__ float value_of(i64 sum, float unit, float scale) { return (float)((double)sum * (0.0625 * (double)unit)) * scale; }
+
 __device__ __forceinline__ float value(const Sums& s, int token, int row) {
-  const float y = (float)((double)s.sum[(size_t)token * s.n + row] * (0.0625 * (double)s.unit[token])) * s.scale[row];
+  const float y = value_of(s.sum[(size_t)token * s.n + row], s.unit[token], s.scale[row]);
   return s.bias ? y + s.bias[row] : y;
 }
 
@@ -119,8 +121,15 @@ struct Rope {
 
 enum Part { Q = 0, K = 1, V = 2 };
 
+// The angle by which a thread turns its elements.
+struct Angle { float cosine, sine; };
+__device__ __forceinline__ Angle angle_of(const Crew& crew, const Rope& P, int t) {
+  const int half = P.head_dim / 2, i = min(crew.index, half - 1);
+  return {P.turn[(size_t)t * P.head_dim + i], P.turn[(size_t)t * P.head_dim + half + i]};
+}
+
 // Elements i and i + head_dim / 2 of a head, normed (Qwen3) and turned by the token's position. All threads of the crew; `slots`: 8 floats.
-__device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, int t, int part, float2 v, float* slots) {
+__device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, Angle angle, int part, float2 v, float* slots) {
   const int i = crew.index, half = P.head_dim / 2;
   const float* norm = part == Q ? P.q_norm : part == K ? P.k_norm : nullptr;
   if (norm) {
@@ -134,9 +143,8 @@ __device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, int t,
     const float inverse = 1.0f / sqrtf(s / P.head_dim + P.eps);
     if (i < half) v = make_float2(v.x * (inverse * norm[i]), v.y * (inverse * norm[half + i]));
   }
-  if (i >= half || part == V) return v;
-  const float cosine = P.turn[(size_t)t * P.head_dim + i], sine = P.turn[(size_t)t * P.head_dim + half + i];
-  return make_float2(v.x * cosine - v.y * sine, v.y * cosine + v.x * sine);
+  if (part == V) return v;
+  return make_float2(v.x * angle.cosine - v.y * angle.sine, v.y * angle.cosine + v.x * angle.sine);
 }
 
 // Writes the elements i and i + head_dim / 2 of a head's key or value to the cache.
@@ -147,9 +155,10 @@ __device__ __forceinline__ void keep(const Crew& crew, const Rope& P, const Plac
   to[half + i] = half_of(v.y);
 }
 
+// Threads beyond the pairs have the last one, so that all loads are in flight together.
 __device__ __forceinline__ float2 pair_of(const Crew& crew, const Rope& P, int t, int row) {
-  const int i = crew.index, half = P.head_dim / 2;
-  return i < half ? make_float2(value(P.sums, t, row + i), value(P.sums, t, row + half + i)) : make_float2(0, 0);
+  const int half = P.head_dim / 2, i = min(crew.index, half - 1);
+  return make_float2(value(P.sums, t, row + i), value(P.sums, t, row + half + i));
 }
 __device__ __forceinline__ void fetch_pair_constants(const Crew& crew, const Rope& P, int row) {
   const int i = crew.index, half = P.head_dim / 2;
@@ -322,13 +331,13 @@ __device__ __forceinline__ Rows rows_of(const Rope& R, int head) {
 }
 
 template <int PAIRS>
-__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, int head, int split) {
+__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split) {
   const Rope& R = P.rope;
   const int kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = crew.index;
   const Rows rows = rows_of(R, head);
   float2 q = pair_of(crew, R, 0, rows.of[Q]), k = pair_of(crew, R, 0, rows.of[K]), v = pair_of(crew, R, 0, rows.of[V]); // loads in flight together
-  q = turned(crew, R, 0, Q, q, room.slots);
-  k = turned(crew, R, 0, K, k, room.slots);
+  q = turned(crew, R, angle, Q, q, room.slots);
+  k = turned(crew, R, angle, K, k, room.slots);
   if (i < half) {
     room.query[i] = q.x;
     room.query[half + i] = q.y;
