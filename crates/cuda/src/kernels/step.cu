@@ -7,8 +7,7 @@
 // barriers and everything between two products happen while weights arrive.
 //
 // Layout.  The 1 KiB supersteps of a matrix in the plain layout (no raw low bits) follow each other in memory; block b of the grid takes the
-// b-th even share of them, warp w the w-th share of the block's.  A lane copies 16 bytes of each half of a superstep into its warp's ring and
-// multiplies what it copied itself, so the ring needs no barriers.  Activations are prepared by each block for itself, in shared memory, from
+// b-th even share of them, warp w the w-th share of the block's, which arrives in a ring of its own.  Activations are prepared by each block for itself, in shared memory, from
 // what the product before left: exact integer sums, added up in the L2 cache.  Between two products lies a barrier of the grid, before down
 // and o a second one, for the maximum over all blocks on which the unit of the activations depends:
 //
@@ -82,6 +81,7 @@ struct Share {
 // Shared memory, in order; `step_shared_bytes` of kernels.rs adds it up.
 struct Room {
   u32 ring;              // of the warp
+  u32 bars;              // of the warp: a barrier a slot
   Share* shares;         // (products)
   StepLayer* layers;     // this one and the next, by turns
   int2* info;            // (supersteps)
@@ -102,42 +102,67 @@ __device__ __forceinline__ void share_out(u32 first, u32 count, u32 parts, u32 p
   end = first + (u32)((u64)count * (part + 1) / parts);
 }
 
-// What a warp reads, from the first product to the last: RING supersteps ahead of what it multiplies.
+// What a warp reads, from the first product to the last: RING supersteps ahead of what it multiplies. Bulk copies, since loads and atomics of the
+// model's other parts would queue behind as many copies by lanes.
 template <int RING>
 struct Feed {
   const u8* next;
-  u32 left, product, products, slot;
+  u32 left, product, products, slot, bars;
+  u32 parity;  // of the arrivals at the slots' barriers
   u64 once;
 
-  __device__ __forceinline__ Feed(int products) : next(nullptr), left(0), product(0), products(products), slot(0), once(policy_once()) {}
+  __device__ __forceinline__ Feed(const Room& room, int products)
+      : next(nullptr), left(0), product(0), products(products), slot(0), bars(room.bars), parity(0), once(policy_once()) {
+#if HOPPER
+    if ((threadIdx.x & 31) == 0) {
+      for (int i = 0; i < RING; i++) barrier_init(bars + i * 8);
+      barrier_fence();
+    }
+    __syncwarp();
+#endif
+  }
 
-  // Asks for one more superstep; at the end for none, so that there are always RING groups of copies.
+  // Asks for one more superstep; at the end for none.
   __device__ __forceinline__ void put(const Room& room) {
-    const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const u32 lane = threadIdx.x & 31;
     while (left == 0 && product < products) {
       const Share share = room.shares[product++];
       u32 at, end;
-      share_out(share.first, share.count, STEP_WARPS, warp, at, end);
+      share_out(share.first, share.count, STEP_WARPS, threadIdx.x >> 5, at, end);
       left = end - at;
-      next = share.nibbles + (size_t)at * SUPERSTEP_BYTES + lane * 16;
+      next = share.nibbles + (size_t)at * SUPERSTEP_BYTES;
     }
     if (left > 0) {
-      const u32 to = room.ring + slot * SUPERSTEP_BYTES + lane * 16;
-      copy_async_16_once(to, next, once);
-      copy_async_16_once(to + SUPERSTEP_BYTES / 2, next + SUPERSTEP_BYTES / 2, once);
+      const u32 to = room.ring + slot * SUPERSTEP_BYTES;
+#if HOPPER
+      if (lane == 0) {
+        barrier_expect(bars + slot * 8, SUPERSTEP_BYTES);
+        bulk_copy_once(to, next, SUPERSTEP_BYTES, bars + slot * 8, once);
+      }
+#else
+      copy_async_16_once(to + lane * 16, next + lane * 16, once);
+      copy_async_16_once(to + lane * 16 + SUPERSTEP_BYTES / 2, next + lane * 16 + SUPERSTEP_BYTES / 2, once);
+#endif
       next += SUPERSTEP_BYTES;
       left--;
     }
-    copy_async_commit();
-    slot = slot + 1 == RING ? 0 : slot + 1;
+#if !HOPPER
+    copy_async_commit(); // so that there are always RING groups of copies
+#endif
+    if (++slot == RING) slot = 0, parity ^= 1;
   }
 
   // The superstep that was asked for first; `put` asks for another in its place.
   __device__ __forceinline__ void take(const Room& room, uint4 (&v)[2]) const {
+#if HOPPER
+    barrier_wait(bars + slot * 8, parity ^ 1); // the slot's copy was asked for a round before
+#else
     copy_async_wait_but<RING - 1>();
+#endif
     const u32 from = room.ring + slot * SUPERSTEP_BYTES + (threadIdx.x & 31) * 16;
     v[0] = load_ring(from);
     v[1] = load_ring(from + SUPERSTEP_BYTES / 2);
+    __syncwarp(); // all lanes have it
   }
 };
 
@@ -390,6 +415,7 @@ __device__ __forceinline__ void step(const Step& P) {
   u8* at = shared;
   auto place = [&](int bytes) { u8* here = at; at += (bytes + 127) & ~127; return here; };
   room.ring = shared_address(place(STEP_WARPS * RING * SUPERSTEP_BYTES)) + warp * RING * SUPERSTEP_BYTES;
+  room.bars = shared_address(place(STEP_WARPS * RING * 8)) + warp * RING * 8;
   room.attention = place(2 * sizeof(AttendRoom<PAIRS>));
   room.frag = shared_address(place(P.frag_bytes));
   room.info = (int2*)place(P.frag_bytes / SUPERSTEP * 8);
@@ -410,7 +436,7 @@ __device__ __forceinline__ void step(const Step& P) {
   };
   if (P.layer_count > 0) load_layer(0);
   __syncthreads();
-  Feed<RING> feed(products);
+  Feed<RING> feed(room, products);
 #pragma unroll 1
   for (int i = 0; i < RING; i++) feed.put(room);
 
