@@ -161,7 +161,7 @@ fn widths_of_tables_and_chunks() {
                         + width("far_count")
                         + width("escape_bytes")
                         + tiers.saturating_sub(1) * width("tiered pairs");
-                    let listed = parts.listed_bytes.len() * (width("tiered gap") + width("tiered listed byte"));
+                    let listed = parts.listed.bytes().len() * (width("tiered gap") + width("tiered listed byte"));
                     let sum = counts + listed + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
                     let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
                     let front = width("tiered table, base") + width("tiered table, tiers") + tiers * width("tiered table, bits");

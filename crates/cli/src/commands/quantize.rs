@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use tersor_codec::{Codec, Histogram};
+use tersor_codec::{Codec, Histogram, rans_pairs};
 use tersor_format::{
     CHUNK_SYMBOLS_TARGET, DirWriter, MlxDir, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
 };
@@ -446,6 +446,8 @@ fn side_bits(codec: Codec, linear: &LinearInfo) -> f64 {
         }
         // Three more counts, and on average half of the last line of two tiers.
         Codec::Tiered => 64.0 + 32.0 + 2.0 * (32.0 + 256.0),
+        // As for `rans`, and one more count. Chunks of 64 Ki symbols fill their raw lines.
+        Codec::RansPairs => 64.0 + 32.0 + rans_pairs::LANES as f64 * 12.0,
         _ => 64.0,
     };
     // Chunks start at multiples of 16 bytes: 7.5 bytes are lost on average. The blob ends with 64 to 128 zeros.
