@@ -382,12 +382,13 @@ mod tests {
     fn raw_lines_by_hand() {
         let window = Window::new(96, 2).unwrap();
         let mut codes = vec![96; 128 + 65];
-        (codes[0], codes[64], codes[128], codes[192]) = (96 + 0b1001_10, 96 + 0b0011_01, 96 + 0b1111_11, 96 + 0b0100_10);
+        (codes[0], codes[64], codes[128], codes[192]) =
+            (96 + 4 * 0b1001 + 0b10, 96 + 4 * 0b0011 + 0b01, 96 + 4 * 0b1111 + 0b11, 96 + 4 * 0b0100 + 0b10);
         assert_eq!(window.pair_bytes(&codes)[..1], [0b0011_1001]);
         assert_eq!(window.pair_bytes(&codes)[64], 0b0100_1111);
         let (pairs, lines) = (window.pair_bytes(&codes), window.raw_lines(&codes));
         assert_eq!((pairs.len(), lines.len()), (128, 64));
-        assert_eq!((lines[0], &lines[1..]), (0b10_11_01_10, &[0; 63][..]));
+        assert_eq!((lines[0], &lines[1..]), (0b1011_0110, &[0; 63][..]));
         let mut out = vec![0; codes.len()];
         window.join(&pairs, &lines, &mut out).unwrap();
         assert_eq!(out, codes);

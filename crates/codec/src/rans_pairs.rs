@@ -43,6 +43,22 @@
 //! As in `rans`: all words and escapes are used and no more, and every lane ends at `STATE_MIN`, 256.
 //! Halves of pairs and raw bits without a symbol are zero; listed symbols lie in the chunk and are coded
 //! as such; far list and listed bytes of 0 name the same positions.
+//!
+//! # Cost
+//! Measured on chunks of 65,536 Gaussian symbols, bits per symbol above the entropy, everything in the
+//! chunk counted; the states and their coarseness are 0.017 of it:
+//!
+//! | entropy | 1.51 | 2.25 | 3.06 | 3.79 |
+//! |---|---|---|---|---|
+//! | `rans-pairs` | 0.026 | 0.038 | 0.062 | 0.069 |
+//! | of it the table: rounding, escapes, raw bits | 0.008 | 0.020 | 0.045 | 0.051 |
+//! | entries, raw bits | 22, 0 | 46, 0 | 90, 0 | 72, 1 |
+//! | `rans` | 0.026 | 0.034 | 0.038 | 0.048 |
+//!
+//! The more entropy, the more pairs are too rare for one of 256 slots: at 2.25 bits 0.4 % are escaped, at
+//! 3.06 bits 3 %. Between 3.1 and 3.4 bits one raw bit becomes the better choice; two are not up to 4
+//! bits. The scalar coder, one Zen 4 core: encode 0.61 to 0.66, decode 0.57 to 0.66 G symbols/s, where
+//! `rans` has 0.37 to 0.39 and 0.49 to 0.51 (example `codec_rates`).
 
 use crate::error::{DecodeError, EncodeError, TableError};
 use crate::escape::{check_symbols, take_u32};
