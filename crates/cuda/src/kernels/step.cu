@@ -130,6 +130,12 @@ __device__ __forceinline__ u32 add_in_order(u32* p, u32 v) {
   return before;
 }
 
+// Waits for one sum, before many lanes look at many: what they read over and over, weights could not pass meanwhile.
+__device__ __forceinline__ void wait_for(const i64* p, u32 arrivals) {
+  while (((u32)load_now(p) & 255) != arrivals) {
+  }
+}
+
 __device__ __forceinline__ bool complete(const longlong2& v, u32 arrivals) { return ((u32)v.x & 255) == arrivals && ((u32)v.y & 255) == arrivals; }
 __device__ __forceinline__ bool complete(const FourSums& s, u32 arrivals) { return complete(s.a, arrivals) && complete(s.b, arrivals); }
 __device__ __forceinline__ FourSums load_four_now(const i64* p) { return {load_two_now(p), load_two_now(p + 2)}; }
@@ -302,6 +308,10 @@ __device__ __forceinline__ float normed(int hidden, float eps, const Room& room,
       arrivals[u] = __ldg(add->arrivals + cols[u] / TILE_ROWS);
     }
     if (add) {
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++)
+        if (lane == u) wait_for(add->sums + cols[u], arrivals[u]);
+      __syncwarp();
       bool all;
       do {
         all = true;
@@ -348,9 +358,14 @@ __device__ __forceinline__ float normed(int hidden, float eps, const Room& room,
   return unit_of(__uint_as_float(all.most) * factor);
 }
 
-// The unit of what all blocks have left, when all of it is there.
+// The unit of what all blocks have left, when all of it is there; and all warps of this one are done with the activations before these.
 __device__ __forceinline__ float unit_of_parts(const u32* flags, int count) {
   constexpr int AT_ONCE = 4;
+  __shared__ u32 of_all;
+  if (threadIdx.x >= 32) {
+    __syncthreads();
+    return unit_of(__uint_as_float(of_all));
+  }
   u32 most = 0;
   for (int i = threadIdx.x & 31; i < count; i += 32 * AT_ONCE) {
     u32 v[AT_ONCE];
@@ -365,7 +380,10 @@ __device__ __forceinline__ float unit_of_parts(const u32* flags, int count) {
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) most = max(most, v[u] & ~READY);
   }
-  return unit_of(__uint_as_float(most_of_warp(most)));
+  most = most_of_warp(most);
+  if (threadIdx.x == 0) of_all = most;
+  __syncthreads();
+  return unit_of(__uint_as_float(most));
 }
 
 // int8 activations of the supersteps in `range`, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
@@ -414,6 +432,10 @@ __device__ __forceinline__ void attend_all(const Step& P, const Room& room, cons
       scale[e] = __ldg(qkv.scale + row[e]);
       bias[e] = qkv.bias ? __ldg(qkv.bias + row[e]) : 0.0f;
     }
+#pragma unroll
+    for (int e = 0; e < 6; e++)
+      if ((crew.index & 31) == e) wait_for(qkv.sums + row[e], arrivals[e]);
+    __syncwarp();
     bool all;
     do {
       all = true;
@@ -462,6 +484,10 @@ __device__ __forceinline__ void activate(const Step& P, const StepProduct& gate_
       if (gate_up.bias) bias[u] = load_four(gate_up.bias + rows[u]);
       arrivals[u] = __ldg(gate_up.arrivals + rows[u] / TILE_ROWS);
     }
+#pragma unroll
+    for (int u = 0; u < 2; u++)
+      if (lane == u) wait_for(gate_up.sums + rows[u], arrivals[u]);
+    __syncwarp();
     do {
       sums[0] = load_four_now(gate_up.sums + rows[0]);
       sums[1] = load_four_now(gate_up.sums + rows[1]);
@@ -535,7 +561,6 @@ __device__ __forceinline__ void step(const Step& P) {
       const float* weight = which == HEAD ? P.final_norm : which == QKV ? room.layers[layer & 1].input_norm : room.layers[layer & 1].post_norm;
       unit = normed(P.hidden, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
     } else {
-      __syncthreads(); // all warps are done with the activations before these
       unit = which == O ? unit_of_parts(P.mixed_flags + layer * head_flags, head_flags) : unit_of_parts(P.active_flags + layer * active_flags, active_flags);
       base = range.x;
     }
@@ -560,6 +585,8 @@ __device__ __forceinline__ void step(const Step& P) {
   }
   for (int row = blockIdx.x * STEP_THREADS + threadIdx.x; row < P.vocab; row += gridDim.x * STEP_THREADS) {
     const u32 arrivals = __ldg(P.head.arrivals + row / TILE_ROWS);
+    if (lane == 0) wait_for(P.head.sums + row, arrivals);
+    __syncwarp(__activemask());
     i64 sum;
     do sum = load_now(P.head.sums + row);
     while (((u32)sum & 255) != arrivals);
