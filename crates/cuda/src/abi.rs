@@ -1,4 +1,4 @@
-//! Argument structures of the kernels, field for field as `kernels/common.cuh`, `kernels/rans.cu` and `kernels/ops.cu` declare them. Addresses
+//! Argument structures of the kernels, field for field as `kernels/common.cuh`, `kernels/transformer.cuh`, `rans.cu`, `ops.cu` and `step.cu` declare them. Addresses
 //! are on the device. A test compares the sizes with what the CUDA compiler says.
 
 /// `Quad`.
@@ -147,6 +147,64 @@ pub(crate) struct Attend {
     pub attention: Attention,
 }
 
+/// `StepProduct`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepProduct {
+    pub matrix: Plain,
+    pub scale: u64,
+    pub bias: u64,
+}
+
+/// `StepLayer`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepLayer {
+    pub products: [StepProduct; 4],
+    pub input_norm: u64,
+    pub post_norm: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub window: i32,
+    pub unused: i32,
+}
+
+/// `Step`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step {
+    pub layers: u64,
+    pub head: StepProduct,
+    pub final_norm: u64,
+    pub x: u64,
+    pub stream: [u64; 2],
+    pub turn: u64,
+    pub place: u64,
+    pub sums: [u64; 5],
+    pub parts: u64,
+    pub stats: u64,
+    pub mixed: u64,
+    pub active: u64,
+    pub control: u64,
+    pub logits: u64,
+    pub eps: f32,
+    pub scale: f32,
+    pub layer_count: i32,
+    pub hidden: i32,
+    pub padded_hidden: i32,
+    pub intermediate: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub head_dim: i32,
+    pub k_row: i32,
+    pub v_row: i32,
+    pub up_row: i32,
+    pub vocab: i32,
+    pub cluster: i32,
+    pub frag_bytes: i32,
+    pub scratch_bytes: i32,
+}
+
 /// `RansChunk`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -198,11 +256,12 @@ mod tests {
 
     #[test]
     fn structures_are_as_large_as_the_kernels_think() {
-        let [quad, plain, rans, ops] = [
+        let [quad, plain, rans, ops, step] = [
             include_str!("kernels/ptx/quad.ptx"),
             include_str!("kernels/ptx/plain.ptx"),
             include_str!("kernels/ptx/rans.ptx"),
             include_str!("kernels/ptx/ops.ptx"),
+            include_str!("kernels/ptx/step.ptx"),
         ];
         let act = size_of::<Act>();
         assert_eq!(parameters(quad, "quad_r1_t8"), [size_of::<Quad>(), act, 8]);
@@ -216,6 +275,8 @@ mod tests {
         assert_eq!(parameters(ops, "attention_128"), [size_of::<Attention>()]);
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
+        assert_eq!(parameters(step, "step_128"), [size_of::<Step>()]);
+        assert_eq!(size_of::<StepLayer>(), 328);
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

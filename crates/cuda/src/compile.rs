@@ -18,24 +18,36 @@ use crate::{CudaError, layout};
 pub struct Source {
     /// Name of the file.
     pub name: &'static str,
+    /// What it shares with other files, besides `common.cuh`.
+    shared: &'static str,
     text: &'static str,
     /// Compiled to PTX for compute capability 8.0 by `tools/check_cuda.py --write`, for machines without NVRTC.
     ptx: &'static str,
 }
 
+macro_rules! source {
+    ($name:literal, $shared:expr) => {
+        Source {
+            name: concat!($name, ".cu"),
+            shared: $shared,
+            text: include_str!(concat!("kernels/", $name, ".cu")),
+            ptx: include_str!(concat!("kernels/ptx/", $name, ".ptx")),
+        }
+    };
+}
+
+const TRANSFORMER: &str = include_str!("kernels/transformer.cuh");
+
 /// All kernels.
-pub const SOURCES: [Source; 4] = [
-    Source { name: "quad.cu", text: include_str!("kernels/quad.cu"), ptx: include_str!("kernels/ptx/quad.ptx") },
-    Source { name: "plain.cu", text: include_str!("kernels/plain.cu"), ptx: include_str!("kernels/ptx/plain.ptx") },
-    Source { name: "rans.cu", text: include_str!("kernels/rans.cu"), ptx: include_str!("kernels/ptx/rans.ptx") },
-    Source { name: "ops.cu", text: include_str!("kernels/ops.cu"), ptx: include_str!("kernels/ptx/ops.ptx") },
-];
+pub const SOURCES: [Source; 5] =
+    [source!("quad", ""), source!("plain", ""), source!("rans", ""), source!("ops", TRANSFORMER), source!("step", TRANSFORMER)];
 
 impl Source {
     /// What the compiler sees: the constants of the layouts, what the kernels share, the kernels.
     #[must_use]
     pub fn full_text(&self) -> String {
-        format!("{}\n{}\n#line 1 \"{}\"\n{}", layout::header(), include_str!("kernels/common.cuh"), self.name, self.text)
+        let common = include_str!("kernels/common.cuh");
+        format!("{}\n{common}\n{}\n#line 1 \"{}\"\n{}", layout::header(), self.shared, self.name, self.text)
     }
 
     /// The first line of the PTX that belongs to the text.

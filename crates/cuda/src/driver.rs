@@ -286,7 +286,7 @@ impl Device {
     /// # Safety
     /// `args` are the kernel's parameters, in order and type; pointers in them are valid on the device for what the kernel does.
     pub(crate) unsafe fn launch(&self, kernel: &Function, shape: Shape, stream: Stream, args: &mut [*mut c_void]) -> Result<(), CudaError> {
-        let mut attributes = [const { std::mem::MaybeUninit::<sys::CUlaunchAttribute>::zeroed() }; 2];
+        let mut attributes = [const { std::mem::MaybeUninit::<sys::CUlaunchAttribute>::zeroed() }; 3];
         let mut count = 0;
         // SAFETY: all-zero bytes are a valid attribute; fields are set by their id.
         unsafe {
@@ -300,6 +300,12 @@ impl Device {
                 let attribute = attributes[count].assume_init_mut();
                 attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
                 attribute.value.programmaticStreamSerializationAllowed = 1;
+                count += 1;
+            }
+            if shape.cooperative {
+                let attribute = attributes[count].assume_init_mut();
+                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+                attribute.value.cooperative = 1;
                 count += 1;
             }
             let config = sys::CUlaunchConfig {
@@ -332,6 +338,8 @@ pub(crate) struct Shape {
     pub cluster: u32,
     /// May begin before the kernel before it has ended.
     pub programmatic: bool,
+    /// All blocks are on the GPU at once: they may wait for each other.
+    pub cooperative: bool,
 }
 
 /// A mark in a stream.

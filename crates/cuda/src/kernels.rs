@@ -8,7 +8,7 @@ use crate::compile::{self, SOURCES};
 use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
 use crate::layout::{self, ATTENTION_SPLITS, SUPERSTEP_COLS};
 use crate::matrix::{Form, PlainAt, QuadAt};
-use crate::{CudaError, layout::Geometry};
+use crate::{CudaError, layout::Geometry, step};
 
 /// Warps of a block of `quad`: its launch bound.
 const QUAD_WARPS_MAX: usize = 28;
@@ -33,7 +33,7 @@ pub struct Kernels {
     device: Arc<Device>,
     /// The kernels know clusters and programmatic launches: what `HOPPER` is to them.
     hopper: bool,
-    _modules: [Module; 4],
+    _modules: [Module; 5],
     /// (low bits, batch of 1, 8, 16)
     quad: [[Function; 3]; 3],
     quad_store: Function,
@@ -49,6 +49,7 @@ pub struct Kernels {
     attend: [Function; 3],
     logits: Function,
     read_all: Function,
+    pub(crate) step: [Function; 3],
 }
 
 impl Kernels {
@@ -67,7 +68,7 @@ impl Kernels {
         .into_iter()
         .collect::<Result<Vec<_>, _>>()?;
         let native = modules.iter().all(|(_, native)| *native);
-        let modules: [Module; 4] =
+        let modules: [Module; 5] =
             modules.into_iter().map(|(module, _)| module).collect::<Vec<_>>().try_into().expect("one for each source");
         Self::of(device, modules, native)
     }
@@ -82,8 +83,8 @@ impl Kernels {
     }
 
     /// `native`: compiled for the GPU's own architecture.
-    fn of(device: &Arc<Device>, modules: [Module; 4], native: bool) -> Result<Self, CudaError> {
-        let [quad, plain, rans, ops] = &modules;
+    fn of(device: &Arc<Device>, modules: [Module; 5], native: bool) -> Result<Self, CudaError> {
+        let [quad, plain, rans, ops, step] = &modules;
         Ok(Self {
             quad: functions(
                 quad,
@@ -112,10 +113,16 @@ impl Kernels {
             attend: [ops.function("attend_64")?, ops.function("attend_128")?, ops.function("attend_256")?],
             logits: ops.function("logits")?,
             read_all: ops.function("read_all")?,
+            step: [step.function("step_64")?, step.function("step_128")?, step.function("step_256")?],
             device: Arc::clone(device),
             hopper: native && device.properties().capability.0 >= 9,
             _modules: modules,
         })
+    }
+
+    /// Blocks that take a token of so many supersteps together in `prepare`.
+    pub(crate) fn prepare_cluster(&self, supersteps: usize) -> usize {
+        if self.hopper { CLUSTER.min(supersteps) } else { 1 }
     }
 
     /// The GPU.
@@ -287,6 +294,15 @@ pub struct Heads {
     pub v_row: usize,
 }
 
+impl Heads {
+    /// Which of the kernels for heads of at most 64, 128 and 256 numbers.
+    pub(crate) fn kernel(&self) -> Result<usize, CudaError> {
+        let dim = self.head_dim;
+        let index = [64, 128, HEAD_DIM_MAX].iter().position(|&most| dim <= most);
+        index.ok_or_else(|| CudaError::Unsupported { what: format!("a head of {dim} numbers") })
+    }
+}
+
 /// Room for what attention leaves: for each token, head and part of its positions a weighted sum of values, and what it takes to put the parts together.
 #[derive(Debug)]
 pub struct Mixed {
@@ -305,6 +321,11 @@ impl Mixed {
             out: device.allocate(parts * head_dim * size_of::<f32>(), "attention")?,
             stats: device.allocate(parts * 2 * size_of::<f32>(), "attention")?,
         })
+    }
+
+    /// Where both are, for kernels.
+    pub(crate) fn addresses(&self) -> (u64, u64) {
+        (self.out.address(), self.stats.address())
     }
 
     /// Bytes on the device for a token.
@@ -394,11 +415,8 @@ impl AttentionAt<'_> {
         }
     }
 
-    /// Which of the kernels for heads of at most 64, 128 and 256 numbers.
     fn kernel(&self) -> Result<usize, CudaError> {
-        let dim = self.heads.head_dim;
-        let index = [64, 128, HEAD_DIM_MAX].iter().position(|&most| dim <= most);
-        index.ok_or_else(|| CudaError::Unsupported { what: format!("a head of {dim} numbers") })
+        self.heads.kernel()
     }
 }
 
@@ -439,6 +457,7 @@ impl<'a> Queue<'a> {
             shared_bytes: shared_bytes as u32,
             cluster: cluster as u32,
             programmatic,
+            cooperative: false,
         }
     }
 
@@ -463,7 +482,7 @@ impl<'a> Queue<'a> {
         assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
         assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
         let supersteps = k / SUPERSTEP_COLS;
-        let cluster = if self.kernels.hopper { CLUSTER.min(supersteps) } else { 1 };
+        let cluster = self.kernels.prepare_cluster(supersteps);
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
         let threads = block_cols.min(OPS_THREADS);
         let mut args = abi::Prepare {
@@ -567,7 +586,7 @@ impl<'a> Queue<'a> {
         let mut args = quad.args(block_segs);
         let mut out = to.nibbles();
         let mut shape =
-            Shape { grid: (blocks as u32, 1), threads: warps as u32 * 32, shared_bytes: shared as u32, cluster: 1, programmatic: false };
+            Shape { grid: (blocks as u32, 1), threads: warps as u32 * 32, shared_bytes: shared as u32, cluster: 1, programmatic: false, cooperative: false };
         if stream == Stream::Compute {
             shape = self.shape((blocks, 1), warps * 32, shared, 1);
         }
@@ -618,6 +637,13 @@ impl<'a> Queue<'a> {
         let mut args = at.attention();
         let shape = self.shape((at.heads.heads * ATTENTION_SPLITS, tokens), ATTENTION_THREADS, 0, 1);
         launch!(self, function, shape, Stream::Compute, args)
+    }
+
+    /// Launches a step. `kernel`: which of those for heads of at most 64, 128 and 256 numbers.
+    pub(crate) fn launch_step(&mut self, kernel: usize, shared_bytes: usize, mut args: abi::Step) -> Result<(), CudaError> {
+        self.after_kernel = true;
+        let shape = step::shape(&self.kernels.device, shared_bytes);
+        launch!(self, &self.kernels.step[kernel], shape, Stream::Compute, args)
     }
 
     /// Reads a buffer and keeps nothing, as a measure of bandwidth. `out`: 4 bytes.

@@ -15,6 +15,7 @@ mod error;
 mod kernels;
 mod matrix;
 mod rans;
+mod step;
 
 pub use abi::Place;
 pub use compile::{SOURCES, Source as KernelSource};
@@ -22,4 +23,5 @@ pub use driver::{Buffer, Device, Event, Graph, Pinned, Plain as PlainData, Prope
 pub use error::CudaError;
 pub use kernels::{Activations, AttentionAt, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Prepared, Queue, SumsAt};
 pub use matrix::{Form, PlainAt, PlainMatrix, QuadAt, QuadPlaces, nibble_bytes};
+pub use step::{Step, StepInput, StepLayer, StepMatrix, StepModel};
 pub use rans::{RansDecoder, RansPart, supports as supports_rans};

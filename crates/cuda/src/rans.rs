@@ -294,6 +294,7 @@ impl RansDecoder {
             shared_bytes: 0,
             cluster: 1,
             programmatic: false,
+            cooperative: false,
         };
         let events = if self.timed.is_some() { Some((device.event(true)?, device.event(true)?)) } else { None };
         if let Some((start, _)) = &events {

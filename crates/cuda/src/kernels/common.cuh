@@ -92,9 +92,19 @@ __device__ __forceinline__ void copy_async_8(u32 to, const void* from) {
 __device__ __forceinline__ void copy_async_16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
 }
+// For what passes once: it shall not push the rest out of the L2 cache.
+__device__ __forceinline__ u64 policy_once() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_async_16_once(u32 to, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0],[%1],16,%2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
-__device__ __forceinline__ void copy_async_wait_but_2() { asm volatile("cp.async.wait_group 2;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copy_async_wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 v;
@@ -107,11 +117,22 @@ __device__ __forceinline__ uint4 load_shared_16(u32 address) {
   return v;
 }
 
-// 16 * (the far symbols' part of a tile's sums), added to a lane's rows g and g + 8. `q` and `info` begin at the tile's segment.
+// Activations from a tile's segment on, for far symbols: m * q of a token and column.
+struct OfSegment {
+  const i8* q;
+  const int2* info;
+  int k;
+  __device__ __forceinline__ OfSegment(const Act& a, int seg, int tc, int k) : q(a.q + (size_t)seg * tc), info(a.info + (size_t)seg * (tc / SUPERSTEP)), k(k) {}
+  __device__ __forceinline__ i64 operator()(int token, int col) const {
+    return (i64)info[(size_t)token * (k / SUPERSTEP) + col / SUPERSTEP].x * q[(size_t)token * k + col];
+  }
+};
+
+// 16 * (the far symbols' part of a tile's sums), added to a lane's rows g and g + 8. `x(token, column of the segment)`: m * q.
 // Entries are spread over the lanes; their sums meet in `acc`, NT * 16 words of 8 bytes in shared memory of this warp alone.
 // y[2 j], y[2 j + 1] are the tokens of lane c in token tile j; for one token y[0] counts in lanes c = 0.
-template <int NT, int NY>
-__device__ __forceinline__ void add_far(u32 first, u32 end, const int2* far, const i8* q, const int2* info, int k, u64* acc, i64 (&y0)[NY], i64 (&y1)[NY]) {
+template <int NT, int NY, class X>
+__device__ __forceinline__ void add_far(u32 first, u32 end, const int2* far, const X& x, u64* acc, i64 (&y0)[NY], i64 (&y1)[NY]) {
   if (first == end) return; // warp-uniform
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
   for (int i = lane; i < NT * TILE_ROWS; i += 32) acc[i] = 0;
@@ -122,10 +143,7 @@ __device__ __forceinline__ void add_far(u32 first, u32 end, const int2* far, con
     const int of_lane = e.x & 31, w = e.x >> 5, quad = w >> 2, row = (of_lane >> 2) + (quad & 2) * 4;
     const int col = (quad >> 3) * 64 + ((quad >> 2) & 1) * 32 + (of_lane & 3) * 8 + (w & 7);
 #pragma unroll 1
-    for (int token = 0; token < NT; token++) {
-      const i64 z = (i64)info[(size_t)token * (k / SUPERSTEP) + col / SUPERSTEP].x * (16ll * e.y * q[(size_t)token * k + col]);
-      atomicAdd(acc + token * TILE_ROWS + row, (u64)z);
-    }
+    for (int token = 0; token < NT; token++) atomicAdd(acc + token * TILE_ROWS + row, (u64)(16ll * e.y * x(token, col)));
   }
   __syncwarp();
 #pragma unroll

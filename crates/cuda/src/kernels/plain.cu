@@ -43,7 +43,7 @@ __device__ __forceinline__ void plain(const Plain& M, const Act& A, i64* __restr
   load(0);
   const u32 first_far = run == 0 ? __ldg(M.far_off + tile) : 0, end_far = run == 0 ? __ldg(M.far_off + tile + 1) : 0;
   wait_for_kernel_before();
-  add_far<NT>(first_far, end_far, M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * (M.tc / SUPERSTEP), M.k, far_sums[warp], y0, y1);
+  add_far<NT>(first_far, end_far, M.far, OfSegment(A, seg, M.tc, M.k), far_sums[warp], y0, y1);
 #pragma unroll 1
   for (int b = 0; b < blocks; b += U) {
     uint4 v[U], low[R ? U / 2 : 1];

@@ -108,8 +108,7 @@ __device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restric
   int len_a = 0, len_b = 0, asked = 0, slot = 0, whole_groups = RING_GROUPS;
   launch_dependents();
 #if HOPPER
-  u64 once; // the weights pass once: they shall not push tables and activations out of L2
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  const u64 once = policy_once();
 #endif
   auto ask = [&]() { // for one group of rows (warp-uniform)
     if (asked < whole_groups) {
@@ -227,7 +226,7 @@ __device__ __forceinline__ void quad(const Quad& M, const Act& A, i64* __restric
       }
     }
     __syncwarp();
-    add_far<NT>(f0, f1, M.far, A.q + (size_t)seg * M.tc, A.info + (size_t)seg * S, M.k, (u64*)acc, y0, y1);
+    add_far<NT>(f0, f1, M.far, OfSegment(A, seg, M.tc, M.k), (u64*)acc, y0, y1);
 #if HOPPER
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

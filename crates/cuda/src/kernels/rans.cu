@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(RANS_WARPS * 32) rans_decode(RansJo
         words.ahead(lane);
         escapes.ahead(lane);
         copy_async_commit();
-        copy_async_wait_but_2();
+        copy_async_wait_but<2>();
         __syncwarp();
 #pragma unroll 1
         for (u32 j = 0; j < 4; j++) { // rolled: the code of all steps of a block would not fit the instruction cache

@@ -57,6 +57,10 @@ pub const TILE_COLS_MAX: usize = SUPERSTEP_COLS * SUPERSTEPS_MAX;
 pub const LANES: usize = 32;
 /// Blocks that share the positions of a head in attention; their results meet where the next product's activations are prepared.
 pub const ATTENTION_SPLITS: usize = 8;
+/// Warps of a block of the kernel that computes a whole step.
+pub const STEP_WARPS: usize = 16;
+/// Supersteps of weights that each of these warps has under way or at hand, 1 KiB each.
+pub const STEP_RING: usize = 10;
 /// Bit streams of a tile: two per lane, one for each of its rows. Stream = lane + 32 · (row >= 8).
 pub const STREAMS: usize = 2 * LANES;
 /// Words of each stream in a group of the ring ("rows" of words).

@@ -1,10 +1,10 @@
 //! The forward pass on a GPU. A step of one token (or one token of each of several sequences) is recorded as a graph and replayed; what changes from step to
 //! step (the token's embedding, its angles, its place in the cache) lies in device memory.
 //!
-//! Per layer ten kernels: prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
+//! A step of one token with all matrices decoded for good is one kernel (`tersor_cuda::Step`). Else, per layer ten kernels: prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
 //! Products leave exact integer sums; the kernel behind them makes numbers of them. So every strategy gives the same bits.
 
-use super::groups::{Groups, Kind};
+use super::groups::{Groups, Kind, PER_LAYER};
 use super::residency::Residency;
 use crate::model::Runner;
 use crate::model::config::Config;
@@ -17,7 +17,7 @@ use std::sync::Arc;
 use tersor_cpu::{KernelScales, Level, Matrix, read_row};
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place, Queue,
-    Stream, SumsAt, nibble_bytes,
+    Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt, nibble_bytes,
 };
 use tersor_format::CodedTensor;
 
@@ -90,6 +90,8 @@ pub(super) struct CudaRunner {
     embedding: Embedding,
     residency: Box<dyn Residency>,
     scratch: Scratch,
+    /// Steps of one token, if they are one kernel.
+    step: Option<Step>,
     /// Recorded steps by their number of tokens.
     graphs: HashMap<usize, Graph>,
     report: ResidencyReport,
@@ -134,7 +136,10 @@ impl CudaRunner {
         let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
         let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
         let norms = (2 * config.layers as u64 + 1) * hidden * 4;
-        input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + groups.scale_bytes()
+        let of_layer = groups.all.iter().take(PER_LAYER);
+        let rows = of_layer.chain(groups.all.last()).map(|group| group.n() as u64).sum::<u64>();
+        let step = 8 * rows + 4 * (2 * hidden + 2 * cols) + mixed;
+        input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + step + groups.scale_bytes()
     }
 
     pub fn new(model: &Model, parts: Parts, residency: Box<dyn Residency>) -> Result<Self, OpenError> {
@@ -158,6 +163,10 @@ impl CudaRunner {
         let final_norm = upload(model.final_norm())?;
         let vector_bytes = norms.iter().map(|n| n.input.bytes() + n.post.bytes()).sum::<usize>() + final_norm.bytes();
         let scratch = Scratch::new(&kernels, &config, &groups, residency.as_ref())?;
+        let step = match residency.stays() {
+            true => Step::new(&kernels, &step_model(&config, &groups, &norms, &final_norm, residency.as_ref()))?,
+            false => None,
+        };
         let report = ResidencyReport { strategy, detail, ..ResidencyReport::default() };
         Ok(Self {
             frequencies: model.frequencies().to_vec(),
@@ -169,6 +178,7 @@ impl CudaRunner {
             embedding,
             residency,
             scratch,
+            step,
             graphs: HashMap::new(),
             report,
             vector_bytes: vector_bytes as u64,
@@ -218,17 +228,22 @@ impl CudaRunner {
         self.send(tokens)?;
         let kernels = Arc::clone(&self.kernels);
         let mut queue = Queue::new(&kernels);
-        self.residency.begin(&mut queue)?;
-        queue.interrupted();
-        for layer in 0..self.config.layers {
-            self.residency.enter(&mut queue, layer)?;
-            self.layer(&mut queue, layer, tokens)?;
-            self.residency.leave(&mut queue, layer)?;
+        if let (Some(step), 1, 1) = (&self.step, tokens, wanted) {
+            let s = &self.scratch;
+            queue.step(step, &StepInput { input: &s.input, x: 0, turn: s.turn_at, place: s.places_at, logits: &s.logits })?;
+        } else {
+            self.residency.begin(&mut queue)?;
+            queue.interrupted();
+            for layer in 0..self.config.layers {
+                self.residency.enter(&mut queue, layer)?;
+                self.layer(&mut queue, layer, tokens)?;
+                self.residency.leave(&mut queue, layer)?;
+            }
+            if wanted > 0 {
+                self.head(&mut queue, wanted, chosen)?;
+            }
+            self.residency.end(&mut queue)?;
         }
-        if wanted > 0 {
-            self.head(&mut queue, wanted, chosen)?;
-        }
-        self.residency.end(&mut queue)?;
         if wanted > 0 {
             let bytes = wanted * self.config.vocab * 4;
             self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)?;
@@ -361,6 +376,40 @@ impl CudaRunner {
     }
 }
 
+/// What a step of one token needs to know of the model.
+fn step_model<'a>(
+    config: &Config,
+    groups: &'a Groups,
+    norms: &'a [Norms],
+    final_norm: &'a Buffer,
+    residency: &'a dyn Residency,
+) -> StepModel<'a> {
+    let matrix = |index: usize| {
+        let group = &groups.all[index];
+        StepMatrix { form: residency.form(index), scale: &group.scale, bias: group.bias.as_ref() }
+    };
+    let layer = |(layer, norms): (usize, &'a Norms)| StepLayer {
+        matrices: [Kind::Qkv, Kind::O, Kind::GateUp, Kind::Down].map(|kind| matrix(groups.index(layer, kind))),
+        input_norm: &norms.input,
+        post_norm: &norms.post,
+        head_norms: norms.heads.as_ref().map(|[q, k]| [q, k]),
+        window: config.windows[layer],
+    };
+    let first_rows = |kind| groups.all[groups.index(0, kind)].first_rows.as_slice();
+    let (qkv, gate_up) = if config.layers > 0 { (first_rows(Kind::Qkv), first_rows(Kind::GateUp)) } else { (&[0; 3][..], &[0; 2][..]) };
+    StepModel {
+        layers: norms.iter().enumerate().map(layer).collect(),
+        head: matrix(groups.index(0, Kind::Head)),
+        final_norm,
+        eps: config.rms_eps,
+        heads: Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, k_row: qkv[1], v_row: qkv[2] },
+        hidden: config.hidden,
+        intermediate: config.ffn,
+        up_row: gate_up[1],
+        vocab: config.vocab,
+    }
+}
+
 /// Bytes of the sums of a group's products.
 fn sums_bytes(group: &super::groups::Group) -> usize {
     let tokens: usize = if group.kind == Kind::Head { HEAD_TOKENS_MAX } else { SLICE_TOKENS_MAX };
@@ -462,7 +511,8 @@ impl Runner for CudaRunner {
         let held = self.residency.held();
         let mut report = self.report.clone();
         let host = if held.host_bytes > 0 { format!(", {} bytes pinned on the host", held.host_bytes) } else { String::new() };
-        report.detail = format!("{}{}{host}", self.report.detail, held.detail);
+        let step = if self.step.is_some() { ", a step is one kernel" } else { "" };
+        report.detail = format!("{}{}{step}{host}", self.report.detail, held.detail);
         report.resident_bytes = held.coded_bytes + held.decoded_bytes + held.buffer_bytes + self.groups.scale_bytes() + self.vector_bytes;
         report.timeline = self.residency.timeline().unwrap_or_default();
         (report.hits, report.misses) = (held.hits, held.misses);

@@ -42,6 +42,11 @@ pub(super) trait Residency: Send {
     /// The form of a group, between `enter` and `leave` of its layer.
     fn form(&self, group: usize) -> Form<'_>;
 
+    /// Every group has one form and one place for good.
+    fn stays(&self) -> bool {
+        false
+    }
+
     /// Every pass launches the same work, so that it can be recorded once.
     fn repeats(&self) -> bool {
         true
@@ -128,6 +133,10 @@ impl Fixed {
 }
 
 impl Residency for Fixed {
+    fn stays(&self) -> bool {
+        true
+    }
+
     fn form(&self, group: usize) -> Form<'_> {
         self.groups[group].form()
     }
