@@ -222,7 +222,7 @@ pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Op
         with_scratch(|scratch| {
             // SAFETY: each task has its own chunks, and so its own part of the output.
             let out = unsafe { out.slice(first * row_tile_bytes, symbols_of(tensor, &chunks)) };
-            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, &mut scratch.tiers, out, &mut scratch.far) {
+            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, &mut scratch.pairs, out, &mut scratch.far) {
                 errors.report(KernelError::Corrupt { job: 0, chunk, source });
             }
         });
@@ -270,12 +270,12 @@ impl Store<'_> {
                 )
             };
             let Form::Nibbles { bias, escapes } = self.form else {
-                decode_chunks(self.level, self.tensor, chunks, &mut scratch.tiers, fields, &mut scratch.far).map_err(corrupt)?;
+                decode_chunks(self.level, self.tensor, chunks, &mut scratch.pairs, fields, &mut scratch.far).map_err(corrupt)?;
                 return self.keep_far(&scratch.far);
             };
             scratch.bytes.ensure(symbols);
             let bytes = &mut scratch.bytes[..symbols];
-            decode_chunks(self.level, self.tensor, chunks.clone(), &mut scratch.tiers, bytes, &mut scratch.far).map_err(corrupt)?;
+            decode_chunks(self.level, self.tensor, chunks.clone(), &mut scratch.pairs, bytes, &mut scratch.far).map_err(corrupt)?;
             let tiles: &[TileBytes] = bytes.as_chunks().0;
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
             let mut taken = 0;

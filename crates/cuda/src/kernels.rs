@@ -585,8 +585,14 @@ impl<'a> Queue<'a> {
         let (blocks, warps, block_segs, shared) = store_shape(self.kernels, quad, function.shared_bytes as usize)?;
         let mut args = quad.args(block_segs);
         let mut out = to.nibbles();
-        let mut shape =
-            Shape { grid: (blocks as u32, 1), threads: warps as u32 * 32, shared_bytes: shared as u32, cluster: 1, programmatic: false, cooperative: false };
+        let mut shape = Shape {
+            grid: (blocks as u32, 1),
+            threads: warps as u32 * 32,
+            shared_bytes: shared as u32,
+            cluster: 1,
+            programmatic: false,
+            cooperative: false,
+        };
         if stream == Stream::Compute {
             shape = self.shape((blocks, 1), warps * 32, shared, 1);
         }

@@ -132,7 +132,8 @@ impl Step {
         let rows = |index: usize| model.layers.iter().map(|layer| layer.matrices[index].form.geometry().padded_rows()).max().unwrap_or(0);
         let cols = |index: usize| model.layers.iter().map(|layer| layer.matrices[index].form.geometry().padded_cols()).max().unwrap_or(0);
         let mut places = Places::default();
-        let sums = [rows(0), rows(1), rows(2), rows(3), model.head.form.geometry().padded_rows()].map(|n| places.place(n * size_of::<i64>()));
+        let sums =
+            [rows(0), rows(1), rows(2), rows(3), model.head.form.geometry().padded_rows()].map(|n| places.place(n * size_of::<i64>()));
         let stream = [(); 2].map(|()| places.place(padded_hidden * size_of::<f32>()));
         let (mixed, active) = (places.place(cols(1) * size_of::<f32>()), places.place(cols(3) * size_of::<f32>()));
         let work = device.allocate(places.0, "a step's sums")?;

@@ -72,6 +72,12 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn add_bytes(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_add_epi8(a[i], b[i])) }
+    }
+
+    #[inline(always)]
     fn select_bits(self, mask: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: registers only.
         unsafe { halves!(|i| _mm256_or_si256(_mm256_and_si256(mask[i], a[i]), _mm256_andnot_si256(mask[i], b[i]))) }
@@ -174,6 +180,12 @@ impl Isa for Avx2 {
         // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit
         // from one byte to the next.
         unsafe { halves!(|i| _mm256_or_si256(low[i], _mm256_slli_epi16::<4>(high[i]))) }
+    }
+
+    #[inline(always)]
+    fn zero_nibbles(self, line: [__m256i; 2]) -> [u64; 2] {
+        let (low, high) = (self.low(line, self.splat(0)), self.high(line, self.splat(0)));
+        [self.narrow(low, self.splat(0), self.splat(1)).1, self.narrow(high, self.splat(0), self.splat(1)).1]
     }
 
     #[inline(always)]

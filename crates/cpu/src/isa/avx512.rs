@@ -50,6 +50,12 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn add_bytes(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_epi8(a, b) }
+    }
+
+    #[inline(always)]
     fn select_bits(self, mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: registers only. 0xca is `mask ? a : b` by bit.
         unsafe { _mm512_ternarylogic_epi32::<0xca>(mask, a, b) }
@@ -118,6 +124,27 @@ impl Isa for Avx512 {
         // SAFETY: registers only. Fields are below 16, so the shift of 16-bit units moves no bit
         // from one byte to the next.
         unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<4>(high)) }
+    }
+
+    /// The raw bits come out of the line by a product of bit matrices, shifted and masked at once.
+    #[inline(always)]
+    fn symbols<const R: u32>(self, pairs: __m512i, line: __m512i, turn: usize) -> (__m512i, __m512i) {
+        let [first, second] = RAW_BITS[R as usize][turn];
+        // SAFETY: registers only. Bits that a shift moves into another byte are not selected.
+        unsafe {
+            let field = _mm512_set1_epi8(15 << R);
+            let low = _mm512_sll_epi16(pairs, _mm_cvtsi32_si128(R as i32));
+            let high = _mm512_srl_epi16(pairs, _mm_cvtsi32_si128(4 - R as i32));
+            let first = _mm512_gf2p8affine_epi64_epi8::<0>(line, _mm512_set1_epi64(first as i64));
+            let second = _mm512_gf2p8affine_epi64_epi8::<0>(line, _mm512_set1_epi64(second as i64));
+            (self.select_bits(field, low, first), self.select_bits(field, high, second))
+        }
+    }
+
+    #[inline(always)]
+    fn zero_nibbles(self, line: __m512i) -> [u64; 2] {
+        // SAFETY: registers only.
+        unsafe { [_mm512_testn_epi8_mask(line, _mm512_set1_epi8(15)), _mm512_testn_epi8_mask(line, _mm512_set1_epi8(-16))] }
     }
 
     #[inline(always)]
@@ -217,3 +244,20 @@ impl Isa for Avx512 {
         unsafe { fold_8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))) }
     }
 }
+
+/// By number of raw bits and turn: the matrices that take the raw bits of either symbol out of a byte of
+/// a line. Row `7 - i` of a matrix has the bit of the byte that becomes bit `i`.
+static RAW_BITS: [[[u64; 2]; 4]; 3] = {
+    let mut matrices = [[[0; 2]; 4]; 3];
+    let mut bits = 1;
+    while bits < 3 {
+        let mut taken = 0;
+        while taken < 8 {
+            let (symbol, i) = (taken / bits, taken % bits);
+            matrices[bits][symbol / 2][symbol % 2] |= 1 << taken << (8 * (7 - i));
+            taken += 1;
+        }
+        bits += 1;
+    }
+    matrices
+};

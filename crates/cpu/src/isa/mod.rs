@@ -8,11 +8,15 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2_rans;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2_rans_pairs;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_block_ans;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_rans_pairs;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans_precise;
 #[cfg(target_arch = "x86_64")]
@@ -52,6 +56,8 @@ pub(crate) trait Isa: Copy {
     fn high(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
     /// Each byte shifted right by `bits`; the highest `bits` bits of each are then anything.
     fn shift_right(self, tile: Self::Tile, bits: u32) -> Self::Tile;
+    /// By byte, the sum without its carry.
+    fn add_bytes(self, a: Self::Tile, b: Self::Tile) -> Self::Tile;
     /// The bits of `a` where `mask` has ones, those of `b` elsewhere.
     fn select_bits(self, mask: Self::Tile, a: Self::Tile, b: Self::Tile) -> Self::Tile;
     /// A table of 64 bytes, as [`Isa::lookup`] wants it.
@@ -81,6 +87,19 @@ pub(crate) trait Isa: Copy {
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);
     /// `low | high << 4`, of fields.
     fn pair(self, low: Self::Tile, high: Self::Tile) -> Self::Tile;
+    /// The symbols of pairs of nibbles, low and high, with `R` raw bits below each: bits `2 * R * turn`
+    /// and up of `line`, first those of the low nibble.
+    #[inline(always)]
+    fn symbols<const R: u32>(self, pairs: Self::Tile, line: Self::Tile, turn: usize) -> (Self::Tile, Self::Tile) {
+        let (field, bits, zero) = (self.splat(15 << R), self.splat((1 << R) - 1), self.splat(0));
+        let raw = self.shift_right(line, 2 * R * turn as u32);
+        let low = self.shift_right(self.pair(zero, pairs), 4 - R);
+        let high = self.shift_right(pairs, 4 - R);
+        let (first, second) = (self.select_bits(bits, raw, zero), self.select_bits(bits, self.shift_right(raw, R), zero));
+        (self.select_bits(field, low, first), self.select_bits(field, high, second))
+    }
+    /// The lanes whose low nibble is 0, and those whose high nibble is.
+    fn zero_nibbles(self, line: Self::Tile) -> [u64; 2];
     /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order, and anything
     /// to the bytes behind them.
     ///

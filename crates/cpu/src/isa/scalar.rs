@@ -45,6 +45,11 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn add_bytes(self, a: TileBytes, b: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
     fn select_bits(self, mask: TileBytes, a: TileBytes, b: TileBytes) -> TileBytes {
         std::array::from_fn(|i| a[i] & mask[i] | b[i] & !mask[i])
     }
@@ -122,6 +127,11 @@ impl Isa for Scalar {
     #[inline(always)]
     fn pair(self, low: TileBytes, high: TileBytes) -> TileBytes {
         std::array::from_fn(|i| low[i] | high[i] << 4)
+    }
+
+    #[inline(always)]
+    fn zero_nibbles(self, line: TileBytes) -> [u64; 2] {
+        [15, 15 << 4].map(|nibble| (0..TILE_SYMBOLS).filter(|i| line[*i] & nibble == 0).fold(0, |mask, i| mask | 1 << i))
     }
 
     #[inline(always)]

@@ -1,8 +1,8 @@
 //! What the kernels must know of the layouts, as CUDA C++.
 
 use super::{
-    ATTENTION_SPLITS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_RING, STEP_WARPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX,
-    TILE_ROWS,
+    ATTENTION_SPLITS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_RING, STEP_WARPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX,
+    TILE_COLS_MAX, TILE_ROWS,
 };
 
 /// `constexpr` definitions of the constants that kernels share with this crate, to be put before their source.
