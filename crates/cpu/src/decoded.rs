@@ -22,8 +22,8 @@ use tersor_format::{CodedTensor, DecodedForm};
 use crate::buffer::AlignedBytes;
 use crate::error::FirstError;
 use crate::isa::{Isa, TileBytes, per_isa};
-use crate::source::{CHUNKS_TOGETHER, FarAt, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS};
+use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs};
 
 /// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with
 /// each other.
@@ -273,24 +273,17 @@ impl Store<'_> {
                 decode_chunks(self.level, self.tensor, chunks, &mut scratch.pairs, fields, &mut scratch.far).map_err(corrupt)?;
                 return self.keep_far(&scratch.far);
             };
-            scratch.bytes.ensure(symbols);
-            let bytes = &mut scratch.bytes[..symbols];
-            decode_chunks(self.level, self.tensor, chunks.clone(), &mut scratch.pairs, bytes, &mut scratch.far).map_err(corrupt)?;
-            let tiles: &[TileBytes] = bytes.as_chunks().0;
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
-            let mut taken = 0;
-            let lines = fields.as_chunks_mut().0.chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
-            let tiles = tiles.chunks_exact(steps);
-            for (i, ((lines, offset), tiles)) in lines.zip(offsets.iter_mut()).zip(tiles).enumerate() {
-                // At most 2^32 symbols, of which fewer are wide.
-                *offset = taken as u32;
-                let room = &mut scratch.escapes[taken..];
-                taken += narrow_row_tile(self.level, tiles, bias, u8::from(escapes), lines, room);
-                if !escapes && taken > 0 {
-                    let chunk = chunks.start + i / self.tensor.chunk_row_tiles(chunks.start).len();
-                    return Err(KernelError::OutOfRange { chunk, found: taken });
-                }
-            }
+            scratch.far.clear();
+            let lines = fields.as_chunks_mut().0;
+            let pairs = rans_pairs::Chunks::new(self.level, self.tensor);
+            let straight = pairs.and_then(|pairs| {
+                pairs.decode_lines(chunks.clone(), bias, escapes, lines, offsets, &mut scratch.escapes, &mut scratch.far)
+            });
+            let taken = match straight {
+                Some(taken) => taken,
+                None => self.narrow(chunks, bias, escapes, lines, offsets, scratch)?,
+            };
             let start = self.escapes_taken.fetch_add(taken, Ordering::Relaxed);
             if start + taken > self.escape_capacity {
                 return Err(KernelError::WideSymbolsExceed { expected: self.escape_capacity, at_least: start + taken });
@@ -302,6 +295,40 @@ impl Store<'_> {
             }
             self.keep_far(&scratch.far)
         })
+    }
+
+    /// Decodes chunks to symbol bytes, and packs these; returns how many escapes there are, in `scratch`.
+    fn narrow(
+        &self,
+        chunks: Range<usize>,
+        bias: u8,
+        escapes: bool,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        scratch: &mut Scratch,
+    ) -> Result<usize, KernelError> {
+        let Scratch { bytes, pairs, far, escapes: escaped, .. } = scratch;
+        let (steps, symbols) = (self.tensor.col_steps(), symbols_of(self.tensor, &chunks));
+        bytes.ensure(symbols);
+        let bytes = &mut bytes[..symbols];
+        decode_chunks(self.level, self.tensor, chunks.clone(), pairs, bytes, far).map_err(|(chunk, source)| KernelError::Corrupt {
+            job: 0,
+            chunk,
+            source,
+        })?;
+        let mut taken = 0;
+        let tiles: &[TileBytes] = bytes.as_chunks().0;
+        let row_tiles = lines.chunks_exact_mut(self.form.lines(steps)).zip(offsets).zip(tiles.chunks_exact(steps));
+        for (i, ((lines, offset), tiles)) in row_tiles.enumerate() {
+            // At most 2^32 symbols, of which fewer are wide.
+            *offset = taken as u32;
+            taken += narrow_row_tile(self.level, tiles, bias, u8::from(escapes), lines, &mut escaped[taken..]);
+            if !escapes && taken > 0 {
+                let chunk = chunks.start + i / self.tensor.chunk_row_tiles(chunks.start).len();
+                return Err(KernelError::OutOfRange { chunk, found: taken });
+            }
+        }
+        Ok(taken)
     }
 
     fn keep_far(&self, far: &[FarAt]) -> Result<(), KernelError> {

@@ -322,7 +322,13 @@ impl SegmentScales {
     /// this took a fifth of the time of the fastest kernels.
     #[inline(always)]
     pub(crate) fn add<I: Isa>(&self, isa: I, acc: &mut [f32; TILE_ROWS], isum: &[i32; TILE_ROWS], xscale: f32, xsum: i32) {
-        let (sums, factor) = (isa.floats_of(isum), isa.splat_float(xscale));
+        self.add_floats(isa, acc, isa.floats_of(isum), xscale, xsum);
+    }
+
+    /// As [`SegmentScales::add`], of sums that are already rounded to floats.
+    #[inline(always)]
+    pub(crate) fn add_floats<I: Isa>(&self, isa: I, acc: &mut [f32; TILE_ROWS], sums: I::Floats, xscale: f32, xsum: i32) {
+        let factor = isa.splat_float(xscale);
         let mut out = isa.floats(acc);
         match self {
             SegmentScales::Row => out = isa.multiply_add(out, sums, factor),

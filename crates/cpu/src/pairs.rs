@@ -143,6 +143,17 @@ impl<L: Iterator<Item = (usize, u8)>> Listed<L> {
         Listed { rest, next, start: 0, coded: coded.into(), valid: true }
     }
 
+    /// Whether the next `tiles` tiles of pairs have listed symbols; if not they are passed.
+    #[inline(always)]
+    pub(crate) fn any(&mut self, tiles: usize) -> bool {
+        let end = self.start + 2 * TILE_SYMBOLS * tiles;
+        let any = self.next.is_some_and(|(position, _)| position < end);
+        if !any {
+            self.start = end;
+        }
+        any
+    }
+
     /// Adds what the listed symbols of the next tiles of pairs are more than what stands in for them.
     /// `q`: of their steps, two for each tile of pairs.
     #[inline(always)]

@@ -6,33 +6,35 @@
 //! them, [`dot`] multiplies them with one token's activations, and for [`decode_lines`] they are what is
 //! wanted, the lines of the decoded form.
 //!
-//! The first two take up to [`BLOCK`] tiles of each chunk at a time, which the L1 cache holds. Multiplying
+//! The first two take up to [`BLOCK`] tiles of each chunk at a time, which the L2 cache holds. Multiplying
 //! each tile at once would save its store and load, but the sums and the tables together do not fit the
 //! registers.
 //!
 //! Reads are optimistic, as in `isa/streams.rs`: what is stored or summed is nonsense if in the end the
 //! streams are not where they must be, and then it is thrown away.
 
+use std::iter::Peekable;
 use std::ops::Range;
 
-use tersor_codec::pairs::Window;
+use tersor_codec::pairs::{LISTED_NIBBLE, Window};
 use tersor_codec::rans_pairs::{Chunk, Table};
-use tersor_codec::{PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
+use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::isa::{Isa, TileBytes, per_isa};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans_pairs, avx512_rans_pairs};
 use crate::matmul::{SegmentScales, finish_rows};
-use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, put_listed, split};
+use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, nibble, put_listed, split};
 use crate::scales::TileScales;
 use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// Most chunks that a kernel takes at once.
 const WIDTH_MAX: usize = 4;
-/// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment.
-const BLOCK: usize = 64;
+/// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment;
+/// with a quarter of them the product takes 7 % longer.
+const BLOCK: usize = 256;
 /// Tiles of pairs that the buffer holds.
 const BUFFER: usize = WIDTH_MAX * BLOCK;
 
@@ -41,11 +43,11 @@ pub(crate) trait Kernel {
     /// Most chunks that it takes at once, at most [`WIDTH_MAX`].
     fn width(&self) -> usize;
     /// Decodes the next `steps` tiles of each of the streams. Tile `t` of stream `i` goes to
-    /// `out[i * stride + t]`.
+    /// `out[i * stride + t]`, with `shift` added to every byte.
     ///
     /// # Panics
     /// If there are no streams or more than the width, or `out` is too short.
-    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, out: &mut [TileBytes], stride: usize);
+    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, shift: u8, out: &mut [TileBytes], stride: usize);
 }
 
 /// One chunk on its way.
@@ -195,7 +197,7 @@ impl<'a> Chunks<'a> {
         let steps = tiles.div_ceil(2);
         for start in (0..steps).step_by(BLOCK) {
             let end = steps.min(start + BLOCK);
-            self.kernel.get().decode(streams, end - start, buffer, BLOCK);
+            self.kernel.get().decode(streams, end - start, 0, buffer, BLOCK);
             for ((stream, pairs), out) in streams.iter().zip(buffer.chunks(BLOCK)).zip(out.chunks_mut(tiles)) {
                 let out = &mut out[2 * start..tiles.min(2 * end)];
                 if !split(self.level, self.window.base(), stream.raw.skip(start), &pairs[..end - start], out) {
@@ -204,6 +206,66 @@ impl<'a> Chunks<'a> {
             }
         }
         streams.iter().all(Stream::at_end)
+    }
+
+    /// Decodes consecutive chunks to lines of nibbles, `symbol byte = nibble + bias`, if their pair bytes are
+    /// such lines but for a constant. With `escapes` nibble 0 is an escape. As in the decoded form the escaped
+    /// symbol bytes of a row tile follow each other in `escaped`, from its offset on; far symbols are added to `far`.
+    ///
+    /// `lines`: (row tiles, lines); `offsets`: (row tiles); `escaped`: as many bytes as there are symbols. Returns
+    /// how many escaped bytes there are. `None` if pair bytes will not do, a chunk is corrupt or a symbol has no
+    /// nibble: all is then of no use.
+    pub(crate) fn decode_lines(
+        &self,
+        chunks: Range<usize>,
+        bias: u8,
+        escapes: bool,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        escaped: &mut [u8],
+        far: &mut Vec<FarAt>,
+    ) -> Option<usize> {
+        let nibbles = Nibbles { shift: i16::from(self.window.base()) - i16::from(bias), bias, escapes };
+        let coded = self.table.entries().iter().map(|&(pair, _)| pair).filter(|pair| *pair != ESCAPE);
+        // Row tiles may not begin within a pair. Shifted symbols of the window might need an escape.
+        if self.window.raw_bits() > 0 || !self.tensor.col_steps().is_multiple_of(2) || (escapes && nibbles.shift != 0) {
+            return None;
+        }
+        let clean = nibbles.clean(coded);
+        let mut taken = 0;
+        let (mut lines, mut offsets) = (lines, offsets);
+        for group in self.groups(chunks) {
+            let row_tiles = self.tensor.chunk_row_tiles(group.start).len();
+            let steps = self.tensor.chunk_symbols(group.start) / (2 * TILE_SYMBOLS);
+            let mut streams = self.streams(&group)?;
+            let streams = &mut streams[..group.len()];
+            let (own, rest) = lines.split_at_mut(group.len() * steps);
+            let (own_offsets, rest_offsets) = offsets.split_at_mut(group.len() * row_tiles);
+            (lines, offsets) = (rest, rest_offsets);
+            self.kernel.get().decode(streams, steps, nibbles.shift_byte(), own, steps);
+            let parts = group.zip(streams).zip(own.chunks_mut(steps)).zip(own_offsets.chunks_mut(row_tiles));
+            for (((chunk, stream), lines), offsets) in parts {
+                let scan = !(clean && nibbles.clean(stream.chunk.escapes.iter().copied()));
+                if !stream.at_end() || (scan && !escapes) {
+                    return None;
+                }
+                let mut listed = stream.chunk.listed.iter().peekable();
+                for (row_tile, (lines, offset)) in lines.chunks_mut(steps / row_tiles).zip(offsets).enumerate() {
+                    // At most 2^32 symbols, of which fewer are wide.
+                    *offset = taken as u32;
+                    if scan || listed.peek().is_some() {
+                        taken += nibbles.finish(self.level, row_tile, lines, &mut listed, scan, &mut escaped[taken..])?;
+                    }
+                }
+                let first = self.tensor.chunk_row_tiles(chunk).start;
+                let mut zeros = stream.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
+                if !stream.chunk.far.iter().all(|f| zeros.next() == Some(f.position as usize)) || zeros.next().is_some() {
+                    return None;
+                }
+                far.extend(stream.chunk.far.iter().map(|f| FarAt::new(first, self.tensor.col_steps() * TILE_SYMBOLS, f)));
+            }
+        }
+        Some(taken)
     }
 
     /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).
@@ -250,47 +312,150 @@ impl<'a> Chunks<'a> {
     ) -> bool {
         let mut listed: [_; WIDTH_MAX] =
             std::array::from_fn(|i| Listed::new(streams[i.min(streams.len() - 1)].chunk.listed.iter(), self.window.listed_byte()));
-        let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
-        let segment = x.segment() / TILE_COLS;
-        let segments = 2 * BLOCK / segment;
+        sums.fill([0.0; TILE_ROWS]);
         let mut step = 0;
-        for row_tile in 0..row_tiles.len() {
-            for (block, q) in q.chunks(segments * segment).enumerate() {
-                let steps = q.len() / 2;
-                self.kernel.get().decode(streams, steps, buffer, BLOCK);
-                for (i, ((stream, pairs), listed)) in streams.iter().zip(buffer.chunks(BLOCK)).zip(&mut listed).enumerate() {
-                    let own = i * row_tiles.len() + row_tile;
-                    let scales = scales.tile(row_tiles.start + own);
-                    let raw = stream.raw.skip(step);
-                    let place = Place { q, segment: block * segments };
-                    if block == 0 {
-                        sums[own] = [0.0; TILE_ROWS];
-                    }
-                    multiply_block(self.level, self.window.base(), raw, &pairs[..steps], listed, x, place, scales, &mut sums[own]);
-                }
-                step += steps;
+        let mut place = Place { row_tile: 0, segment: 0 };
+        while place.row_tile < row_tiles.len() {
+            let (start, mut steps) = (place, 0);
+            while place.row_tile < row_tiles.len() && steps + place.steps(x) <= BLOCK {
+                steps += place.steps(x);
+                place = place.next(x);
             }
-            for i in 0..streams.len() {
-                let own = i * row_tiles.len() + row_tile;
-                finish_rows(scales.tile(row_tiles.start + own), &mut sums[own]);
+            self.kernel.get().decode(streams, steps, 0, buffer, BLOCK);
+            let parts = streams.iter().zip(buffer.chunks(BLOCK)).zip(&mut listed).zip(sums.chunks_mut(row_tiles.len()));
+            for (i, (((stream, pairs), listed), sums)) in parts.enumerate() {
+                let first = row_tiles.start + i * row_tiles.len();
+                let raw = stream.raw.skip(step);
+                multiply_block(self.level, self.window.base(), raw, &pairs[..steps], listed, x, scales, first, start, sums);
             }
+            step += steps;
         }
         streams.iter().all(Stream::at_end) && listed.iter().take(streams.len()).all(Listed::valid)
     }
 }
 
-/// What a block of tiles of pairs is multiplied with.
+/// Lines of nibbles, as the decoded form has them.
 #[derive(Clone, Copy)]
-struct Place<'a> {
-    /// The activations of its steps.
-    q: &'a [[i8; TILE_COLS]],
-    /// The segment that it begins with.
-    segment: usize,
+struct Nibbles {
+    /// What the nibble of a symbol is more than that of its pair byte.
+    shift: i16,
+    /// The symbol byte of nibble 0.
+    bias: u8,
+    /// Whether nibble 0 is an escape.
+    escapes: bool,
+}
+
+impl Nibbles {
+    /// What a line is more than the pair bytes, modulo 256.
+    fn shift_byte(self) -> u8 {
+        (17 * self.shift) as u8
+    }
+
+    /// Whether all symbols of these pairs have a nibble, and none an escape.
+    fn clean(self, pairs: impl Iterator<Item = u8>) -> bool {
+        let least = i16::from(self.escapes);
+        pairs
+            .map(i16::from)
+            .fold(true, |clean, pair| clean & [pair % 16, pair / 16].iter().all(|nibble| (least..16).contains(&(nibble + self.shift))))
+    }
+
+    /// The nibble of a symbol, if it has one that is not an escape.
+    fn of(self, byte: u8) -> Option<u8> {
+        let nibble = byte.wrapping_sub(self.bias);
+        (u8::from(self.escapes)..16).contains(&nibble).then_some(nibble)
+    }
+
+    /// Puts the listed symbols of the row tile `row_tile` of a chunk in their places, and the escaped bytes of the
+    /// row tile into `out`; returns how many they are. `scan`: whether there may be escapes that are not listed.
+    fn finish(
+        self,
+        level: Level,
+        row_tile: usize,
+        lines: &mut [TileBytes],
+        listed: &mut Peekable<impl Iterator<Item = (usize, u8)>>,
+        mut scan: bool,
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let symbols = 2 * TILE_SYMBOLS * lines.len();
+        let start = row_tile * symbols;
+        let mut wide = Vec::new();
+        while let Some((position, byte)) = listed.next_if(|(position, _)| *position < start + symbols) {
+            let position = position - start;
+            let (step, lane) = (position / TILE_SYMBOLS, position % TILE_SYMBOLS);
+            if i16::from(nibble(lines, step, lane)) != i16::from(LISTED_NIBBLE) + self.shift {
+                return None;
+            }
+            let own = self.of(byte);
+            if own.is_none() {
+                wide.push((position, byte));
+            }
+            let place = &mut lines[step / 2][lane];
+            *place = *place & (0xf0 >> (4 * (step % 2))) | own.unwrap_or(0) << (4 * (step % 2));
+        }
+        scan |= !wide.is_empty();
+        match (scan, self.escapes) {
+            (false, _) => Some(0),
+            (true, true) => Some(take_escapes(level, lines, self.bias, &wide, out)),
+            (true, false) => None,
+        }
+    }
 }
 
 per_isa! {
-    /// Adds the products of whole segments of a row tile to `acc`. `base`: the symbol byte of the window's
-    /// first symbol.
+    /// The escaped bytes of a row tile; returns how many. `wide`: positions and bytes, ascending, of those that
+    /// are not `usual`.
+    fn take_escapes(isa; lines: &[TileBytes], usual: u8, wide: &[(usize, u8)], out: &mut [u8]) -> usize {
+        let (mut wide, mut taken) = (wide.iter().peekable(), 0);
+        for (i, line) in lines.iter().enumerate() {
+            let zeros = isa.zero_nibbles(isa.load(line));
+            if zeros == [0, 0] {
+                continue;
+            }
+            for (half, mut lanes) in zeros.into_iter().enumerate() {
+                while lanes != 0 {
+                    let position = (2 * i + half) * TILE_SYMBOLS + lanes.trailing_zeros() as usize;
+                    out[taken] = wide.next_if(|(own, _)| *own == position).map_or(usual, |(_, byte)| *byte);
+                    taken += 1;
+                    lanes &= lanes - 1;
+                }
+            }
+        }
+        taken
+    }
+}
+
+/// A segment of a row tile of a chunk.
+#[derive(Clone, Copy)]
+struct Place {
+    row_tile: usize,
+    segment: usize,
+}
+
+impl Place {
+    /// Its tiles of pairs: those of the segment's columns.
+    #[inline(always)]
+    fn steps(self, x: &Activations) -> usize {
+        self.q(x).len() / 2
+    }
+
+    /// The activations of its steps.
+    #[inline(always)]
+    fn q(self, x: &Activations) -> &[[i8; TILE_COLS]] {
+        let (q, steps): (&[[i8; TILE_COLS]], _) = (x.q(0).as_chunks().0, x.segment() / TILE_COLS);
+        &q[self.segment * steps..q.len().min((self.segment + 1) * steps)]
+    }
+
+    #[inline(always)]
+    fn next(self, x: &Activations) -> Place {
+        let next = Place { segment: self.segment + 1, ..self };
+        if next.segment < x.segments() { next } else { Place { row_tile: self.row_tile + 1, segment: 0 } }
+    }
+}
+
+per_isa! {
+    /// Adds the products of whole segments, `place` and those behind it, to their row tiles' sums, and scales
+    /// those that are complete. `base`: the symbol byte of the window's first symbol; `first`: the row tile
+    /// that the chunk begins with; `sums`: of the row tiles of the chunk.
     fn multiply_block(
         isa;
         base: u8,
@@ -298,11 +463,12 @@ per_isa! {
         pairs: &[TileBytes],
         listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
         x: &Activations,
-        place: Place<'_>,
-        scales: TileScales<'_>,
-        acc: &mut [f32; TILE_ROWS],
+        scales: &KernelScales,
+        first: usize,
+        place: Place,
+        sums: &mut [[f32; TILE_ROWS]],
     ) {
-        by_raw_bits!(raw.bits(), multiply_raw(isa, base, raw, pairs, listed, x, place, scales, acc))
+        by_raw_bits!(raw.bits(), multiply_raw(isa, base, raw, pairs, listed, x, scales, first, place, sums))
     }
 }
 
@@ -311,41 +477,89 @@ per_isa! {
 fn multiply_raw<I: Isa, const R: u32>(
     isa: I,
     base: u8,
+    mut raw: RawLines<'_>,
+    mut pairs: &[TileBytes],
+    listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
+    x: &Activations,
+    scales: &KernelScales,
+    first: usize,
+    mut place: Place,
+    sums: &mut [[f32; TILE_ROWS]],
+) {
+    while !pairs.is_empty() {
+        let row_tile = place.row_tile;
+        let tile_scales = scales.tile(first + row_tile);
+        let acc = &mut sums[row_tile];
+        while !pairs.is_empty() && place.row_tile == row_tile {
+            let (own, rest) = pairs.split_at(place.steps(x));
+            multiply_segment::<I, R>(isa, base, raw, own, listed, x, place, tile_scales, acc);
+            (pairs, raw, place) = (rest, raw.skip(own.len()), place.next(x));
+        }
+        if place.row_tile > row_tile {
+            finish_rows(tile_scales, acc);
+        }
+    }
+}
+
+/// As [`multiply_block`], of one segment.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn multiply_segment<I: Isa, const R: u32>(
+    isa: I,
+    base: u8,
     raw: RawLines<'_>,
     pairs: &[TileBytes],
     listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
     x: &Activations,
-    place: Place<'_>,
+    place: Place,
     scales: TileScales<'_>,
     acc: &mut [f32; TILE_ROWS],
 ) {
-    let segment_steps = x.segment() / TILE_COLS;
-    let (xscales, xsums) = (x.scales(0), x.sums(0));
-    let parts = place.q.chunks(segment_steps).zip(pairs.chunks(segment_steps / 2));
-    for (i, (q, pairs)) in parts.enumerate() {
-        let segment = place.segment + i;
-        let raw = raw.skip(i * segment_steps / 2);
-        let (mut first, mut second) = (isa.zero(), isa.zero());
-        for (step, (pairs, q)) in pairs.iter().zip(q.as_chunks::<2>().0).enumerate() {
-            let tile = isa.load(pairs);
-            if R == 0 {
-                first = isa.dot_low(first, tile, &q[0]);
-                second = isa.dot_high(second, tile, &q[1]);
-            } else {
-                let symbols = raw.symbols::<I, R>(isa, step, tile);
-                first = isa.dot(first, symbols.0, &q[0]);
-                second = isa.dot(second, symbols.1, &q[1]);
-            }
-        }
-        let (mut isum, base) = if R == 0 {
-            (isa.finish_nibbles(first, second), i32::from(base) - i32::from(SYMBOL_BIAS))
-        } else {
-            (isa.finish(isa.add(first, second), xsums[segment]), i32::from(base))
-        };
-        for sum in &mut isum {
-            *sum += base * xsums[segment];
-        }
+    let (q, xscale, xsum) = (place.q(x), x.scales(0)[place.segment], x.sums(0)[place.segment]);
+    // Two sums for either symbol, since a product waits four cycles for the one before.
+    let mut dots = [(isa.zero(), isa.zero()); 2];
+    let (twos, last) = pairs.as_chunks::<2>();
+    let (q_twos, q_last) = q.as_chunks::<4>();
+    for (step, (pairs, q)) in twos.iter().zip(q_twos).enumerate() {
+        dots[0] = dot_pairs::<I, R>(isa, dots[0], &raw, 2 * step, &pairs[0], &q[0], &q[1]);
+        dots[1] = dot_pairs::<I, R>(isa, dots[1], &raw, 2 * step + 1, &pairs[1], &q[2], &q[3]);
+    }
+    if let (Some(pairs), [q0, q1]) = (last.first(), q_last) {
+        dots[0] = dot_pairs::<I, R>(isa, dots[0], &raw, 2 * twos.len(), pairs, q0, q1);
+    }
+    let (first, second) = (isa.add(dots[0].0, dots[1].0), isa.add(dots[0].1, dots[1].1));
+    let (dots, q_sum, base) = if R == 0 {
+        (isa.join_nibbles(first, second), 0, i32::from(base) - i32::from(SYMBOL_BIAS))
+    } else {
+        (isa.add(first, second), xsum, base.into())
+    };
+    let more = base * xsum;
+    let floats = if listed.any(pairs.len()) {
+        let mut isum = isa.finish(dots, q_sum).map(|sum| sum + more);
         listed.add(pairs, q, &mut isum);
-        SegmentScales::of(scales, segment).add(isa, acc, &isum, xscales[segment], xsums[segment]);
+        isa.floats_of(&isum)
+    } else {
+        isa.finish_floats(dots, q_sum, more)
+    };
+    SegmentScales::of(scales, place.segment).add_floats(isa, acc, floats, xscale, xsum);
+}
+
+/// Adds the products of both symbols of a tile of pairs, the `step`th of `raw`, to their sums.
+#[inline(always)]
+fn dot_pairs<I: Isa, const R: u32>(
+    isa: I,
+    sums: (I::Sums, I::Sums),
+    raw: &RawLines<'_>,
+    step: usize,
+    pairs: &TileBytes,
+    q0: &[i8; TILE_COLS],
+    q1: &[i8; TILE_COLS],
+) -> (I::Sums, I::Sums) {
+    let tile = isa.load(pairs);
+    if R == 0 {
+        (isa.dot_low(sums.0, tile, q0), isa.dot_high(sums.1, tile, q1))
+    } else {
+        let (first, second) = raw.symbols::<I, R>(isa, step, tile);
+        (isa.dot(sums.0, first, q0), isa.dot(sums.1, second, q1))
     }
 }

@@ -353,7 +353,7 @@ fn dot_bits<I: Isa, const B: usize>(
                 }
                 listed.add(&pairs, q, &mut beside);
             }
-            let mut isum = isa.finish_nibbles(low, high);
+            let mut isum = isa.finish(isa.join_nibbles(low, high), 0);
             for (sum, beside) in isum.iter_mut().zip(beside) {
                 *sum += base * xsums[segment] + beside;
             }

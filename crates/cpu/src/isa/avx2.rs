@@ -247,8 +247,8 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn finish_nibbles(self, low: [__m256i; 2], high: [__m256i; 2]) -> [i32; TILE_ROWS] {
-        self.finish(self.add(low, high), 0)
+    fn join_nibbles(self, low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
+        self.add(low, high)
     }
 
     #[inline(always)]
@@ -266,6 +266,12 @@ impl Isa for Avx2 {
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), sums[1]);
         }
         out
+    }
+
+    #[inline(always)]
+    fn finish_floats(self, sums: [__m256i; 2], _q_sum: i32, more: i32) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_cvtepi32_ps(_mm256_add_epi32(sums[i], _mm256_set1_epi32(more)))) }
     }
 
     #[inline(always)]

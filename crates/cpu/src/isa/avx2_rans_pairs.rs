@@ -58,12 +58,12 @@ impl Kernel for Tables {
         WIDTH
     }
 
-    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, out: &mut [TileBytes], stride: usize) {
+    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, shift: u8, out: &mut [TileBytes], stride: usize) {
         // SAFETY: the token given to `new` proves the features that the function enables.
         unsafe {
             match streams.len() {
-                1 => decode::<1>(self, streams, steps, out, stride),
-                _ => decode::<2>(self, streams, steps, out, stride),
+                1 => decode::<1>(self, streams, steps, shift, out, stride),
+                _ => decode::<2>(self, streams, steps, shift, out, stride),
             }
         }
     }
@@ -119,13 +119,21 @@ unsafe fn zeros(a: __m256i, b: __m256i) -> ([__m256i; 2], u64) {
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx2,f16c,bmi2,popcnt")]
-unsafe fn decode<const N: usize>(tables: &Tables, streams: &mut [Stream<'_>], steps: usize, out: &mut [TileBytes], stride: usize) {
+unsafe fn decode<const N: usize>(
+    tables: &Tables,
+    streams: &mut [Stream<'_>],
+    steps: usize,
+    shift: u8,
+    out: &mut [TileBytes],
+    stride: usize,
+) {
     let streams: &mut [Stream<'_>; N] = streams.try_into().expect("as many as the caller counted");
     assert!(steps <= stride && (N - 1) * stride + steps <= out.len());
     // SAFETY: the loads of states are of whole arrays; the expands read 64 bytes from or before the end of
     // their part of the chunk, behind which 64 bytes are readable. Stores are within `out`, as just
     // asserted.
     unsafe {
+        let shift = _mm256_set1_epi8(shift as i8);
         let half = |bytes: &TileBytes, half: usize| _mm256_loadu_si256(bytes.as_ptr().add(32 * half).cast());
         let mut low: [[__m256i; 2]; N] = std::array::from_fn(|i| [half(&streams[i].low, 0), half(&streams[i].low, 1)]);
         let mut high: [[__m256i; 2]; N] = std::array::from_fn(|i| [half(&streams[i].high, 0), half(&streams[i].high, 1)]);
@@ -157,8 +165,8 @@ unsafe fn decode<const N: usize>(tables: &Tables, streams: &mut [Stream<'_>], st
                     (pair0, pair1) = (_mm256_or_si256(pair0, next[0]), _mm256_or_si256(pair1, next[1]));
                 }
                 let tile = out.get_unchecked_mut(i * stride + at).as_mut_ptr();
-                _mm256_storeu_si256(tile.cast(), pair0);
-                _mm256_storeu_si256(tile.add(32).cast(), pair1);
+                _mm256_storeu_si256(tile.cast(), _mm256_add_epi8(pair0, shift));
+                _mm256_storeu_si256(tile.add(32).cast(), _mm256_add_epi8(pair1, shift));
             });
         }
         for (i, stream) in streams.iter_mut().enumerate() {

@@ -183,9 +183,9 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn finish_nibbles(self, low: __m512i, high: __m512i) -> [i32; TILE_ROWS] {
+    fn join_nibbles(self, low: __m512i, high: __m512i) -> __m512i {
         // SAFETY: registers only.
-        self.finish(unsafe { _mm512_add_epi32(low, _mm512_srai_epi32::<4>(high)) }, 0)
+        unsafe { _mm512_add_epi32(low, _mm512_srai_epi32::<4>(high)) }
     }
 
     #[inline(always)]
@@ -200,6 +200,12 @@ impl Isa for Avx512 {
         // SAFETY: 64 writable bytes.
         unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum))) }
         out
+    }
+
+    #[inline(always)]
+    fn finish_floats(self, sums: __m512i, q_sum: i32, more: i32) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_set1_epi32(more - 128 * q_sum))) }
     }
 
     #[inline(always)]

@@ -44,14 +44,22 @@ impl Kernel for Tables<'_> {
         WIDTH
     }
 
-    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, out: &mut [TileBytes], stride: usize) {
+    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, shift: u8, out: &mut [TileBytes], stride: usize) {
         // SAFETY: the token given to `new` proves the features that the function enables.
         unsafe {
+            macro_rules! by_shift {
+                ($n:literal) => {
+                    match shift {
+                        0 => decode::<$n, false>(self.slots, streams, steps, shift, out, stride),
+                        _ => decode::<$n, true>(self.slots, streams, steps, shift, out, stride),
+                    }
+                };
+            }
             match streams.len() {
-                1 => decode::<1>(self.slots, streams, steps, out, stride),
-                2 => decode::<2>(self.slots, streams, steps, out, stride),
-                3 => decode::<3>(self.slots, streams, steps, out, stride),
-                _ => decode::<4>(self.slots, streams, steps, out, stride),
+                1 => by_shift!(1),
+                2 => by_shift!(2),
+                3 => by_shift!(3),
+                _ => by_shift!(4),
             }
         }
     }
@@ -91,12 +99,19 @@ static BYTES: [TileBytes; 2] = {
     indices
 };
 
-/// As [`Kernel::decode`].
+/// As [`Kernel::decode`], which shifts only with `SHIFT`.
 ///
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn decode<const N: usize>(slots: &Slots, streams: &mut [Stream<'_>], steps: usize, out: &mut [TileBytes], stride: usize) {
+unsafe fn decode<const N: usize, const SHIFT: bool>(
+    slots: &Slots,
+    streams: &mut [Stream<'_>],
+    steps: usize,
+    shift: u8,
+    out: &mut [TileBytes],
+    stride: usize,
+) {
     let streams: &mut [Stream<'_>; N] = streams.try_into().expect("as many as the caller counted");
     assert!(steps <= stride && (N - 1) * stride + steps <= out.len());
     // SAFETY: loads are of whole arrays, or begin at or before the end of their part of the chunk, behind
@@ -104,7 +119,7 @@ unsafe fn decode<const N: usize>(slots: &Slots, streams: &mut [Stream<'_>], step
     unsafe {
         let (freqs, offsets, pair_bytes) = (load(&slots.freq), load(&slots.offset), load(&slots.pair_byte));
         let escape_end = _mm512_set1_epi8(slots.freq[0] as i8);
-        let even = _mm512_set1_epi16(0xff);
+        let (even, shift) = (_mm512_set1_epi16(0xff), _mm512_set1_epi8(shift as i8));
         let [low_bytes, high_bytes] = [&BYTES[0], &BYTES[1]].map(|indices| _mm512_loadu_si512(indices.as_ptr().cast()));
         let mut low: [__m512i; N] = std::array::from_fn(|i| _mm512_loadu_si512(streams[i].low.as_ptr().cast()));
         let mut high: [__m512i; N] = std::array::from_fn(|i| _mm512_loadu_si512(streams[i].high.as_ptr().cast()));
@@ -132,8 +147,12 @@ unsafe fn decode<const N: usize>(slots: &Slots, streams: &mut [Stream<'_>], step
                 _mm_prefetch::<_MM_HINT_T0>(words.ahead(i).cast());
                 let next = _mm512_loadu_si512(escapes.readable(i).cast());
                 escapes.advance(i, escaped.count_ones() as usize);
+                let mut pair = _mm512_mask_expand_epi8(pair, escaped, next);
+                if SHIFT {
+                    pair = _mm512_add_epi8(pair, shift);
+                }
                 let tile = out.get_unchecked_mut(i * stride + step);
-                _mm512_storeu_si512(tile.as_mut_ptr().cast(), _mm512_mask_expand_epi8(pair, escaped, next));
+                _mm512_storeu_si512(tile.as_mut_ptr().cast(), pair);
             });
         }
         for (i, stream) in streams.iter_mut().enumerate() {

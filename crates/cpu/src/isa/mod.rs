@@ -113,13 +113,16 @@ pub(crate) trait Isa: Copy {
     fn dot_low(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
     /// Adds each row's four products of high nibbles with `q`, to sums of their own.
     fn dot_high(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
-    /// The rows' sums of `nibble * q`, of both.
-    fn finish_nibbles(self, low: Self::Sums, high: Self::Sums) -> [i32; TILE_ROWS];
+    /// The sums of both, as of one product: what is left for [`Isa::finish`] is a `q_sum` of 0.
+    fn join_nibbles(self, low: Self::Sums, high: Self::Sums) -> Self::Sums;
     /// Sums of two halves of a segment.
     fn add(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// The rows' sums of `symbol * q`, where `symbol = byte - 128`; `q_sum` is the sum of all `q`
     /// that went in.
     fn finish(self, sums: Self::Sums, q_sum: i32) -> [i32; TILE_ROWS];
+    /// As [`Isa::finish`], with `more` added to every row, each rounded to the nearest float. They stay in registers: a
+    /// store of sums that a wider load follows keeps all that comes behind it waiting.
+    fn finish_floats(self, sums: Self::Sums, q_sum: i32, more: i32) -> Self::Floats;
 
     fn floats(self, x: &[f32; LANES]) -> Self::Floats;
     fn store_floats(self, x: Self::Floats, out: &mut [f32; LANES]);

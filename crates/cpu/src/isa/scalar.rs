@@ -177,7 +177,7 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn finish_nibbles(self, low: [i32; TILE_ROWS], high: [i32; TILE_ROWS]) -> [i32; TILE_ROWS] {
+    fn join_nibbles(self, low: [i32; TILE_ROWS], high: [i32; TILE_ROWS]) -> [i32; TILE_ROWS] {
         self.add(low, high)
     }
 
@@ -189,6 +189,11 @@ impl Isa for Scalar {
     #[inline(always)]
     fn finish(self, sums: [i32; TILE_ROWS], _q_sum: i32) -> [i32; TILE_ROWS] {
         sums
+    }
+
+    #[inline(always)]
+    fn finish_floats(self, sums: [i32; TILE_ROWS], _q_sum: i32, more: i32) -> [f32; LANES] {
+        sums.map(|sum| (sum + more) as f32)
     }
 
     #[inline(always)]
