@@ -278,7 +278,16 @@ impl Store<'_> {
             let lines = fields.as_chunks_mut().0;
             let pairs = rans_pairs::Chunks::new(self.level, self.tensor);
             let straight = pairs.and_then(|pairs| {
-                pairs.decode_lines(chunks.clone(), bias, escapes, lines, offsets, &mut scratch.escapes, &mut scratch.far)
+                pairs.decode_lines(
+                    chunks.clone(),
+                    &mut scratch.pairs,
+                    bias,
+                    escapes,
+                    lines,
+                    offsets,
+                    &mut scratch.escapes,
+                    &mut scratch.far,
+                )
             });
             let taken = match straight {
                 Some(taken) => taken,
@@ -342,7 +351,7 @@ impl Store<'_> {
 per_isa! {
     /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns
     /// how many of the latter. `escapes` has room for as many as there are symbols, and 64 more.
-    fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
+    pub(crate) fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
         assert!(escapes.len() >= (tiles.len() + 1) * TILE_SYMBOLS);
         let (bias, lowest, zero) = (isa.splat(bias), isa.splat(lowest), isa.splat(0));
         let mut next = escapes.as_mut_ptr();
@@ -350,12 +359,14 @@ per_isa! {
         for ([low, high], line) in pairs.iter().zip(lines.iter_mut()) {
             // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as
             // just asserted.
-            let (low, high) = unsafe { (narrow(isa, low, bias, lowest, &mut next), narrow(isa, high, bias, lowest, &mut next)) };
+            let (low, high) = unsafe {
+                (narrow(isa, isa.load(low), bias, lowest, &mut next), narrow(isa, isa.load(high), bias, lowest, &mut next))
+            };
             isa.store(isa.pair(low, high), line);
         }
         if let (Some(tile), Some(line)) = (single.first(), lines.last_mut()) {
             // SAFETY: as above.
-            let low = unsafe { narrow(isa, tile, bias, lowest, &mut next) };
+            let low = unsafe { narrow(isa, isa.load(tile), bias, lowest, &mut next) };
             isa.store(isa.pair(low, zero), line);
         }
         next.addr() - escapes.as_ptr().addr()
@@ -367,8 +378,7 @@ per_isa! {
 /// # Safety
 /// 64 bytes are writable at `next`.
 #[inline(always)]
-unsafe fn narrow<I: Isa>(isa: I, tile: &TileBytes, bias: I::Tile, lowest: I::Tile, next: &mut *mut u8) -> I::Tile {
-    let tile = isa.load(tile);
+pub(crate) unsafe fn narrow<I: Isa>(isa: I, tile: I::Tile, bias: I::Tile, lowest: I::Tile, next: &mut *mut u8) -> I::Tile {
     let (field, wide) = isa.narrow(tile, bias, lowest);
     // SAFETY: by the contract.
     unsafe {

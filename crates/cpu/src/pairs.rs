@@ -4,12 +4,15 @@ use tersor_codec::pairs::LISTED_NIBBLE;
 use tersor_codec::tiered::TIERS_MAX;
 
 use crate::buffer::AlignedBytes;
-use crate::isa::{Isa, TileBytes, per_isa};
+use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// Pair bytes that stay in the L1 or L2 cache on their way to a sink.
 #[derive(Default)]
 pub(crate) struct PairBuffers(pub(crate) [AlignedBytes; TIERS_MAX]);
+
+/// How far ahead of a raw line the memory is told what comes: a block of tiles of pairs, which are read at once.
+const PREFETCH_BYTES: usize = 1024;
 
 /// The raw bits of consecutive tiles of pairs.
 #[derive(Clone, Copy)]
@@ -68,7 +71,9 @@ impl<'a> RawLines<'a> {
         }
         let per_line = (4 / R) as usize;
         let step = self.step + i;
-        isa.symbols::<R>(pairs, isa.load(&self.lines[step / per_line]), step % per_line)
+        let line = &self.lines[step / per_line];
+        prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+        isa.symbols::<R>(pairs, isa.load(line), step % per_line)
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! A kernel (`isa/avx512_rans_pairs.rs`, `isa/avx2_rans_pairs.rs`) takes up to four chunks of equal size at
 //! once, since one step of a chunk waits for the step before, and writes their next pair bytes, a tile of 64
-//! for each step. It knows nothing of symbols. Three sinks take the tiles: [`decode`] makes symbol bytes of
-//! them, [`dot`] multiplies them with one token's activations, and for [`decode_lines`] they are what is
-//! wanted, the lines of the decoded form.
+//! for each step. It knows nothing of symbols. Three sinks of [`Chunks`] take the tiles: `decode` makes
+//! symbol bytes of them, `dot` multiplies them with one token's activations, and for `decode_lines` they are what is
+//! wanted, the lines of the decoded form, where window and form agree.
 //!
 //! The first two take up to [`BLOCK`] tiles of each chunk at a time, which the L2 cache holds. Multiplying
 //! each tile at once would save its store and load, but the sums and the tables together do not fit the
@@ -21,7 +21,8 @@ use tersor_codec::rans_pairs::{Chunk, Table};
 use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
-use crate::isa::{Isa, TileBytes, per_isa};
+use crate::decoded::{narrow, narrow_row_tile};
+use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans_pairs, avx512_rans_pairs};
 use crate::matmul::{SegmentScales, finish_rows};
@@ -35,6 +36,10 @@ const WIDTH_MAX: usize = 4;
 /// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment;
 /// with a quarter of them the product takes 7 % longer.
 const BLOCK: usize = 256;
+/// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
+const PART: usize = 64;
+/// Bytes at the beginning of a chunk, and of its words, that are fetched while the chunks before are decoded.
+const ANNOUNCED_BYTES: usize = 1024;
 /// Tiles of pairs that the buffer holds.
 const BUFFER: usize = WIDTH_MAX * BLOCK;
 
@@ -61,6 +66,8 @@ pub(crate) struct Stream<'a> {
     /// are readable for `'a`. If too many were taken the range begins behind its end.
     pub words: Range<*const u8>,
     pub escapes: Range<*const u8>,
+    /// The chunk's first byte.
+    start: *const u8,
     chunk: Chunk<'a>,
     raw: RawLines<'a>,
 }
@@ -87,6 +94,7 @@ impl<'a> Stream<'a> {
             high: high.try_into().ok()?,
             words: range(parts.words),
             escapes: range(parts.escapes),
+            start: bytes.as_ptr(),
             chunk: parts,
             raw,
         })
@@ -160,7 +168,21 @@ impl<'a> Chunks<'a> {
         for (stream, chunk) in streams.iter_mut().zip(chunks.start..chunks.end - 1) {
             *stream = Some(Stream::new(self.table, self.tensor, chunk)?);
         }
-        Some(streams.map(|stream| stream.unwrap_or_else(|| last.clone())))
+        let streams = streams.map(|stream| stream.unwrap_or_else(|| last.clone()));
+        self.announce(&streams[..chunks.len()], chunks.end);
+        Some(streams)
+    }
+
+    /// Tells the memory that the chunks from `next` on will be wanted: their beginnings, for what follows is read in
+    /// order, and where the words must begin about, if they are like these. Else all of them stall at once.
+    fn announce(&self, streams: &[Stream<'_>], next: usize) {
+        for (stream, chunk) in streams.iter().zip(next..self.tensor.chunk_count()) {
+            let start = self.tensor.chunk(chunk).as_ptr();
+            let words = stream.words.start.addr() - stream.start.addr();
+            for offset in (0..ANNOUNCED_BYTES).chain(words..words + ANNOUNCED_BYTES).step_by(64) {
+                prefetch(start.wrapping_add(offset));
+            }
+        }
     }
 
     fn groups(&self, chunks: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'a> {
@@ -208,16 +230,18 @@ impl<'a> Chunks<'a> {
         streams.iter().all(Stream::at_end)
     }
 
-    /// Decodes consecutive chunks to lines of nibbles, `symbol byte = nibble + bias`, if their pair bytes are
-    /// such lines but for a constant. With `escapes` nibble 0 is an escape. As in the decoded form the escaped
-    /// symbol bytes of a row tile follow each other in `escaped`, from its offset on; far symbols are added to `far`.
+    /// Decodes consecutive chunks to lines of nibbles, `symbol byte = nibble + bias`. With `escapes` nibble 0 is an
+    /// escape. As in the decoded form the escaped symbol bytes of a row tile follow each other in `escaped`, from its
+    /// offset on; far symbols are added to `far`.
     ///
-    /// `lines`: (row tiles, lines); `offsets`: (row tiles); `escaped`: as many bytes as there are symbols. Returns
-    /// how many escaped bytes there are. `None` if pair bytes will not do, a chunk is corrupt or a symbol has no
-    /// nibble: all is then of no use.
+    /// `lines`: (row tiles, lines); `offsets`: (row tiles); `escaped`: 64 bytes more than there are symbols. Returns
+    /// how many escaped bytes there are. `None` if the columns do not suit, a chunk is corrupt, or a symbol has no
+    /// nibble and there are no escapes: all is then of no use.
+    #[allow(clippy::too_many_arguments)] // The parts of the decoded form.
     pub(crate) fn decode_lines(
         &self,
         chunks: Range<usize>,
+        buffers: &mut PairBuffers,
         bias: u8,
         escapes: bool,
         lines: &mut [TileBytes],
@@ -226,12 +250,12 @@ impl<'a> Chunks<'a> {
         far: &mut Vec<FarAt>,
     ) -> Option<usize> {
         let nibbles = Nibbles { shift: i16::from(self.window.base()) - i16::from(bias), bias, escapes };
-        let coded = self.table.entries().iter().map(|&(pair, _)| pair).filter(|pair| *pair != ESCAPE);
-        // Row tiles may not begin within a pair. Shifted symbols of the window might need an escape.
-        if self.window.raw_bits() > 0 || !self.tensor.col_steps().is_multiple_of(2) || (escapes && nibbles.shift != 0) {
+        // Row tiles may not begin within a pair.
+        if !self.tensor.col_steps().is_multiple_of(2) {
             return None;
         }
-        let clean = nibbles.clean(coded);
+        // Pair bytes are lines but for a constant, if that makes no symbol an escape.
+        let straight = self.window.raw_bits() == 0 && !(escapes && nibbles.shift != 0);
         let mut taken = 0;
         let (mut lines, mut offsets) = (lines, offsets);
         for group in self.groups(chunks) {
@@ -242,30 +266,122 @@ impl<'a> Chunks<'a> {
             let (own, rest) = lines.split_at_mut(group.len() * steps);
             let (own_offsets, rest_offsets) = offsets.split_at_mut(group.len() * row_tiles);
             (lines, offsets) = (rest, rest_offsets);
-            self.kernel.get().decode(streams, steps, nibbles.shift_byte(), own, steps);
-            let parts = group.zip(streams).zip(own.chunks_mut(steps)).zip(own_offsets.chunks_mut(row_tiles));
-            for (((chunk, stream), lines), offsets) in parts {
-                let scan = !(clean && nibbles.clean(stream.chunk.escapes.iter().copied()));
-                if !stream.at_end() || (scan && !escapes) {
+            let escaped = &mut escaped[taken..];
+            let more = match straight {
+                true => self.store_lines(nibbles, streams, own, own_offsets, escaped),
+                false => self.narrow(nibbles, streams, buffers, own, own_offsets, escaped),
+            }?;
+            if !escapes && more > 0 {
+                return None;
+            }
+            for offset in own_offsets {
+                // At most 2^32 symbols, of which fewer are wide.
+                *offset += taken as u32;
+            }
+            taken += more;
+            for (chunk, stream) in group.zip(streams) {
+                let mut zeros = stream.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
+                let known = stream.chunk.far.iter().all(|f| zeros.next() == Some(f.position as usize));
+                if !known || zeros.next().is_some() || !stream.at_end() {
                     return None;
-                }
-                let mut listed = stream.chunk.listed.iter().peekable();
-                for (row_tile, (lines, offset)) in lines.chunks_mut(steps / row_tiles).zip(offsets).enumerate() {
-                    // At most 2^32 symbols, of which fewer are wide.
-                    *offset = taken as u32;
-                    if scan || listed.peek().is_some() {
-                        taken += nibbles.finish(self.level, row_tile, lines, &mut listed, scan, &mut escaped[taken..])?;
-                    }
                 }
                 let first = self.tensor.chunk_row_tiles(chunk).start;
-                let mut zeros = stream.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
-                if !stream.chunk.far.iter().all(|f| zeros.next() == Some(f.position as usize)) || zeros.next().is_some() {
-                    return None;
-                }
                 far.extend(stream.chunk.far.iter().map(|f| FarAt::new(first, self.tensor.col_steps() * TILE_SYMBOLS, f)));
             }
         }
         Some(taken)
+    }
+
+    /// As [`Chunks::decode_lines`], of streams whose pair bytes are lines, but for far symbols and the streams' ends.
+    fn store_lines(
+        &self,
+        nibbles: Nibbles,
+        streams: &mut [Stream<'_>],
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        escaped: &mut [u8],
+    ) -> Option<usize> {
+        let coded = self.table.entries().iter().map(|&(pair, _)| pair).filter(|pair| *pair != ESCAPE);
+        let clean = nibbles.clean(coded);
+        let (steps, row_tiles) = (lines.len() / streams.len(), offsets.len() / streams.len());
+        self.kernel.get().decode(streams, steps, nibbles.shift_byte(), lines, steps);
+        let mut taken = 0;
+        for ((stream, lines), offsets) in streams.iter().zip(lines.chunks_mut(steps)).zip(offsets.chunks_mut(row_tiles)) {
+            let scan = !(clean && nibbles.clean(stream.chunk.escapes.iter().copied()));
+            if scan && !nibbles.escapes {
+                return None;
+            }
+            let mut listed = stream.chunk.listed.iter().peekable();
+            for (row_tile, (lines, offset)) in lines.chunks_mut(steps / row_tiles).zip(offsets).enumerate() {
+                *offset = taken as u32;
+                if scan || listed.peek().is_some() {
+                    taken += nibbles.finish(self.level, row_tile, lines, &mut listed, scan, &mut escaped[taken..])?;
+                }
+            }
+        }
+        Some(taken)
+    }
+
+    /// As [`Chunks::store_lines`], of any streams.
+    fn narrow(
+        &self,
+        nibbles: Nibbles,
+        streams: &mut [Stream<'_>],
+        buffers: &mut PairBuffers,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        escaped: &mut [u8],
+    ) -> Option<usize> {
+        let [buffer, bytes, ..] = &mut buffers.0;
+        buffer.ensure(BUFFER * TILE_SYMBOLS);
+        bytes.ensure(2 * PART * TILE_SYMBOLS);
+        let (buffer, bytes) = (&mut buffer.as_chunks_mut().0[..BUFFER], &mut bytes[..2 * PART * TILE_SYMBOLS]);
+        let (steps, row_tiles) = (lines.len() / streams.len(), offsets.len() / streams.len());
+        let (row_tile_steps, symbols) = (steps / row_tiles, steps * 2 * TILE_SYMBOLS);
+        let mut listed: [_; WIDTH_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].chunk.listed.iter().peekable());
+        // Of each stream, which writes where there is room for all its symbols.
+        let mut taken = [0; WIDTH_MAX];
+        for start in (0..steps).step_by(BLOCK) {
+            let end = steps.min(start + BLOCK);
+            self.kernel.get().decode(streams, end - start, 0, buffer, BLOCK);
+            for (i, stream) in streams.iter().enumerate() {
+                let mut step = start;
+                while step < end {
+                    let next = end.min(step + PART).min((step / row_tile_steps + 1) * row_tile_steps);
+                    if step.is_multiple_of(row_tile_steps) {
+                        offsets[i * row_tiles + step / row_tile_steps] = taken[i] as u32;
+                    }
+                    let pairs = &buffer[i * BLOCK..][step - start..next - start];
+                    let raw = stream.raw.skip(step);
+                    let lines = &mut lines[i * steps..][step..next];
+                    let room = &mut escaped[i * symbols + taken[i]..];
+                    let end_position = 2 * next * TILE_SYMBOLS;
+                    if listed[i].peek().is_none_or(|(own, _)| *own >= end_position) {
+                        taken[i] += narrow_pairs(self.level, self.window.base(), nibbles, raw, pairs, lines, room);
+                    } else {
+                        let position = 2 * step * TILE_SYMBOLS;
+                        let bytes = &mut bytes[..end_position - position];
+                        split(self.level, self.window.base(), raw, pairs, bytes.as_chunks_mut().0);
+                        let own = std::iter::from_fn(|| listed[i].next_if(|(own, _)| *own < end_position));
+                        if !put_listed(own.map(|(own, byte)| (own - position, byte)), self.window.listed_byte(), bytes) {
+                            return None;
+                        }
+                        let lowest = u8::from(nibbles.escapes);
+                        taken[i] += narrow_row_tile(self.level, bytes.as_chunks().0, nibbles.bias, lowest, lines, room);
+                    }
+                    step = next;
+                }
+            }
+        }
+        let mut all = 0;
+        for (i, taken) in taken[..streams.len()].iter().enumerate() {
+            escaped.copy_within(i * symbols..i * symbols + taken, all);
+            for offset in &mut offsets[i * row_tiles..][..row_tiles] {
+                *offset += all as u32;
+            }
+            all += taken;
+        }
+        Some(all)
     }
 
     /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).
@@ -399,6 +515,51 @@ impl Nibbles {
             (true, false) => None,
         }
     }
+}
+
+per_isa! {
+    /// Lines of nibbles of tiles of pairs without listed symbols, and escaped bytes; returns how many of the latter.
+    /// `base`: the symbol byte of the window's first symbol; `escaped`: room for as many bytes as there are symbols,
+    /// and 64 more.
+    fn narrow_pairs(
+        isa;
+        base: u8,
+        nibbles: Nibbles,
+        raw: RawLines<'_>,
+        pairs: &[TileBytes],
+        lines: &mut [TileBytes],
+        escaped: &mut [u8],
+    ) -> usize {
+        by_raw_bits!(raw.bits(), narrow_raw(isa, base, nibbles, raw, pairs, lines, escaped))
+    }
+}
+
+#[inline(always)]
+fn narrow_raw<I: Isa, const R: u32>(
+    isa: I,
+    base: u8,
+    nibbles: Nibbles,
+    raw: RawLines<'_>,
+    pairs: &[TileBytes],
+    lines: &mut [TileBytes],
+    escaped: &mut [u8],
+) -> usize {
+    assert!(escaped.len() >= (2 * pairs.len() + 1) * TILE_SYMBOLS);
+    let (base, bias, lowest) = (isa.splat(base), isa.splat(nibbles.bias), isa.splat(nibbles.escapes.into()));
+    let mut next = escaped.as_mut_ptr();
+    for (i, (pairs, line)) in pairs.iter().zip(lines).enumerate() {
+        let (first, second) = raw.symbols::<I, R>(isa, i, isa.load(pairs));
+        // SAFETY: at most 64 bytes a tile of symbols were written before, so that 64 bytes are left, as just
+        // asserted.
+        let (low, high) = unsafe {
+            (
+                narrow(isa, isa.add_bytes(first, base), bias, lowest, &mut next),
+                narrow(isa, isa.add_bytes(second, base), bias, lowest, &mut next),
+            )
+        };
+        isa.store(isa.pair(low, high), line);
+    }
+    next.addr() - escaped.as_ptr().addr()
 }
 
 per_isa! {
