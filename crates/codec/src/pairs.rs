@@ -20,10 +20,10 @@
 //! step `t` of them it has, from bit `2 * raw_bits * t` on, the raw bits of the first symbol, then those
 //! of the second. Bits without a symbol are 0.
 
-use crate::error::{DecodeError, TableError};
-use crate::escape::Classified;
-use crate::histogram::Population;
-use crate::{ESCAPE, FAR_BYTES, FarList};
+use crate::error::{DecodeError, EncodeError, TableError};
+use crate::escape::{check_encodable, write_far};
+use crate::histogram::{Population, symbol_byte};
+use crate::{ESCAPE, FAR_BYTES, Far, FarList};
 
 /// Symbols of a tile, pairs of a step.
 pub(crate) const TILE: usize = 64;
@@ -35,6 +35,8 @@ pub const RAW_BITS_MAX: u8 = 2;
 pub const LISTED_NIBBLE: u8 = NIBBLES / 2;
 /// Bytes of a listed symbol: its gap and its symbol byte.
 pub const LISTED_BYTES: usize = 3;
+/// Largest gap between listed symbols.
+const GAP_MAX: usize = u16::MAX as usize;
 
 /// Pairs of a chunk of `symbols` symbols.
 pub fn pairs_of(symbols: usize) -> usize {
@@ -90,15 +92,15 @@ impl Window {
         self.base + (LISTED_NIBBLE << self.raw_bits)
     }
 
+    /// Place of the last symbol.
+    fn last_place(self) -> u8 {
+        (NIBBLES << self.raw_bits) - 1
+    }
+
     /// The nibble of a symbol byte in the window.
     fn nibble(self, byte: u8) -> Option<u8> {
         let place = byte.wrapping_sub(self.base);
-        (place < NIBBLES << self.raw_bits).then_some(place >> self.raw_bits)
-    }
-
-    /// By symbol byte: whether it lies in the window; ESCAPE stands for those that do not.
-    pub(crate) fn coded(self) -> [bool; 256] {
-        std::array::from_fn(|byte| byte == usize::from(ESCAPE) || self.nibble(byte as u8).is_some())
+        (place <= self.last_place()).then_some(place >> self.raw_bits)
     }
 
     /// Steps that one raw line serves.
@@ -216,11 +218,12 @@ impl Nibbles {
 
     /// By pair byte: how many of the pairs it is expected to be, were their symbols independent.
     pub(crate) fn pair_counts(&self) -> [f64; 256] {
-        let symbols = self.symbols().max(1) as f64;
-        std::array::from_fn(|pair| {
-            let [a, b] = [pair % 16, pair / 16].map(|nibble| self.counts[nibble] as f64);
-            a * b / (2.0 * symbols)
-        })
+        std::array::from_fn(|pair| self.pair_count(pair))
+    }
+
+    pub(crate) fn pair_count(&self, pair: usize) -> f64 {
+        let [a, b] = [pair % 16, pair / 16].map(|nibble| self.counts[nibble] as f64);
+        a * b / (2.0 * self.symbols().max(1) as f64)
     }
 
     pub(crate) fn symbols(&self) -> u64 {
@@ -240,42 +243,58 @@ pub(crate) fn ranked_pairs(counts: &[f64; 256]) -> Vec<(u8, f64)> {
     ranked
 }
 
-/// What the encoder lists.
-pub(crate) struct Listing {
+/// Symbols split into what is coded as pairs and what is listed.
+pub(crate) struct Placed {
+    /// (symbols,) symbol bytes in the window; [`Window::listed_byte`] for listed symbols.
+    pub(crate) codes: Vec<u8>,
     gaps: Vec<u16>,
-    bytes: Vec<u8>,
+    listed_bytes: Vec<u8>,
+    far: Vec<Far>,
 }
 
-impl Listing {
-    /// Lists the symbols outside the window, whose codes are ESCAPE. Where a gap would not fit, a symbol
-    /// on the way is listed too. All of them are then coded as [`Window::listed_byte`].
-    pub(crate) fn take(classified: &mut Classified, window: Window) -> Self {
-        let (mut gaps, mut bytes) = (Vec::new(), Vec::new());
+impl Placed {
+    /// Lists the symbols outside the window. Where a gap would not fit, a symbol on the way is listed too.
+    pub(crate) fn new(symbols: &[i16], window: Window) -> Result<Self, EncodeError> {
+        check_encodable(symbols)?;
+        let codes = symbols.iter().map(|&symbol| symbol_byte(symbol)).collect();
+        let mut placed = Self { codes, gaps: Vec::new(), listed_bytes: Vec::new(), far: Vec::new() };
+        let outside = |code: u8| code.wrapping_sub(window.base) > window.last_place();
         let mut next = 0;
-        let mut escapes = classified.escapes.iter();
-        for (position, code) in classified.codes.iter_mut().enumerate() {
-            let gap = position - next;
-            if *code == ESCAPE {
-                bytes.push(*escapes.next().expect("one for each ESCAPE"));
-            } else if gap == usize::from(u16::MAX) {
-                bytes.push(*code);
-            } else {
+        for (tile, codes) in placed.codes.chunks_mut(TILE).enumerate() {
+            let (start, end) = (tile * TILE, tile * TILE + codes.len());
+            // All of a tile at once, no branch for each.
+            if !codes.iter().fold(false, |any, &code| any | outside(code)) && end - next <= GAP_MAX {
                 continue;
             }
-            *code = window.listed_byte();
-            gaps.push(gap as u16);
-            next = position + 1;
+            for (position, code) in (start..).zip(codes) {
+                let gap = position - next;
+                if outside(*code) || gap == GAP_MAX {
+                    placed.gaps.push(gap as u16);
+                    placed.listed_bytes.push(*code);
+                    if *code == ESCAPE {
+                        placed.far.push(Far { position: position as u32, symbol: symbols[position] });
+                    }
+                    *code = window.listed_byte();
+                    next = position + 1;
+                }
+            }
         }
-        Self { gaps, bytes }
+        Ok(placed)
     }
 
-    pub(crate) fn write_count(&self, out: &mut Vec<u8>) {
-        out.extend((self.bytes.len() as u32).to_le_bytes());
+    /// `u32 listed | u32 far_count`
+    pub(crate) fn write_counts(&self, out: &mut Vec<u8>) {
+        out.extend((self.listed_bytes.len() as u32).to_le_bytes());
+        out.extend((self.far.len() as u32).to_le_bytes());
     }
 
-    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+    pub(crate) fn write_listed(&self, out: &mut Vec<u8>) {
         out.extend(self.gaps.iter().flat_map(|gap| gap.to_le_bytes()));
-        out.extend(&self.bytes);
+        out.extend(&self.listed_bytes);
+    }
+
+    pub(crate) fn write_far(&self, out: &mut Vec<u8>) {
+        write_far(&self.far, out);
     }
 }
 
@@ -363,12 +382,13 @@ mod tests {
     fn raw_lines_by_hand() {
         let window = Window::new(96, 2).unwrap();
         let mut codes = vec![96; 128 + 65];
-        (codes[0], codes[64], codes[128], codes[192]) = (96 + 0b1001_10, 96 + 0b0011_01, 96 + 0b1111_11, 96 + 0b0100_10);
+        (codes[0], codes[64], codes[128], codes[192]) =
+            (96 + 4 * 0b1001 + 0b10, 96 + 4 * 0b0011 + 0b01, 96 + 4 * 0b1111 + 0b11, 96 + 4 * 0b0100 + 0b10);
         assert_eq!(window.pair_bytes(&codes)[..1], [0b0011_1001]);
         assert_eq!(window.pair_bytes(&codes)[64], 0b0100_1111);
         let (pairs, lines) = (window.pair_bytes(&codes), window.raw_lines(&codes));
         assert_eq!((pairs.len(), lines.len()), (128, 64));
-        assert_eq!((lines[0], &lines[1..]), (0b10_11_01_10, &[0; 63][..]));
+        assert_eq!((lines[0], &lines[1..]), (0b1011_0110, &[0; 63][..]));
         let mut out = vec![0; codes.len()];
         window.join(&pairs, &lines, &mut out).unwrap();
         assert_eq!(out, codes);
@@ -421,19 +441,28 @@ mod tests {
     }
 
     #[test]
+    fn placed_by_hand() {
+        let window = Window::new(126, 0).unwrap();
+        let symbols = [0, -2, -3, 13, 14, 300, i16::MIN, 1];
+        let placed = Placed::new(&symbols, window).unwrap();
+        assert_eq!(placed.codes, [128, 126, 134, 141, 134, 134, 134, 129]);
+        assert_eq!((&placed.gaps[..], &placed.listed_bytes[..]), (&[2, 1, 0, 0][..], &[125, 142, 0, 0][..]));
+        assert_eq!(placed.far, [(5, 300), (6, i16::MIN)].map(|(position, symbol)| Far { position, symbol }));
+    }
+
+    #[test]
     fn long_gaps_are_bridged() {
         let window = Window::new(120, 0).unwrap();
         let mut symbols = vec![0; 3 * 65536];
         *symbols.last_mut().unwrap() = 100;
-        let mut classified = Classified::new(&symbols, &window.coded()).unwrap();
-        let listing = Listing::take(&mut classified, window);
-        assert!(classified.codes.iter().all(|&code| code == 128));
+        let placed = Placed::new(&symbols, window).unwrap();
+        assert!(placed.codes.iter().all(|&code| code == 128));
         let mut bytes = Vec::new();
-        listing.write(&mut bytes);
+        placed.write_listed(&mut bytes);
         let listed = Listed::parse(&bytes, symbols.len()).unwrap();
         assert_eq!(listed.iter().collect::<Vec<_>>(), [(65535, 128), (131_071, 128), (196_607, 228)]);
         assert_eq!(Listed::parse(&bytes, 196_607).unwrap_err(), DecodeError::ListedOutside { position: 196_607, symbols: 196_607 });
-        let mut codes = classified.codes;
+        let mut codes = placed.codes;
         listed.put(window, FarList::default(), &mut codes).unwrap();
         assert!(codes[..196_607].iter().all(|&byte| byte == 128) && codes[196_607] == 228);
         codes[65535] = 127;

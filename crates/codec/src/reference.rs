@@ -307,7 +307,7 @@ fn decode_rans_pairs(table: &rans_pairs::Table, chunk: &[u8], symbols: usize) ->
     }
     check_final_states(&states, 0, 256)?;
     let bits = usize::from(table.window().raw_bits());
-    // Bits of all lanes' symbols lie behind each other: those of one step, then those of the next.
+    // A lane's symbols follow each other, tile by tile, in the bits of its bytes.
     let raw = |lane: usize, tile: usize| match bits {
         0 => 0,
         _ => {
@@ -315,12 +315,9 @@ fn decode_rans_pairs(table: &rans_pairs::Table, chunk: &[u8], symbols: usize) ->
             i16::from(chunk.raw_lines[bit / 8 * 64 + lane] >> (bit % 8)) % (1 << bits)
         }
     };
-    if bits > 0 {
-        let tiles = chunk.raw_lines.len() / 64 * 8 / bits;
-        let beyond = (0..tiles).flat_map(|tile| (0..64).map(move |lane| (lane, tile))).filter(|(lane, tile)| tile * 64 + lane >= symbols);
-        if { beyond }.any(|(lane, tile)| raw(lane, tile) != 0) {
-            return Err(DecodeError::PaddingNotZero);
-        }
+    let room = (8 * chunk.raw_lines.len()).checked_div(bits).unwrap_or(0);
+    if (symbols..room).any(|i| raw(i % 64, i / 64) != 0) {
+        return Err(DecodeError::PaddingNotZero);
     }
     symbols_of_pairs(&pairs, &raw, table.window().base(), bits, chunk.listed, chunk.far, symbols)
 }

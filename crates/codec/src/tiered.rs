@@ -63,9 +63,9 @@
 //! symbols lie in the chunk and have nibble 8; far list and listed bytes of 0 name the same positions.
 
 use crate::error::{DecodeError, EncodeError, TableError};
-use crate::escape::{Classified, check_symbols, take_u32};
+use crate::escape::{check_symbols, take_u32};
 use crate::histogram::Population;
-use crate::pairs::{LISTED_BYTES, Listed, Listing, Nibbles, TILE, Window, fullest_window, pairs_of, ranked_pairs};
+use crate::pairs::{LISTED_BYTES, Listed, Nibbles, Placed, TILE, Window, fullest_window, pairs_of, ranked_pairs};
 use crate::{ESCAPE, FAR_BYTES, FarList, Histogram};
 
 /// Most tiers of a table.
@@ -338,9 +338,8 @@ impl<'a> Chunk<'a> {
 }
 
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let mut classified = Classified::new(symbols, &table.window.coded())?;
-    let listing = Listing::take(&mut classified, table.window);
-    let mut pairs = table.window.pair_bytes(&classified.codes);
+    let placed = Placed::new(symbols, table.window)?;
+    let mut pairs = table.window.pair_bytes(&placed.codes);
     let mut counts = Vec::with_capacity(table.tiers.len());
     let mut packed = Vec::with_capacity(table.tiers.len());
     for tier in &table.tiers {
@@ -353,16 +352,15 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
         packed.push(pack(tier.bits, &fields));
         pairs.retain(|&pair| field_of[usize::from(pair)] == 0);
     }
-    listing.write_count(out);
-    classified.write_far_count(out);
+    placed.write_counts(out);
     out.extend((pairs.len() as u32).to_le_bytes());
     out.extend(counts.iter().skip(1).flat_map(|count| count.to_le_bytes()));
-    listing.write(out);
+    placed.write_listed(out);
     out.extend(pairs);
     for fields in packed.iter().rev() {
         out.extend(fields);
     }
-    classified.write_far(out);
+    placed.write_far(out);
     Ok(())
 }
 

@@ -270,6 +270,8 @@ fn rans_keeps_its_promises() {
         let (precise, default) = (overhead_bits("rans-precise"), overhead_bits("rans"));
         assert!(precise < 0.02, "rans-precise at step {step}: {precise} bits above {entropy_bits}");
         assert!(default < 0.02 * entropy_bits, "rans at step {step}: {default} bits above {entropy_bits}");
+        let pairs = overhead_bits("rans-pairs");
+        assert!(pairs < 0.021 * entropy_bits, "rans-pairs at step {step}: {pairs} bits above {entropy_bits}");
     }
 }
 

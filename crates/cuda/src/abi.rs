@@ -200,9 +200,8 @@ pub(crate) struct Step {
     pub v_row: i32,
     pub up_row: i32,
     pub vocab: i32,
-    pub cluster: i32,
     pub frag_bytes: i32,
-    pub scratch_bytes: i32,
+    pub unused: i32,
 }
 
 /// `RansChunk`.

@@ -120,11 +120,6 @@ impl Kernels {
         })
     }
 
-    /// Blocks that take a token of so many supersteps together in `prepare`.
-    pub(crate) fn prepare_cluster(&self, supersteps: usize) -> usize {
-        if self.hopper { CLUSTER.min(supersteps) } else { 1 }
-    }
-
     /// The GPU.
     #[must_use]
     pub fn device(&self) -> &Arc<Device> {
@@ -482,7 +477,7 @@ impl<'a> Queue<'a> {
         assert!(padded_tokens <= out.tokens_max && k <= out.cols_max && cols <= k, "room for the activations");
         assert!(padded_tokens * n * size_of::<i64>() <= sums.bytes(), "room for the sums");
         let supersteps = k / SUPERSTEP_COLS;
-        let cluster = self.kernels.prepare_cluster(supersteps);
+        let cluster = if self.kernels.hopper { CLUSTER.min(supersteps) } else { 1 };
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
         let threads = block_cols.min(OPS_THREADS);
         let mut args = abi::Prepare {
@@ -525,8 +520,9 @@ impl<'a> Queue<'a> {
                 &self.kernels.prepare_silu
             }
         };
-        let shared = block_cols * size_of::<f32>();
-        if shared > function.shared_bytes as usize {
+        // A superstep's numbers, and its sum and maximum.
+        let shared = block_cols * size_of::<f32>() + block_cols / SUPERSTEP_COLS * 8;
+        if shared > function.shared_bytes as usize || !cols.is_multiple_of(4) {
             return Err(CudaError::Unsupported { what: format!("a matrix of {cols} columns") });
         }
         let shape = self.shape((cluster, padded_tokens), threads, shared, cluster);

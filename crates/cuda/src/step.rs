@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::abi;
 use crate::driver::{Buffer, Device, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
-use crate::layout::{STEP_RING, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
+use crate::layout::{STEP_HIDDEN_MAX, STEP_RING, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
 use crate::matrix::Form;
 use crate::{CudaError, Mixed};
 
@@ -13,8 +13,6 @@ use crate::{CudaError, Mixed};
 const PRODUCTS: usize = 4;
 /// Warps of a crew of attention, as `ATTENTION_WARPS` in transformer.cuh.
 const ATTENTION_WARPS: usize = 8;
-/// Most blocks of `prepare` for a token, as `CLUSTER_MAX` in step.cu.
-const CLUSTER_MAX: usize = 8;
 
 /// A matrix of a step.
 #[derive(Clone, Copy, Debug)]
@@ -109,7 +107,7 @@ impl Places {
 
 impl Step {
     /// Prepares steps of a model; `None` where this kernel was not made for it: a matrix that is coded or has raw low bits, activations beyond a
-    /// multiprocessor's shared memory, heads that are too long.
+    /// multiprocessor's shared memory, a residual stream of more than 8192 columns, heads that are too long.
     ///
     /// # Errors
     /// Out of memory.
@@ -121,9 +119,8 @@ impl Step {
         let Ok(kernel) = model.heads.kernel() else { return Ok(None) };
         let padded_hidden = model.head.form.geometry().padded_cols();
         let frag_bytes = matrices().map(|m| m.form.geometry().padded_cols()).max().unwrap_or(0);
-        let scratch_bytes = (padded_hidden * size_of::<f32>()).max(2 * attend_room_bytes(64 << kernel));
-        let shared_bytes = shared_bytes(scratch_bytes, frag_bytes, PRODUCTS * model.layers.len() + 1);
-        if shared_bytes > kernels.step[kernel].shared_bytes as usize {
+        let shared_bytes = shared_bytes(64 << kernel, frag_bytes, PRODUCTS * model.layers.len() + 1);
+        if shared_bytes > kernels.step[kernel].shared_bytes as usize || padded_hidden > STEP_HIDDEN_MAX {
             return Ok(None);
         }
         let device = kernels.device();
@@ -171,9 +168,8 @@ impl Step {
             v_row: model.heads.v_row as i32,
             up_row: model.up_row as i32,
             vocab: model.vocab as i32,
-            cluster: kernels.prepare_cluster(padded_hidden / SUPERSTEP_COLS) as i32,
             frag_bytes: frag_bytes as i32,
-            scratch_bytes: scratch_bytes as i32,
+            unused: 0,
         };
         Ok(Some(Self { args, heads: model.heads, shared_bytes, _layers: layers, _work: work, _mixed: room, control }))
     }
@@ -220,16 +216,17 @@ const fn attend_room_bytes(dim: usize) -> usize {
     (2 * ATTENTION_WARPS + ATTENTION_WARPS * dim + 8 + dim) * size_of::<f32>()
 }
 
-/// What `Room` in step.cu takes.
-fn shared_bytes(scratch_bytes: usize, frag_bytes: usize, products: usize) -> usize {
+/// What `Room` in step.cu takes, for heads of at most `dim` numbers.
+fn shared_bytes(dim: usize, frag_bytes: usize, products: usize) -> usize {
     let ring = STEP_WARPS * STEP_RING * SUPERSTEP_COLS * TILE_ROWS / 2;
     let parts = [
         ring,
-        scratch_bytes,
+        STEP_WARPS * STEP_RING * 8,
+        2 * attend_room_bytes(dim),
         frag_bytes,
         frag_bytes / SUPERSTEP_COLS * 8,
         STEP_WARPS * TILE_ROWS * 8,
-        (CLUSTER_MAX + 1) * STEP_WARPS * 4,
+        STEP_HIDDEN_MAX / SUPERSTEP_COLS * 8,
         2 * size_of::<abi::StepLayer>(),
         products * 16,
     ];
@@ -284,6 +281,6 @@ mod tests {
     #[test]
     fn a_large_model_fits_a_hopper() {
         // 70 B: 8192 columns, 28,672 in the middle, 80 layers, heads of 128; 227 KiB a block.
-        assert!(shared_bytes(8192 * 4, 28_672, 321) <= 227 * 1024);
+        assert!(shared_bytes(128, 28_672, 321) <= 227 * 1024);
     }
 }

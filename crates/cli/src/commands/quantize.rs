@@ -64,7 +64,7 @@ pub struct Options {
     /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
     #[arg(long, value_name = "N", value_parser = group_size)]
     pub group_size: Option<u32>,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id such as rans/s16-w8-p7-l64
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), rans-pairs, fixed, or a full id such as rans/s16-w8-p7-l64
     #[arg(long, default_value = "rans")]
     pub codec: Codec,
     /// Threads [default: all cores]

@@ -106,6 +106,40 @@ __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_
 template <int N>
 __device__ __forceinline__ void copy_async_wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// ---- Bulk copies, of multiples of 16 bytes, and the barriers on which their bytes arrive; from sm_90 on.
+
+__device__ __forceinline__ void barrier_init(u32 b) {
+#if HOPPER
+  asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(b) : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_fence() {
+#if HOPPER
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_expect(u32 b, u32 bytes) {
+#if HOPPER
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(b), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_wait(u32 b, u32 parity) {
+#if HOPPER
+  asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory");
+#endif
+}
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 b) {
+#if HOPPER
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
+#endif
+}
+__device__ __forceinline__ void bulk_copy_once(u32 to, const void* from, u32 bytes, u32 b, u64 policy) {
+#if HOPPER
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(to), "l"(from), "r"(bytes), "r"(b), "l"(policy) : "memory");
+#endif
+}
+
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 v;
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address) : "memory");

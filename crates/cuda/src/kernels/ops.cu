@@ -3,7 +3,7 @@
 // Every kernel computes a token from that token's numbers alone, in an order that depends on the model's shape only: logits do not
 // depend on how a prompt is sliced, on the batch, or on the strategy.
 
-// ---- Sums and maxima over a block, and over a cluster of blocks where there are clusters.
+// ---- Clusters of blocks, where there are clusters.
 
 __device__ __forceinline__ u32 cluster_blocks() {
 #if HOPPER
@@ -18,6 +18,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #if HOPPER
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
 #endif
 }
 __device__ __forceinline__ u32 load_of_block(const u32* p, u32 rank) { // p's place in another block of the cluster
@@ -29,33 +31,6 @@ __device__ __forceinline__ u32 load_of_block(const u32* p, u32 rank) { // p's pl
 #else
   return *p;
 #endif
-}
-
-// `slots`: 2 * 17 words of shared memory of this call alone; at most 16 warps.
-__device__ __forceinline__ Both combine(Both v, u32 (*slots)[17]) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-  v = combine_warp(v);
-  if (lane == 0) {
-    slots[0][warp] = __float_as_uint(v.sum);
-    slots[1][warp] = v.most;
-  }
-  __syncthreads();
-  if (warp == 0) {
-    const Both all = combine_warp({lane < warps ? __uint_as_float(slots[0][lane]) : 0.0f, lane < warps ? slots[1][lane] : 0u});
-    if (lane == 0) {
-      slots[0][16] = __float_as_uint(all.sum);
-      slots[1][16] = all.most;
-    }
-  }
-  const int blocks = cluster_blocks();
-  if (blocks == 1) {
-    __syncthreads();
-    return {__uint_as_float(slots[0][16]), slots[1][16]};
-  }
-  cluster_barrier();
-  const u32 rank = min(lane, blocks - 1); // at most 16 blocks
-  const u32 sum = load_of_block(&slots[0][16], rank), most = load_of_block(&slots[1][16], rank);
-  return combine_warp({lane < blocks ? __uint_as_float(sum) : 0.0f, most});
 }
 
 enum Input { NORM = 0, COPY = 1, SILU = 2, MIX = 3 };
@@ -84,16 +59,16 @@ struct Prepare {
 // prepare: activations of the next matrix, as int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's
 // unit: q * m * unit. So that a product's sums over any columns are exact integers.
 //
-// A cluster of blocks takes a token (gridDim.y), for the unit needs the maximum of all; a block takes a run of supersteps. First a thread has
-// single columns, so that loads are coalesced; then half a warp has a superstep, a lane 8 columns.
+// A cluster of blocks takes a token (gridDim.y), for the unit needs the maximum of all; a block takes a run of supersteps, a warp every so manyth of them.
 // frag is what the lanes of a product load: (batch of nt tokens, k / 64, nt / 8, lanes, 4 words); word w of lane (token % 8) * 4 + c holds the
 // even (w < 2) or odd columns among c * 8.. of the 32 columns w % 2. For nt = 1 there are 8 lanes, of which 4..7 hold odd columns twice.
 template <int INPUT>
 __device__ __forceinline__ void prepare(const Prepare& P) {
-  extern __shared__ float kept[]; // (columns of the block)
-  __shared__ u32 slots[2][17];
+  extern __shared__ float4 kept[]; // (supersteps of the block, lanes), then what each superstep has to say
   const int t = blockIdx.y, rank = blockIdx.x, supersteps = P.k / SUPERSTEP, blocks = gridDim.x;
   const int of_block = (supersteps + blocks - 1) / blocks, first = rank * of_block, count = max(min(of_block, supersteps - first), 0);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  Both* said = (Both*)(kept + of_block * 32);
   const bool there = t < P.tokens;
   launch_dependents();
   if (INPUT == NORM || INPUT == SILU)
@@ -108,82 +83,72 @@ __device__ __forceinline__ void prepare(const Prepare& P) {
   for (int i = rank * blockDim.x + threadIdx.x; i < P.clear_n / 2; i += blocks * blockDim.x)
     ((uint4*)(P.clear + (size_t)t * P.clear_n))[i] = make_uint4(0, 0, 0, 0);
   const int row = INPUT == NORM && P.rows && there ? P.rows[t] : t;
-  Both all = {0.0f, 0u}; // sum of squares; bits of the largest |v|, compared as integers so that a NaN is the largest
-  constexpr int AT_ONCE = 4; // columns whose loads are in flight together
-  for (int i0 = threadIdx.x; i0 < count * SUPERSTEP; i0 += AT_ONCE * blockDim.x) {
-    float a[AT_ONCE], gate[AT_ONCE];
-    int cols[AT_ONCE];
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      const int i = i0 + u * blockDim.x, col = first * SUPERSTEP + i;
-      cols[u] = there && i < count * SUPERSTEP && col < P.cols ? col : -1;
-    }
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      a[u] = gate[u] = 0;
-      if (cols[u] < 0) continue;
+  for (int i = warp; i < count; i += warps) {
+    const int col = (first + i) * SUPERSTEP + lane * 4;
+    Four a = {};
+    float sum = 0;
+    if (there && col < P.cols) { // columns are a multiple of four
       if (INPUT == MIX) {
-        const size_t head = (size_t)t * (P.cols / P.head_dim) + cols[u] / P.head_dim;
-        a[u] = mixed_value(P.x + head * SPLITS * P.head_dim, P.stats + head * SPLITS, P.head_dim, cols[u] % P.head_dim);
-      } else if (INPUT == SILU) {
-        gate[u] = value(P.add, t, cols[u]);
-        a[u] = value(P.add, t, P.up_row + cols[u]);
-      } else {
-        a[u] = P.x[(size_t)row * P.cols + cols[u]];
-        if (INPUT == NORM && P.add.sum) gate[u] = value(P.add, row, cols[u]);
-      }
-    }
-    if (INPUT == SILU) {
 #pragma unroll
-      for (int u = 0; u < AT_ONCE; u++) a[u] = silu(gate[u], a[u]);
+        for (int j = 0; j < 4; j++) {
+          const size_t head = (size_t)t * (P.cols / P.head_dim) + (col + j) / P.head_dim;
+          a.v[j] = mixed_value(P.x + head * SPLITS * P.head_dim, P.stats + head * SPLITS, P.head_dim, (col + j) % P.head_dim);
+        }
+      } else if (INPUT == SILU) {
+        const Four gate = four_values(P.add, t, col), up = four_values(P.add, t, P.up_row + col);
+#pragma unroll
+        for (int j = 0; j < 4; j++) a.v[j] = silu(gate.v[j], up.v[j]);
+      } else {
+        float* x = P.x + (size_t)row * P.cols + col;
+        a = load_four(x);
+        if (INPUT == NORM && P.add.sum) {
+          const Four more = four_values(P.add, row, col);
+#pragma unroll
+          for (int j = 0; j < 4; j++) a.v[j] += more.v[j];
+          *(float4*)x = float4_of(a);
+        }
+      }
     }
     if (INPUT == NORM) {
-      if (P.add.sum) {
+      sum = squares_of(a);
+      const Four weight = there && col < P.cols ? load_four(P.weight + col) : Four{};
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-          if (cols[u] >= 0) P.x[(size_t)row * P.cols + cols[u]] = a[u] += gate[u];
-      }
-#pragma unroll
-      for (int u = 0; u < AT_ONCE; u++)
-        if (cols[u] >= 0) {
-          all.sum += a[u] * a[u];
-          a[u] *= P.weight[cols[u]]; // the norm's factor follows
-        }
+      for (int j = 0; j < 4; j++) a.v[j] *= weight.v[j]; // the norm's factor follows
     }
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      const int i = i0 + u * blockDim.x;
-      if (i < count * SUPERSTEP) kept[i] = a[u];
-      all.most = max(all.most, __float_as_uint(a[u]) & 0x7fffffff);
-    }
+    kept[i * 32 + lane] = float4_of(a);
+    const u32 most = most_of(a);
+    if (lane == 0) said[i] = {sum, most};
   }
-  all = combine(all, slots);
+  cluster_barrier();
+  Both all = {0.0f, 0u};
+  for (int s = lane; s < supersteps; s += 32) {
+    const int of = s / of_block;
+    const u32* p = (const u32*)(said + (s - of * of_block));
+    all.sum += __uint_as_float(load_of_block(p, of));
+    all.most = max(all.most, load_of_block(p + 1, of));
+  }
+  all = combine_warp(all);
   const float factor = INPUT == NORM ? 1.0f / sqrtf(all.sum / P.cols + P.eps) : 1.0f;
   const float unit = unit_of(__uint_as_float(all.most) * factor);
   if (threadIdx.x == 0 && rank == 0) P.unit[t] = unit;
   const int batch = t / P.nt, token = t - batch * P.nt, token_tiles = (P.nt + 7) / 8, lanes = P.nt == 1 ? 8 : 32;
-  const int lane16 = threadIdx.x & 15;
-  for (int i = threadIdx.x >> 4; i < (count + 1 & ~1); i += blockDim.x >> 4) { // even, so that both halves of a warp take part in the shuffles
-    const bool inside = i < count;
-    float v[8];
+  for (int i = warp; i < count; i += warps) {
+    Four a = four(kept[i * 32 + lane]);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = inside ? kept[i * SUPERSTEP + lane16 * 8 + j] * factor : 0.0f;
-    const Quantized x = quantized(v, unit);
-    if (!inside) continue;
-    const int superstep = first + i, column_block = superstep * 2 + (lane16 >> 3), kb = (lane16 >> 2) & 1, c = lane16 & 3;
-    u32* f = (u32*)(P.frag + (((size_t)batch * (P.k / 64) + column_block) * token_tiles + token / 8) * lanes);
-    f[((token & 7) * 4 + c) * 4 + kb] = x.words[0];
-    f[((token & 7) * 4 + c) * 4 + 2 + kb] = x.words[1];
+    for (int j = 0; j < 4; j++) a.v[j] *= factor;
+    const Quantized x = quantized(a, unit);
+    const int superstep = first + i, column_block = superstep * 2 + (lane >> 4), kb = lane >> 3 & 1, c = lane >> 1 & 3, half = lane & 1;
+    u16* f = (u16*)(P.frag + (((size_t)batch * (P.k / 64) + column_block) * token_tiles + token / 8) * lanes) + kb * 2 + half;
+    f[((token & 7) * 4 + c) * 8] = x.evens();
+    f[((token & 7) * 4 + c) * 8 + 4] = x.odds();
     if (P.nt == 1) {
-      f[(4 + c) * 4 + kb] = x.words[1];
-      f[(4 + c) * 4 + 2 + kb] = x.words[1];
+      f[(4 + c) * 8] = x.odds();
+      f[(4 + c) * 8 + 4] = x.odds();
     }
-    u32* q = (u32*)(P.q + (size_t)t * P.k + superstep * SUPERSTEP + lane16 * 8);
-    q[0] = __byte_perm(x.words[0], x.words[1], 0x5140);
-    q[1] = __byte_perm(x.words[0], x.words[1], 0x7362);
-    if (lane16 == 0) P.info[(size_t)t * supersteps + superstep] = make_int2(x.m, 128 * x.even);
+    ((u32*)(P.q + (size_t)t * P.k + superstep * SUPERSTEP))[lane] = x.q;
+    if (lane == 0) P.info[(size_t)t * supersteps + superstep] = make_int2(x.m, 128 * x.even);
   }
-  cluster_barrier(); // no block leaves while another may read its slots
+  cluster_barrier(); // no block leaves while another may read what it said
 }
 
 extern "C" __global__ void __launch_bounds__(512) prepare_norm(Prepare P) { prepare<NORM>(P); }
@@ -203,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(256) rope(Rope P) {
   launch_dependents();
   fetch_pair_constants(crew, P, row);
   wait_for_kernel_before();
-  const float2 v = turned(crew, P, t, part, pair_of(crew, P, t, row), slots);
+  const float2 v = turned(crew, P, angle_of(crew, P, t), part, pair_of(crew, P, t, row), slots);
   if (i >= half) return;
   if (part == Q) {
     float* q = P.q + ((size_t)t * P.heads + head) * P.head_dim;
@@ -238,11 +203,12 @@ __device__ __forceinline__ void attend_of_grid(const Attend& P) {
   launch_dependents();
   const Rows rows = rows_of(R, head);
   for (int part = 0; part < 3; part++) fetch_pair_constants(crew, R, rows.of[part]);
-  // Written before the step's first kernel: it need not be waited for.
+  // Written before the step's first kernel: they need not be waited for.
   const Place place = R.places[0];
+  const Angle angle = angle_of(crew, R, 0);
   fetch_positions(crew, P.attention, place, kv_head, blockIdx.x - kv_head * group * SPLITS);
   wait_for_kernel_before();
-  attend<PAIRS>(crew, room, P, place, head, split);
+  attend<PAIRS>(crew, room, P, place, angle, head, split);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend_of_grid<1>(P); }

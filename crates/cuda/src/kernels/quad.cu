@@ -30,33 +30,6 @@
 
 enum Mode { FUSED = 0, STORE = 1 };
 
-__device__ __forceinline__ void barrier_init(u32 b) {
-#if HOPPER
-  asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(b) : "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_fence() {
-#if HOPPER
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_expect(u32 b, u32 bytes) {
-#if HOPPER
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(b), "r"(bytes) : "memory");
-#endif
-}
-__device__ __forceinline__ void barrier_wait(u32 b, u32 parity) {
-#if HOPPER
-  asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory");
-#endif
-}
-__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 b) {
-#if HOPPER
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
-#endif
-}
-
 // NT tokens (1 or a multiple of 8).  NT = 1: a block is consecutive tiles.  NT > 1: a block is tiles of one segment, whose
 // activations sit in shared memory.
 template <int R, int NT, int MODE>

@@ -7,8 +7,7 @@
 // barriers and everything between two products happen while weights arrive.
 //
 // Layout.  The 1 KiB supersteps of a matrix in the plain layout (no raw low bits) follow each other in memory; block b of the grid takes the
-// b-th even share of them, warp w the w-th share of the block's.  A lane copies 16 bytes of each half of a superstep into its warp's ring and
-// multiplies what it copied itself, so the ring needs no barriers.  Activations are prepared by each block for itself, in shared memory, from
+// b-th even share of them, warp w the w-th share of the block's, which arrives in a ring of its own.  Activations are prepared by each block for itself, in shared memory, from
 // what the product before left: exact integer sums, added up in the L2 cache.  Between two products lies a barrier of the grid, before down
 // and o a second one, for the maximum over all blocks on which the unit of the activations depends:
 //
@@ -20,7 +19,7 @@
 
 constexpr int STEP_THREADS = STEP_WARPS * 32;
 constexpr int SUPERSTEP_BYTES = SUPERSTEP * TILE_ROWS / 2;
-constexpr int CLUSTER_MAX = 8;
+constexpr int ROUNDS = STEP_HIDDEN_MAX / (STEP_WARPS * SUPERSTEP); // supersteps of the residual stream that a warp has
 
 struct StepProduct {
   Plain matrix;
@@ -68,9 +67,8 @@ struct Step {
   int v_row;
   int up_row;
   int vocab;
-  int cluster;           // blocks of `prepare` for `hidden` columns, whose order of summation this kernel repeats
   int frag_bytes;        // room for activations
-  int scratch_bytes;     // room for a normed stream, and for attention
+  int unused;
 };
 
 // The share of a block in a product.
@@ -83,13 +81,14 @@ struct Share {
 // Shared memory, in order; `step_shared_bytes` of kernels.rs adds it up.
 struct Room {
   u32 ring;              // of the warp
+  u32 bars;              // of the warp: a barrier a slot
   Share* shares;         // (products)
   StepLayer* layers;     // this one and the next, by turns
   int2* info;            // (supersteps)
   u32 frag;              // (columns), see below
   u64 (*far)[TILE_ROWS]; // (warps)
-  float* slots;          // (CLUSTER_MAX, warps), then the warps' maxima
-  u8* scratch;
+  Both* said;            // (supersteps of the residual stream): sum of squares, maximum
+  u8* attention;         // (2) AttendRoom
 };
 
 __device__ __forceinline__ uint4 load_ring(u32 address) { // not to be moved behind the copy that overwrites it
@@ -103,42 +102,67 @@ __device__ __forceinline__ void share_out(u32 first, u32 count, u32 parts, u32 p
   end = first + (u32)((u64)count * (part + 1) / parts);
 }
 
-// What a warp reads, from the first product to the last: RING supersteps ahead of what it multiplies.
+// What a warp reads, from the first product to the last: RING supersteps ahead of what it multiplies. Bulk copies, since loads and atomics of the
+// model's other parts would queue behind as many copies by lanes.
 template <int RING>
 struct Feed {
   const u8* next;
-  u32 left, product, products, slot;
+  u32 left, product, products, slot, bars;
+  u32 parity;  // of the arrivals at the slots' barriers
   u64 once;
 
-  __device__ __forceinline__ Feed(int products) : next(nullptr), left(0), product(0), products(products), slot(0), once(policy_once()) {}
+  __device__ __forceinline__ Feed(const Room& room, int products)
+      : next(nullptr), left(0), product(0), products(products), slot(0), bars(room.bars), parity(0), once(policy_once()) {
+#if HOPPER
+    if ((threadIdx.x & 31) == 0) {
+      for (int i = 0; i < RING; i++) barrier_init(bars + i * 8);
+      barrier_fence();
+    }
+    __syncwarp();
+#endif
+  }
 
-  // Asks for one more superstep; at the end for none, so that there are always RING groups of copies.
+  // Asks for one more superstep; at the end for none.
   __device__ __forceinline__ void put(const Room& room) {
-    const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const u32 lane = threadIdx.x & 31;
     while (left == 0 && product < products) {
       const Share share = room.shares[product++];
       u32 at, end;
-      share_out(share.first, share.count, STEP_WARPS, warp, at, end);
+      share_out(share.first, share.count, STEP_WARPS, threadIdx.x >> 5, at, end);
       left = end - at;
-      next = share.nibbles + (size_t)at * SUPERSTEP_BYTES + lane * 16;
+      next = share.nibbles + (size_t)at * SUPERSTEP_BYTES;
     }
     if (left > 0) {
-      const u32 to = room.ring + slot * SUPERSTEP_BYTES + lane * 16;
-      copy_async_16_once(to, next, once);
-      copy_async_16_once(to + SUPERSTEP_BYTES / 2, next + SUPERSTEP_BYTES / 2, once);
+      const u32 to = room.ring + slot * SUPERSTEP_BYTES;
+#if HOPPER
+      if (lane == 0) {
+        barrier_expect(bars + slot * 8, SUPERSTEP_BYTES);
+        bulk_copy_once(to, next, SUPERSTEP_BYTES, bars + slot * 8, once);
+      }
+#else
+      copy_async_16_once(to + lane * 16, next + lane * 16, once);
+      copy_async_16_once(to + lane * 16 + SUPERSTEP_BYTES / 2, next + lane * 16 + SUPERSTEP_BYTES / 2, once);
+#endif
       next += SUPERSTEP_BYTES;
       left--;
     }
-    copy_async_commit();
-    slot = slot + 1 == RING ? 0 : slot + 1;
+#if !HOPPER
+    copy_async_commit(); // so that there are always RING groups of copies
+#endif
+    if (++slot == RING) slot = 0, parity ^= 1;
   }
 
-  // The superstep that was asked for first; `put` asks for one in its place.
-  __device__ __forceinline__ void take(const Room& room, uint4& a, uint4& b) {
+  // The superstep that was asked for first; `put` asks for another in its place.
+  __device__ __forceinline__ void take(const Room& room, uint4 (&v)[2]) const {
+#if HOPPER
+    barrier_wait(bars + slot * 8, parity ^ 1); // the slot's copy was asked for a round before
+#else
     copy_async_wait_but<RING - 1>();
+#endif
     const u32 from = room.ring + slot * SUPERSTEP_BYTES + (threadIdx.x & 31) * 16;
-    a = load_ring(from);
-    b = load_ring(from + SUPERSTEP_BYTES / 2);
+    v[0] = load_ring(from);
+    v[1] = load_ring(from + SUPERSTEP_BYTES / 2);
+    __syncwarp(); // all lanes have it
   }
 };
 
@@ -172,45 +196,58 @@ struct OfRoom {
   }
 };
 
-// The block's share of a product with the activations in `room`.
+// A warp's part of a product.
+struct Task {
+  u32 at, end;           // supersteps
+  u32 far, far_end;      // far symbols of the tiles that begin in it
+};
+
+// Before the barrier: far symbols are rare, but where they are, is known from global memory only.
+__device__ __forceinline__ Task task_of(const Plain& M, const Share& share) {
+  Task p;
+  share_out(share.first, share.count, STEP_WARPS, threadIdx.x >> 5, p.at, p.end);
+  const u32 supersteps = M.tc / SUPERSTEP;
+  p.far = __ldg(M.far_off + (p.at + supersteps - 1) / supersteps);
+  p.far_end = __ldg(M.far_off + (p.end + supersteps - 1) / supersteps);
+  return p;
+}
+
+// A superstep's sums of rows g and g + 8, times 16.
+__device__ __forceinline__ void multiply_superstep(const uint4 (&v)[2], u32 x, int2 m, i64& y0, i64& y1) {
+  const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
+  int low[2][4] = {}, high[2][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const uint4 a = v[half], f = load_shared_16(x + half * 64);
+    mma(low[half], a.x & L, a.y & L, a.z & L, a.w & L, f.x, f.y);
+    mma(high[half], a.x & H, a.y & H, a.z & H, a.w & H, f.z, f.w);
+  }
+  y0 += (i64)m.x * ((low[0][0] + low[1][0]) * 16 + (high[0][0] + high[1][0] - m.y));
+  y1 += (i64)m.x * ((low[0][2] + low[1][2]) * 16 + (high[0][2] + high[1][2] - m.y));
+}
+
+// The warp's part of a product with the activations in `room`.
 template <int RING>
-__device__ __forceinline__ void product(const Plain& M, Feed<RING>& feed, const Room& room, int index, i64* sums) {
+__device__ __forceinline__ void product(const Plain& M, Feed<RING>& feed, const Room& room, Task p, i64* sums) {
   const int warp = threadIdx.x >> 5, c = threadIdx.x & 3;
   const u32 supersteps = M.tc / SUPERSTEP;
-  const Share share = room.shares[index];
-  u32 at, end;
-  share_out(share.first, share.count, STEP_WARPS, warp, at, end);
-  while (at < end) {
-    const u32 tile = at / supersteps, first = at - tile * supersteps, run = min(supersteps - first, end - at);
+  while (p.at < p.end) {
+    const u32 tile = p.at / supersteps, first = p.at - tile * supersteps, run = min(supersteps - first, p.end - p.at);
     const u32 seg = tile / M.row_tiles, row_tile = tile - seg * M.row_tiles;
-    u32 far = 0, far_end = 0;
-    if (first == 0) { // whoever has the begin of a tile
-      far = M.far_off[tile];
-      far_end = M.far_off[tile + 1];
-    }
     i64 y0[1] = {0}, y1[1] = {0};
     u32 x = room.frag + (seg * supersteps + first) * SUPERSTEP + c * 16;
     const int2* info = room.info + seg * supersteps + first;
 #pragma unroll 1
     for (u32 i = 0; i < run; i++, x += SUPERSTEP, info++) {
       uint4 v[2];
-      feed.take(room, v[0], v[1]);
-      int low[4] = {}, high[4] = {};
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const uint4 a = v[half], f = load_shared_16(x + half * 64);
-        const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
-        mma(low, a.x & L, a.y & L, a.z & L, a.w & L, f.x, f.y);
-        mma(high, a.x & H, a.y & H, a.z & H, a.w & H, f.z, f.w);
-      }
-      const int2 m = *info;
-      y0[0] += (i64)m.x * (low[0] * 16 + high[0] - m.y);
-      y1[0] += (i64)m.x * (low[2] * 16 + high[2] - m.y);
+      feed.take(room, v);
+      multiply_superstep(v, x, *info, y0[0], y1[0]);
       feed.put(room);
     }
-    add_far<1>(far, far_end, M.far, OfRoom{room, (int)(seg * supersteps)}, room.far[warp], y0, y1);
+    if (first == 0 && p.far < p.far_end)
+      add_far<1>(__ldg(M.far_off + tile), __ldg(M.far_off + tile + 1), M.far, OfRoom{room, (int)(seg * supersteps)}, room.far[warp], y0, y1);
     add_sums<1>(sums, M.n, row_tile, y0, y1);
-    at += run;
+    p.at += run;
   }
 }
 
@@ -221,141 +258,89 @@ __device__ __forceinline__ int2 met(const Plain& M, const Share& share) {
   return make_int2(share.first / supersteps / tiles * supersteps, ((share.first + share.count - 1) / supersteps / tiles + 1) * supersteps);
 }
 
-// int8 activations of these supersteps. `load(column, v)`: 8 numbers from a column on. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
-template <class Load>
-__device__ __forceinline__ void quantize(const Room& room, int2 range, float unit, const Load& load) {
-  const int lane16 = threadIdx.x & 15, count = range.y - range.x;
-  for (int i = threadIdx.x >> 4; i < (count + 1 & ~1); i += STEP_THREADS / 16) { // even, as in ops.cu
-    const int superstep = range.x + i;
-    float v[8] = {};
-    if (i < count) load(superstep * SUPERSTEP + lane16 * 8, v);
-    const Quantized x = quantized(v, unit);
-    if (i >= count) continue;
-    const u32 to = room.frag + superstep * SUPERSTEP + (lane16 >> 3) * 64 + (lane16 & 3) * 16 + (lane16 >> 2 & 1) * 4;
-    asm volatile("st.shared.u32 [%0],%1;" ::"r"(to), "r"(x.words[0]) : "memory");
-    asm volatile("st.shared.u32 [%0],%1;" ::"r"(to + 8), "r"(x.words[1]) : "memory");
-    if (lane16 == 0) room.info[superstep] = make_int2(x.m, 128 * x.even);
+// A lane's columns of ROUNDS supersteps, of base + warp and every STEP_WARPS-th after it.
+struct Columns { Four of[ROUNDS]; };
+
+__device__ __forceinline__ int superstep_of(int base, int round) { return base + (threadIdx.x >> 5) + round * STEP_WARPS; }
+__device__ __forceinline__ int column_of(int base, int round) { return superstep_of(base, round) * SUPERSTEP + (threadIdx.x & 31) * 4; }
+
+// Before the barrier: what `normed` will load besides sums, on its way into the L2 cache.
+__device__ __forceinline__ void fetch_norm(int hidden, const Sums& add, const float* weight) {
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    const int col = column_of(0, r);
+    if (col >= hidden) break;
+    fetch_constant(weight + col);
+    fetch_constants(add, col);
   }
-  __syncthreads();
 }
 
-// Maximum over all threads of the block, of bits.
-__device__ __forceinline__ u32 most_of_warp(u32 most) {
+// Adds a product to the stream (if there is one) and norms it; returns the unit. Every block does all of it; each writes a part of the new stream.
+__device__ __forceinline__ float normed(int hidden, float eps, const Room& room, const float* x, const Sums& add, const float* weight, float* out, Columns& columns) {
+  constexpr int AT_ONCE = 2; // rounds whose loads are in flight together
+  const int lane = threadIdx.x & 31, supersteps = (hidden + SUPERSTEP - 1) / SUPERSTEP;
 #pragma unroll
-  for (int d = 16; d > 0; d >>= 1) most = max(most, __shfl_xor_sync(~0u, most, d));
-  return most;
-}
-
-// Adds a product to the stream (if there is one), norms it and prepares it for the next product; returns the unit. Every block does all of it; each
-// writes a part of the new stream. Sums of squares meet as in `prepare` of ops.cu, of `cluster` blocks.
-__device__ __forceinline__ float normed(const Step& P, const Room& room, const float* x, const Sums& add, const float* weight, float* out, int2 range) {
-  constexpr int AT_ONCE = 8;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, supersteps = P.padded_hidden / SUPERSTEP;
-  const int block_cols = (supersteps + P.cluster - 1) / P.cluster * SUPERSTEP, threads = min(block_cols, STEP_THREADS);
-  const int per = (block_cols + threads - 1) / threads, rounds = P.cluster * per;
-  float* kept = (float*)room.scratch;
-  float (*sums)[STEP_WARPS] = (float (*)[STEP_WARPS])room.slots;
-  u32* mosts = (u32*)(room.slots + CLUSTER_MAX * STEP_WARPS);
-  float sum = 0;
-  u32 most = 0;
-  int rank = 0, of_rank = 0; // of the next column to load; one behind it for those to sum
-  int summed_rank = 0, summed = 0;
-#pragma unroll 1
-  for (int j0 = 0; j0 < rounds; j0 += AT_ONCE) {
-    float a[AT_ONCE], b[AT_ONCE], w[AT_ONCE];
-    int cols[AT_ONCE];
+  for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
+    if (superstep_of(0, r0) >= supersteps) break;
+    Four a[AT_ONCE], w[AT_ONCE], scale[AT_ONCE] = {};
+    FourSums sums[AT_ONCE] = {};
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      const int i = of_rank * threads + threadIdx.x, col = rank * block_cols + i;
-      cols[u] = j0 + u < rounds && threadIdx.x < threads && i < block_cols && col < P.hidden ? col : -1;
-      if (++of_rank == per) of_rank = 0, rank++;
-    }
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      a[u] = b[u] = w[u] = 0;
-      if (cols[u] < 0) continue;
-      a[u] = x[cols[u]];
-      w[u] = __ldg(weight + cols[u]);
-      if (add.sum) b[u] = value(add, 0, cols[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-      if (j0 + u >= rounds) break;
-      if (cols[u] >= 0) {
-        if (add.sum) {
-          a[u] += b[u];
-          if ((cols[u] >> 5) % gridDim.x == blockIdx.x) out[cols[u]] = a[u];
-        }
-        sum = __fmaf_rn(a[u], a[u], sum);
-        a[u] *= w[u];
-        kept[cols[u]] = a[u];
-        most = max(most, __float_as_uint(a[u]) & 0x7fffffff);
-      }
-      if (++summed == per) {
-#pragma unroll
-        for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-        if (lane == 0) sums[summed_rank][warp] = sum;
-        sum = 0;
-        summed = 0;
-        summed_rank++;
+      const int col = min(column_of(0, r0 + u), hidden - 4); // beyond the end: loaded, not used
+      a[u] = load_four(x + col);
+      w[u] = load_four(weight + col);
+      if (add.sum) {
+        sums[u] = load_four_sums(add.sum + col);
+        scale[u] = load_four(add.scale + col);
       }
     }
-  }
-  most = most_of_warp(most);
-  if (lane == 0) mosts[warp] = most;
-  __syncthreads();
-  // Two ranks at a time, one in each half of a warp; warps that `prepare` would not have left 0.
-  float of_ranks = 0;
 #pragma unroll
-  for (int r = 0; r < CLUSTER_MAX; r += 2) {
-    const int mine = r + (lane >> 4);
-    float s = mine < P.cluster ? sums[mine][lane & 15] : 0.0f;
+    for (int u = 0; u < AT_ONCE; u++) {
+      const int superstep = superstep_of(0, r0 + u), col = column_of(0, r0 + u);
+      if (superstep >= supersteps) break;
+      if (add.sum) {
+        const Four more = values_of(sums[u], add.unit[0], scale[u], add.bias, add.bias && col < hidden ? load_four(add.bias + col) : Four{});
 #pragma unroll
-    for (int d = 8; d > 0; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
-    const float first = __shfl_sync(~0u, s, 0), second = __shfl_sync(~0u, s, 16);
-    if (lane == r) of_ranks = first;
-    if (lane == r + 1) of_ranks = second;
-  }
+        for (int j = 0; j < 4; j++) a[u].v[j] += more.v[j];
+        if (superstep % gridDim.x == blockIdx.x && col < hidden) *(float4*)(out + col) = float4_of(a[u]);
+      }
+      if (col >= hidden) a[u] = Four{};
+      const float sum = squares_of(a[u]);
 #pragma unroll
-  for (int d = 4; d > 0; d >>= 1) of_ranks += __shfl_xor_sync(~0u, of_ranks, d);
-  const float total = __shfl_sync(~0u, of_ranks, 0);
-  most = mosts[lane & (STEP_WARPS - 1)];
-  most = most_of_warp(most);
-  const float factor = 1.0f / sqrtf(total / P.hidden + P.eps);
-  const float unit = unit_of(__uint_as_float(most) * factor);
-  quantize(room, range, unit, [&](int col, float (&v)[8]) {
-    if (col < P.hidden) { // hidden may end inside the 8
-      const float4 p = *(const float4*)(kept + col), q = *(const float4*)(kept + col + 4);
-      const float all[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = col + j < P.hidden ? all[j] * factor : 0.0f;
+      for (int j = 0; j < 4; j++) a[u].v[j] *= w[u].v[j];
+      columns.of[r0 + u] = a[u];
+      const u32 most = most_of(a[u]);
+      if (lane == 0) room.said[superstep] = {sum, most};
     }
-  });
-  return unit;
-}
-
-// Prepares what all blocks left in `values`; returns the unit.
-__device__ __forceinline__ float prepared(const float* values, const Room& room, const u32* most, int2 range) {
-  const float unit = unit_of(__uint_as_float(__ldcg(most)));
-  quantize(room, range, unit, [&](int col, float (&v)[8]) {
-    const float4 p = __ldcg((const float4*)(values + col)), q = __ldcg((const float4*)(values + col + 4));
-    const float all[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
+  }
+  __syncthreads();
+  Both all = {0.0f, 0u};
+  for (int s = lane; s < supersteps; s += 32) {
+    all.sum += room.said[s].sum;
+    all.most = max(all.most, room.said[s].most);
+  }
+  all = combine_warp(all);
+  const float factor = 1.0f / sqrtf(all.sum / hidden + eps);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = all[j];
-  });
-  return unit;
+  for (int r = 0; r < ROUNDS; r++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) columns.of[r].v[j] *= factor;
+  }
+  return unit_of(__uint_as_float(all.most) * factor);
 }
 
-__device__ __forceinline__ void clear(i64* sums, int n) {
-  for (int i = blockIdx.x * STEP_THREADS + threadIdx.x; i < n; i += gridDim.x * STEP_THREADS) sums[i] = 0;
-}
-
-// Brings what a block needs after a barrier into the L2 cache.
-__device__ __forceinline__ void fetch_vectors(const float* a, const float* b, const float* c, int n) {
-  for (int i = threadIdx.x * 32; i < n; i += STEP_THREADS * 32) {
-    fetch_constant(a + i);
-    if (b) fetch_constant(b + i);
-    if (c) fetch_constant(c + i);
+// int8 activations of the supersteps in `range`, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
+__device__ __forceinline__ void quantize(const Room& room, int2 range, int base, const Columns& columns, float unit) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    const int superstep = superstep_of(base, r);
+    if (superstep < range.x || superstep >= range.y) continue;
+    const Quantized x = quantized(columns.of[r], unit);
+    const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 4) * 64 + (lane >> 1 & 3) * 16 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
+    asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"(x.evens()) : "memory");
+    asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 8), "h"(x.odds()) : "memory");
+    if (lane == 0) room.info[superstep] = make_int2(x.m, 128 * x.even);
   }
 }
 
@@ -363,22 +348,23 @@ __device__ __forceinline__ void fetch_vectors(const float* a, const float* b, co
 struct Attends {
   Attend at;
   Crew crew;
+  Angle angle;
   int which;   // crew of the block
   int group;   // crews that share a kv head
   __device__ __forceinline__ int first() const { return blockIdx.x + which * gridDim.x; }
   __device__ __forceinline__ int items() const { return at.rope.heads * SPLITS; }
 };
 
-__device__ __forceinline__ Attends attends(const Step& P, const StepLayer& L, int layer, const float* unit) {
+__device__ __forceinline__ Attends attends(const Step& P, const StepLayer& L, const Sums& qkv, int layer) {
   constexpr int THREADS = ATTENTION_WARPS * 32;
   const int which = threadIdx.x / THREADS;
   Attends all;
   all.crew = {(int)threadIdx.x % THREADS, THREADS, 1 + which};
   all.which = which;
   all.group = P.heads / P.kv_heads * SPLITS;
-  const StepProduct& qkv = L.products[QKV];
-  all.at.rope = {{P.sums[QKV], unit, qkv.scale, qkv.bias, qkv.matrix.n}, L.q_norm, L.k_norm, P.turn, P.place, nullptr, P.eps, layer, P.heads, P.kv_heads, P.head_dim, P.k_row, P.v_row};
+  all.at.rope = {qkv, L.q_norm, L.k_norm, P.turn, P.place, nullptr, P.eps, layer, P.heads, P.kv_heads, P.head_dim, P.k_row, P.v_row};
   all.at.attention = {nullptr, P.place, P.parts, P.stats, P.scale, layer, P.heads, P.kv_heads, P.head_dim, L.window};
+  all.angle = angle_of(all.crew, all.at.rope, 0);
   return all;
 }
 
@@ -395,11 +381,11 @@ __device__ __forceinline__ void fetch_heads(const Attends& all, const Place& pla
 template <int PAIRS>
 __device__ __forceinline__ void attend_all(const Step& P, const Attends& all, const Place& place, const Room& room, u32* arrivals, u32* most) {
   const Crew& crew = all.crew;
-  AttendRoom<PAIRS>& mine = ((AttendRoom<PAIRS>*)room.scratch)[all.which];
+  AttendRoom<PAIRS>& mine = ((AttendRoom<PAIRS>*)room.attention)[all.which];
   __shared__ bool last[2];
   for (int item = all.first(); item < all.items(); item += 2 * gridDim.x) {
     const int head = item / SPLITS;
-    attend<PAIRS>(crew, mine, all.at, place, head, item % SPLITS);
+    attend<PAIRS>(crew, mine, all.at, place, all.angle, head, item % SPLITS);
     __threadfence();
     crew.sync();
     if (crew.index == 0) last[all.which] = atomicAdd(arrivals + head, 1) == SPLITS - 1;
@@ -429,11 +415,12 @@ __device__ __forceinline__ void step(const Step& P) {
   u8* at = shared;
   auto place = [&](int bytes) { u8* here = at; at += (bytes + 127) & ~127; return here; };
   room.ring = shared_address(place(STEP_WARPS * RING * SUPERSTEP_BYTES)) + warp * RING * SUPERSTEP_BYTES;
-  room.scratch = place(P.scratch_bytes);
+  room.bars = shared_address(place(STEP_WARPS * RING * 8)) + warp * RING * 8;
+  room.attention = place(2 * sizeof(AttendRoom<PAIRS>));
   room.frag = shared_address(place(P.frag_bytes));
   room.info = (int2*)place(P.frag_bytes / SUPERSTEP * 8);
   room.far = (u64 (*)[TILE_ROWS])place(STEP_WARPS * TILE_ROWS * 8);
-  room.slots = (float*)place((CLUSTER_MAX + 1) * STEP_WARPS * 4);
+  room.said = (Both*)place(ROUNDS * STEP_WARPS * 8);
   room.layers = (StepLayer*)place(2 * sizeof(StepLayer));
   room.shares = (Share*)place(products * sizeof(Share));
   for (int i = threadIdx.x; i < products; i += STEP_THREADS) {
@@ -442,101 +429,105 @@ __device__ __forceinline__ void step(const Step& P) {
     share_out(0, (u32)M.row_tiles * M.segs * (M.tc / SUPERSTEP), gridDim.x, blockIdx.x, first, end);
     room.shares[i] = {(const u8*)M.nibbles, first, end - first};
   }
-  auto load_layer = [&](int layer) { // of the threads behind the first warp, whose first thread waits at barriers
+  auto load_layer = [&](int layer) { // by the threads behind the first warp, whose first thread waits at barriers
     const u32* from = (const u32*)(P.layers + layer);
     u32* to = (u32*)(room.layers + (layer & 1));
     for (int i = (int)threadIdx.x - 32; i >= 0 && i < (int)(sizeof(StepLayer) / 4); i += STEP_THREADS - 32) to[i] = __ldg(from + i);
   };
   if (P.layer_count > 0) load_layer(0);
   __syncthreads();
-  Feed<RING> feed(products);
+  Feed<RING> feed(room, products);
 #pragma unroll 1
   for (int i = 0; i < RING; i++) feed.put(room);
 
   Grid grid = {P.control, 0};
-  u32* mosts = P.control + 1 + P.heads;
+  u32* mosts = P.control + 1 + P.heads; // of the layer
   const Place position = *P.place;
   const float* x = P.x;
-  Sums add = {nullptr, unit + 1, nullptr, nullptr, 0};
+  Sums add = {}, before = {}; // what the stream still lacks, or has just got; sums of the last product behind a norm
   int turn = 0;
+  auto clear = [&](const Sums& sums) {
+    for (int i = blockIdx.x * STEP_THREADS + threadIdx.x; i < sums.n; i += gridDim.x * STEP_THREADS) const_cast<i64*>(sums.sum)[i] = 0;
+  };
+  auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : P.head; };
+  auto weight_of = [&](int p) { return p + 1 == products ? P.final_norm : (p & 3) == QKV ? room.layers[p >> 2 & 1].input_norm : room.layers[p >> 2 & 1].post_norm; };
+  Task task = task_of(product_at(0).matrix, room.shares[0]);
+
+  // One product after another, and all code but once: what a step executes must fit the instruction cache.
 #pragma unroll 1
-  for (int layer = 0; layer < P.layer_count; layer++) {
-    const StepLayer& L = room.layers[layer & 1];
-    auto share = [&](int which) { return met(L.products[which].matrix, room.shares[layer * 4 + which]); };
-    auto multiply = [&](int which) { product<RING>(L.products[which].matrix, feed, room, layer * 4 + which, P.sums[which]); };
-    auto sums_of = [&](int which, int turn) { return Sums{P.sums[which], unit + turn, L.products[which].scale, L.products[which].bias, L.products[which].matrix.n}; };
-    // Every unit is written by one thread, behind a barrier of the block, and read behind the next one of the grid.
-    auto keep_unit = [&](int turn, float value) { if (threadIdx.x == 0) unit[turn] = value; };
-
-    float* out = P.stream[turn];
-    float u = normed(P, room, x, add, L.input_norm, out, share(QKV));
-    if (layer > 0) x = out, turn ^= 1;
-    keep_unit(0, u);
-    multiply(QKV);
-    grid.arrive();
-    if (layer + 1 < P.layer_count) load_layer(layer + 1);
-    const Attends heads = attends(P, L, layer, unit);
-    fetch_heads(heads, position);
-    grid.wait();
-
-    if (layer > 0) clear(P.sums[DOWN], add.n);
-    attend_all<PAIRS>(P, heads, position, room, P.control + 1, mosts + 2 * layer);
-    grid.arrive();
-    fetch_vectors(L.post_norm, L.products[O].scale, L.products[O].bias, P.hidden);
-    grid.wait();
-
-    clear(P.sums[QKV], L.products[QKV].matrix.n);
-    u = prepared(P.mixed, room, mosts + 2 * layer, share(O));
-    keep_unit(1, u);
-    multiply(O);
-    grid.arrive();
-    grid.wait();
-
-    out = P.stream[turn];
-    u = normed(P, room, x, sums_of(O, 1), L.post_norm, out, share(GATE_UP));
-    x = out, turn ^= 1;
-    keep_unit(0, u);
-    multiply(GATE_UP);
-    grid.arrive();
-    const int col = (warp * gridDim.x + blockIdx.x) * 32 + (threadIdx.x & 31); // the first column of this thread
-    if (col < P.intermediate) {
-      fetch_constants(sums_of(GATE_UP, 0), col);
-      fetch_constants(sums_of(GATE_UP, 0), P.up_row + col);
+  for (int p = 0; p < products; p++) {
+    const int which = p + 1 == products ? HEAD : p & 3, layer = p >> 2;
+    const bool norm = which == QKV || which == GATE_UP || which == HEAD;
+    const StepProduct& product_here = product_at(p);
+    const int2 range = met(product_here.matrix, room.shares[p]);
+    Columns columns = {};
+    float u;
+    int base = 0;
+    if (norm) {
+      u = normed(P.hidden, P.eps, room, x, add, weight_of(p), P.stream[turn], columns);
+      if (add.sum) x = P.stream[turn], turn ^= 1;
+    } else {
+      u = unit_of(__uint_as_float(__ldcg(which == O ? mosts : mosts + 1)));
+      base = range.x;
     }
-    grid.wait();
-
-    clear(P.sums[O], L.products[O].matrix.n);
-    for (int i = col; i - (int)(threadIdx.x & 31) < P.intermediate; i += STEP_THREADS * gridDim.x) {
-      const Sums s = sums_of(GATE_UP, 0);
-      float y = 0;
-      if (i < P.intermediate) {
-        y = silu(value(s, 0, i), value(s, 0, P.up_row + i));
-        P.active[i] = y;
+    do {
+      if (!norm) {
+        const float* values = which == O ? P.mixed : P.active;
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++)
+          if (superstep_of(base, r) < range.y) columns.of[r] = four(__ldcg((const float4*)(values + column_of(base, r))));
       }
-      const u32 top = most_of_warp(__float_as_uint(y) & 0x7fffffff);
-      if ((threadIdx.x & 31) == 0) atomicMax(mosts + 2 * layer + 1, top);
+      quantize(room, range, base, columns, u);
+      base += ROUNDS * STEP_WARPS;
+    } while (!norm && base < range.y);
+    if (threadIdx.x == 0) unit[!norm] = u; // read behind the next barrier of the grid
+    if (!norm) { // nobody needs the sums before these any more, nor those that were added to the stream before them
+      clear(before);
+      clear(add);
     }
+    __syncthreads();
+    product<RING>(product_here.matrix, feed, room, task, P.sums[which]);
+    const Sums sums = {P.sums[which], unit + !norm, product_here.scale, product_here.bias, product_here.matrix.n};
     grid.arrive();
-    grid.wait();
 
-    clear(P.sums[GATE_UP], L.products[GATE_UP].matrix.n);
-    u = prepared(P.active, room, mosts + 2 * layer + 1, share(DOWN));
-    keep_unit(1, u);
-    multiply(DOWN);
-    add = sums_of(DOWN, 1);
-    grid.arrive();
-    fetch_vectors(layer + 1 < P.layer_count ? room.layers[(layer + 1) & 1].input_norm : P.final_norm, add.scale, add.bias, P.hidden);
+    if (which == QKV) {
+      if (layer + 1 < P.layer_count) load_layer(layer + 1);
+      const Attends heads = attends(P, room.layers[layer & 1], sums, layer);
+      fetch_heads(heads, position);
+      grid.wait();
+      attend_all<PAIRS>(P, heads, position, room, P.control + 1, mosts);
+      grid.arrive();
+    } else if (which == GATE_UP) {
+      const int lane = threadIdx.x & 31, col = (warp * gridDim.x + blockIdx.x) * 32 + lane; // the first column of this thread
+      if (col < P.intermediate) {
+        fetch_constants(sums, col);
+        fetch_constants(sums, P.up_row + col);
+      }
+      grid.wait();
+      for (int i = col; i - lane < P.intermediate; i += STEP_THREADS * gridDim.x) {
+        float y = 0;
+        if (i < P.intermediate) {
+          y = silu(value(sums, 0, i), value(sums, 0, P.up_row + i));
+          P.active[i] = y;
+        }
+        const u32 most = most_of_warp(__float_as_uint(y) & 0x7fffffff);
+        if (lane == 0) atomicMax(mosts + 1, most);
+      }
+      grid.arrive();
+    }
+    if (norm) {
+      before = sums;
+    } else {
+      add = sums;
+      if (which == DOWN) mosts += 2;
+      fetch_norm(P.hidden, add, weight_of(p + 1));
+    }
+    if (which != HEAD) task = task_of(product_at(p + 1).matrix, room.shares[p + 1]);
     grid.wait();
   }
-  const float u = normed(P, room, x, add, P.final_norm, P.stream[turn], met(P.head.matrix, room.shares[products - 1]));
-  if (threadIdx.x == 0) unit[0] = u;
-  product<RING>(P.head.matrix, feed, room, products - 1, P.sums[HEAD]);
-  grid.arrive();
-  grid.wait();
-  if (P.layer_count > 0) clear(P.sums[DOWN], add.n);
-  const Sums s = {P.sums[HEAD], unit, P.head.scale, P.head.bias, P.head.matrix.n};
-  for (int row = blockIdx.x * STEP_THREADS + threadIdx.x; row < P.head.matrix.n; row += gridDim.x * STEP_THREADS) {
-    if (row < P.vocab) P.logits[row] = value(s, 0, row);
+  clear(add);
+  for (int row = blockIdx.x * STEP_THREADS + threadIdx.x; row < before.n; row += gridDim.x * STEP_THREADS) {
+    if (row < P.vocab) P.logits[row] = value(before, 0, row);
     P.sums[HEAD][row] = 0;
   }
 }

@@ -10,8 +10,10 @@ struct Sums {
   int n;
 };
 
+__device__ __forceinline__ float value_of(i64 sum, float unit, float scale) { return (float)((double)sum * (0.0625 * (double)unit)) * scale; }
+
 __device__ __forceinline__ float value(const Sums& s, int token, int row) {
-  const float y = (float)((double)s.sum[(size_t)token * s.n + row] * (0.0625 * (double)s.unit[token])) * s.scale[row];
+  const float y = value_of(s.sum[(size_t)token * s.n + row], s.unit[token], s.scale[row]);
   return s.bias ? y + s.bias[row] : y;
 }
 
@@ -43,7 +45,7 @@ struct Crew {
 };
 __device__ __forceinline__ Crew whole_block() { return {(int)threadIdx.x, (int)blockDim.x, 0}; }
 
-// A sum and a maximum over all threads of the cluster; all get both. The order is fixed by the launch's shape.
+// A sum and a maximum.
 struct Both { float sum; u32 most; };
 
 __device__ __forceinline__ Both combine_warp(Both v) {
@@ -56,38 +58,86 @@ __device__ __forceinline__ Both combine_warp(Both v) {
 }
 
 // ---- Activations: int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's unit.
+//
+// A warp has a superstep of 128 columns, a lane four consecutive ones. Sums of squares meet in an order that no launch changes: those of a lane, of a
+// superstep, of every 32nd superstep, of all.
 
-// `top`: the largest |v| of a token, as bits; where it is no number, the unit is none either and all products are NaN.
+struct Four { float v[4]; };
+
+__device__ __forceinline__ Four four(float4 v) { return {{v.x, v.y, v.z, v.w}}; }
+__device__ __forceinline__ float4 float4_of(const Four& a) { return make_float4(a.v[0], a.v[1], a.v[2], a.v[3]); }
+__device__ __forceinline__ Four load_four(const float* p) { return four(*(const float4*)p); }
+
+// Four sums of consecutive rows.
+struct FourSums { longlong2 a, b; };
+__device__ __forceinline__ FourSums load_four_sums(const i64* p) { return {((const longlong2*)p)[0], ((const longlong2*)p)[1]}; }
+
+__device__ __forceinline__ Four values_of(const FourSums& s, float unit, const Four& scale, bool biased, const Four& bias) {
+  const i64 sums[4] = {s.a.x, s.a.y, s.b.x, s.b.y};
+  Four out;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const float y = value_of(sums[j], unit, scale.v[j]);
+    out.v[j] = biased ? y + bias.v[j] : y;
+  }
+  return out;
+}
+
+// Values of rows row.. of a token, a multiple of four.
+__device__ __forceinline__ Four four_values(const Sums& s, int token, int row) {
+  const FourSums sums = load_four_sums(s.sum + (size_t)token * s.n + row);
+  const Four scale = load_four(s.scale + row), bias = s.bias ? load_four(s.bias + row) : Four{};
+  return values_of(sums, s.unit[token], scale, s.bias, bias);
+}
+
+// Of a superstep: sum of squares, and the bits of the largest |v|, compared as integers so that a NaN is the largest.
+__device__ __forceinline__ float squares_of(const Four& a) {
+  float s = 0;
+#pragma unroll
+  for (int j = 0; j < 4; j++) s = __fmaf_rn(a.v[j], a.v[j], s);
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
+  return s;
+}
+__device__ __forceinline__ u32 most_of_warp(u32 most) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) most = max(most, __shfl_xor_sync(~0u, most, d));
+  return most;
+}
+__device__ __forceinline__ u32 most_of(const Four& a) {
+  u32 most = 0;
+#pragma unroll
+  for (int j = 0; j < 4; j++) most = max(most, __float_as_uint(a.v[j]) & 0x7fffffff);
+  return most_of_warp(most);
+}
+
+// `top`: the largest |v| of a token; where it is no number, the unit is none either and all products are NaN.
 __device__ __forceinline__ float unit_of(float top) { return !(top <= 3.4e38f) ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top / (127.0f * 4095.0f); }
 
 struct Quantized {
-  u32 words[2]; // even columns, odd columns
-  int m;        // all 16 lanes have it
+  u32 q;        // of the lane's four columns
+  int m;        // all lanes have it
   int even;     // sum of the even columns' q, of the superstep
+  __device__ __forceinline__ u16 evens() const { return (u16)__byte_perm(q, 0, 0x4420); }
+  __device__ __forceinline__ u16 odds() const { return (u16)__byte_perm(q, 0, 0x4431); }
 };
 
-// A superstep: 8 columns each of the 16 lanes of half a warp; both halves take part.
-__device__ __forceinline__ Quantized quantized(const float (&v)[8], float unit) {
-  u32 bits = 0;
-#pragma unroll
-  for (int j = 0; j < 8; j++) bits = max(bits, __float_as_uint(v[j]) & 0x7fffffff);
-#pragma unroll
-  for (int d = 8; d > 0; d >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
-  const float absmax = __uint_as_float(bits);
-  Quantized out = {{0, 0}, 0, 0};
+__device__ __forceinline__ Quantized quantized(const Four& a, float unit) {
+  const float absmax = __uint_as_float(most_of(a));
+  Quantized out = {0, 0, 0};
   float inverse = 0;
   if (unit > 0 && absmax > 0) {
     out.m = min(max((int)ceilf(absmax / (127.0f * unit)), 1), 4095);
     inverse = 1.0f / (out.m * unit);
   }
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const int q = min(max(__float2int_rn(v[j] * inverse), -127), 127);
-    out.words[j & 1] |= (u32)(q & 255) << (j / 2 * 8);
+  for (int j = 0; j < 4; j++) {
+    const int q = min(max(__float2int_rn(a.v[j] * inverse), -127), 127);
+    out.q |= (u32)(q & 255) << j * 8;
     if (!(j & 1)) out.even += q;
   }
 #pragma unroll
-  for (int d = 8; d > 0; d >>= 1) out.even += __shfl_xor_sync(~0u, out.even, d);
+  for (int d = 16; d > 0; d >>= 1) out.even += __shfl_xor_sync(~0u, out.even, d);
   return out;
 }
 
@@ -119,8 +169,15 @@ struct Rope {
 
 enum Part { Q = 0, K = 1, V = 2 };
 
+// The angle by which a thread turns its elements.
+struct Angle { float cosine, sine; };
+__device__ __forceinline__ Angle angle_of(const Crew& crew, const Rope& P, int t) {
+  const int half = P.head_dim / 2, i = min(crew.index, half - 1);
+  return {P.turn[(size_t)t * P.head_dim + i], P.turn[(size_t)t * P.head_dim + half + i]};
+}
+
 // Elements i and i + head_dim / 2 of a head, normed (Qwen3) and turned by the token's position. All threads of the crew; `slots`: 8 floats.
-__device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, int t, int part, float2 v, float* slots) {
+__device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, Angle angle, int part, float2 v, float* slots) {
   const int i = crew.index, half = P.head_dim / 2;
   const float* norm = part == Q ? P.q_norm : part == K ? P.k_norm : nullptr;
   if (norm) {
@@ -134,9 +191,8 @@ __device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, int t,
     const float inverse = 1.0f / sqrtf(s / P.head_dim + P.eps);
     if (i < half) v = make_float2(v.x * (inverse * norm[i]), v.y * (inverse * norm[half + i]));
   }
-  if (i >= half || part == V) return v;
-  const float cosine = P.turn[(size_t)t * P.head_dim + i], sine = P.turn[(size_t)t * P.head_dim + half + i];
-  return make_float2(v.x * cosine - v.y * sine, v.y * cosine + v.x * sine);
+  if (part == V) return v;
+  return make_float2(v.x * angle.cosine - v.y * angle.sine, v.y * angle.cosine + v.x * angle.sine);
 }
 
 // Writes the elements i and i + head_dim / 2 of a head's key or value to the cache.
@@ -147,9 +203,10 @@ __device__ __forceinline__ void keep(const Crew& crew, const Rope& P, const Plac
   to[half + i] = half_of(v.y);
 }
 
+// Threads beyond the pairs have the last one, so that all loads are in flight together.
 __device__ __forceinline__ float2 pair_of(const Crew& crew, const Rope& P, int t, int row) {
-  const int i = crew.index, half = P.head_dim / 2;
-  return i < half ? make_float2(value(P.sums, t, row + i), value(P.sums, t, row + half + i)) : make_float2(0, 0);
+  const int half = P.head_dim / 2, i = min(crew.index, half - 1);
+  return make_float2(value(P.sums, t, row + i), value(P.sums, t, row + half + i));
 }
 __device__ __forceinline__ void fetch_pair_constants(const Crew& crew, const Rope& P, int row) {
   const int i = crew.index, half = P.head_dim / 2;
@@ -322,13 +379,13 @@ __device__ __forceinline__ Rows rows_of(const Rope& R, int head) {
 }
 
 template <int PAIRS>
-__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, int head, int split) {
+__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split) {
   const Rope& R = P.rope;
   const int kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = crew.index;
   const Rows rows = rows_of(R, head);
   float2 q = pair_of(crew, R, 0, rows.of[Q]), k = pair_of(crew, R, 0, rows.of[K]), v = pair_of(crew, R, 0, rows.of[V]); // loads in flight together
-  q = turned(crew, R, 0, Q, q, room.slots);
-  k = turned(crew, R, 0, K, k, room.slots);
+  q = turned(crew, R, angle, Q, q, room.slots);
+  k = turned(crew, R, angle, K, k, room.slots);
   if (i < half) {
     room.query[i] = q.x;
     room.query[half + i] = q.y;

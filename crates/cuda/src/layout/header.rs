@@ -1,8 +1,8 @@
 //! What the kernels must know of the layouts, as CUDA C++.
 
 use super::{
-    ATTENTION_SPLITS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_RING, STEP_WARPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX,
-    TILE_COLS_MAX, TILE_ROWS,
+    ATTENTION_SPLITS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_HIDDEN_MAX, STEP_RING, STEP_WARPS, STREAMS, SUPERSTEP_COLS,
+    SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS,
 };
 
 /// `constexpr` definitions of the constants that kernels share with this crate, to be put before their source.
@@ -20,6 +20,7 @@ pub fn header() -> String {
         ("CODE_BITS_MAX", CODE_BITS_MAX as usize, "longest code"),
         ("SPLITS", ATTENTION_SPLITS, "blocks that share the positions of a head"),
         ("STEP_WARPS", STEP_WARPS, "warps of a block of step"),
+        ("STEP_HIDDEN_MAX", STEP_HIDDEN_MAX, "widest residual stream that step was made for"),
         ("STEP_RING", STEP_RING, "supersteps that a warp of step holds"),
     ];
     let mut text = String::from("// generated from crates/cuda/src/layout: do not edit\n");

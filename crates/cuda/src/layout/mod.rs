@@ -59,6 +59,8 @@ pub const LANES: usize = 32;
 pub const ATTENTION_SPLITS: usize = 8;
 /// Warps of a block of the kernel that computes a whole step.
 pub const STEP_WARPS: usize = 16;
+/// Widest residual stream that its registers hold, in columns.
+pub const STEP_HIDDEN_MAX: usize = 8192;
 /// Supersteps of weights that each of these warps has under way or at hand, 1 KiB each.
 pub const STEP_RING: usize = 10;
 /// Bit streams of a tile: two per lane, one for each of its rows. Stream = lane + 32 · (row >= 8).
