@@ -48,7 +48,7 @@ pub(crate) trait Kernel {
     /// Most chunks that it takes at once, at most [`WIDTH_MAX`].
     fn width(&self) -> usize;
     /// Decodes the next `steps` tiles of each of the streams. Tile `t` of stream `i` goes to
-    /// `out[i * stride + t]`, with `shift` added to every byte.
+    /// `out[i * stride + t]`, with those of `shift` added to its nibbles, modulo 16.
     ///
     /// # Panics
     /// If there are no streams or more than the width, or `out` is too short.
@@ -254,8 +254,9 @@ impl<'a> Chunks<'a> {
         if !self.tensor.col_steps().is_multiple_of(2) {
             return None;
         }
-        // Pair bytes are lines but for a constant, if that makes no symbol an escape.
-        let straight = self.window.raw_bits() == 0 && !(escapes && nibbles.shift != 0);
+        // Pair bytes are lines but for a constant; with escapes if the window is -8..=7 or -7..=8, one symbol more
+        // than has a nibble.
+        let straight = self.window.raw_bits() == 0 && (!escapes || (0..=1).contains(&nibbles.shift));
         let mut taken = 0;
         let (mut lines, mut offsets) = (lines, offsets);
         for group in self.groups(chunks) {
@@ -462,9 +463,14 @@ struct Nibbles {
 }
 
 impl Nibbles {
-    /// What a line is more than the pair bytes, modulo 256.
+    /// What both nibbles of a line are more than those of the pair bytes, modulo 16.
     fn shift_byte(self) -> u8 {
-        (17 * self.shift) as u8
+        17 * (self.shift & 15) as u8
+    }
+
+    /// The symbol byte that nibble 0 escapes if it is not listed: the one symbol of the window that has no nibble.
+    fn escaped(self) -> u8 {
+        if self.shift == 0 { self.bias } else { self.bias + 16 }
     }
 
     /// Whether all symbols of these pairs have a nibble, and none an escape.
@@ -511,7 +517,7 @@ impl Nibbles {
         scan |= !wide.is_empty();
         match (scan, self.escapes) {
             (false, _) => Some(0),
-            (true, true) => Some(take_escapes(level, lines, self.bias, &wide, out)),
+            (true, true) => Some(take_escapes(level, lines, self.escaped(), &wide, out)),
             (true, false) => None,
         }
     }

@@ -103,6 +103,18 @@ unsafe fn step(tables: &Tables, low: __m256i, high: __m256i) -> [__m256i; 3] {
     }
 }
 
+/// By nibble, the sum modulo 16.
+#[inline(always)]
+unsafe fn add_nibbles(a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: registers only. The upper bits of the nibbles, 0x88, are added without their carries.
+    unsafe {
+        let lower = _mm256_set1_epi8(0x77);
+        let sum = _mm256_add_epi8(_mm256_and_si256(a, lower), _mm256_and_si256(b, lower));
+        _mm256_xor_si256(sum, _mm256_andnot_si256(lower, _mm256_xor_si256(a, b)))
+    }
+}
+
+/// The lanes that are 0.
 #[inline(always)]
 unsafe fn zeros(a: __m256i, b: __m256i) -> ([__m256i; 2], u64) {
     // SAFETY: registers only.
@@ -165,8 +177,8 @@ unsafe fn decode<const N: usize>(
                     (pair0, pair1) = (_mm256_or_si256(pair0, next[0]), _mm256_or_si256(pair1, next[1]));
                 }
                 let tile = out.get_unchecked_mut(i * stride + at).as_mut_ptr();
-                _mm256_storeu_si256(tile.cast(), _mm256_add_epi8(pair0, shift));
-                _mm256_storeu_si256(tile.add(32).cast(), _mm256_add_epi8(pair1, shift));
+                _mm256_storeu_si256(tile.cast(), add_nibbles(pair0, shift));
+                _mm256_storeu_si256(tile.add(32).cast(), add_nibbles(pair1, shift));
             });
         }
         for (i, stream) in streams.iter_mut().enumerate() {

@@ -87,6 +87,17 @@ unsafe fn lookup(table: &Table, slots: __m512i, upper: __mmask64) -> __m512i {
     }
 }
 
+/// By nibble, the sum modulo 16.
+#[inline(always)]
+unsafe fn add_nibbles(a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: registers only. The upper bits of the nibbles, 0x88, are added without their carries.
+    unsafe {
+        let lower = _mm512_set1_epi8(0x77);
+        let sum = _mm512_add_epi8(_mm512_and_si512(a, lower), _mm512_and_si512(b, lower));
+        _mm512_xor_si512(sum, _mm512_andnot_si512(lower, _mm512_xor_si512(a, b)))
+    }
+}
+
 /// The low or the high bytes of words, from one register of even and one of odd lanes.
 static BYTES: [TileBytes; 2] = {
     let mut indices = [[0; 64]; 2];
@@ -149,7 +160,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
                 escapes.advance(i, escaped.count_ones() as usize);
                 let mut pair = _mm512_mask_expand_epi8(pair, escaped, next);
                 if SHIFT {
-                    pair = _mm512_add_epi8(pair, shift);
+                    pair = add_nibbles(pair, shift);
                 }
                 let tile = out.get_unchecked_mut(i * stride + step);
                 _mm512_storeu_si512(tile.as_mut_ptr().cast(), pair);
