@@ -61,6 +61,34 @@ impl<'a> RawLines<'a> {
         used == 0 || self.lines.last().is_none_or(|line| line.iter().all(|byte| byte >> used == 0))
     }
 
+    /// Whether the first tile of pairs is the first of four.
+    pub(crate) fn starts_line(&self) -> bool {
+        self.step.is_multiple_of(4)
+    }
+
+    /// As [`RawLines::symbols`], of four tiles of pairs of which the first is the `4 * i`th and starts a line.
+    #[inline(always)]
+    pub(crate) fn symbols_of_four<I: Isa, const R: u32>(&self, isa: I, i: usize, pairs: &[TileBytes; 4]) -> [(I::Tile, I::Tile); 4] {
+        let mut symbols = [(isa.splat(0), isa.splat(0)); 4];
+        let lines = match R {
+            0 => self.lines,
+            _ => &self.lines[(self.step / 4 + i) * R as usize..][..R as usize],
+        };
+        for line in &lines[..R as usize] {
+            prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+        }
+        for turn in 0..4 {
+            let tile = isa.load(&pairs[turn]);
+            symbols[turn] = if R == 0 {
+                self.symbols::<I, R>(isa, turn, tile)
+            } else {
+                let per_line = (4 / R) as usize;
+                isa.symbols::<R>(tile, isa.load(&lines[turn / per_line]), turn % per_line)
+            };
+        }
+        symbols
+    }
+
     /// The symbols of the `i`th tile of pairs, counted from the window's first. `R`: the raw bits, of
     /// which there must be lines enough.
     #[inline(always)]

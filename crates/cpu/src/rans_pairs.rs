@@ -685,14 +685,21 @@ fn multiply_segment<I: Isa, const R: u32>(
     let (q, xscale, xsum) = (place.q(x), x.scales(0)[place.segment], x.sums(0)[place.segment]);
     // Two sums for either symbol, since a product waits four cycles for the one before.
     let mut dots = [(isa.zero(), isa.zero()); 2];
-    let (twos, last) = pairs.as_chunks::<2>();
-    let (q_twos, q_last) = q.as_chunks::<4>();
-    for (step, (pairs, q)) in twos.iter().zip(q_twos).enumerate() {
-        dots[0] = dot_pairs::<I, R>(isa, dots[0], &raw, 2 * step, &pairs[0], &q[0], &q[1]);
-        dots[1] = dot_pairs::<I, R>(isa, dots[1], &raw, 2 * step + 1, &pairs[1], &q[2], &q[3]);
+    // Fours that begin with a raw line have all of their lines' bits.
+    let (fours, rest) = if raw.starts_line() { pairs.as_chunks::<4>() } else { (&[][..], pairs) };
+    let (q_fours, q_rest) = q.split_at(8 * fours.len());
+    for (i, (pairs, q)) in fours.iter().zip(q_fours.as_chunks::<8>().0).enumerate() {
+        let symbols = raw.symbols_of_four::<I, R>(isa, i, pairs);
+        for turn in 0..4 {
+            let q: [&[i8; TILE_COLS]; 2] = [&q[2 * turn], &q[2 * turn + 1]];
+            dots[turn % 2] = dot_pairs::<I, R>(isa, dots[turn % 2], isa.load(&pairs[turn]), symbols[turn], q);
+        }
     }
-    if let (Some(pairs), [q0, q1]) = (last.first(), q_last) {
-        dots[0] = dot_pairs::<I, R>(isa, dots[0], &raw, 2 * twos.len(), pairs, q0, q1);
+    let raw = raw.skip(4 * fours.len());
+    for (step, (pairs, q)) in rest.iter().zip(q_rest.as_chunks::<2>().0).enumerate() {
+        let tile = isa.load(pairs);
+        let symbols = raw.symbols::<I, R>(isa, step, tile);
+        dots[0] = dot_pairs::<I, R>(isa, dots[0], tile, symbols, [&q[0], &q[1]]);
     }
     let (first, second) = (isa.add(dots[0].0, dots[1].0), isa.add(dots[0].1, dots[1].1));
     let (dots, q_sum, base) = if R == 0 {
@@ -711,22 +718,19 @@ fn multiply_segment<I: Isa, const R: u32>(
     SegmentScales::of(scales, place.segment).add_floats(isa, acc, floats, xscale, xsum);
 }
 
-/// Adds the products of both symbols of a tile of pairs, the `step`th of `raw`, to their sums.
+/// Adds the products of both symbols of a tile of pairs to their sums. Without raw bits nibbles are multiplied
+/// where they stand.
 #[inline(always)]
 fn dot_pairs<I: Isa, const R: u32>(
     isa: I,
     sums: (I::Sums, I::Sums),
-    raw: &RawLines<'_>,
-    step: usize,
-    pairs: &TileBytes,
-    q0: &[i8; TILE_COLS],
-    q1: &[i8; TILE_COLS],
+    pairs: I::Tile,
+    symbols: (I::Tile, I::Tile),
+    q: [&[i8; TILE_COLS]; 2],
 ) -> (I::Sums, I::Sums) {
-    let tile = isa.load(pairs);
     if R == 0 {
-        (isa.dot_low(sums.0, tile, q0), isa.dot_high(sums.1, tile, q1))
+        (isa.dot_low(sums.0, pairs, q[0]), isa.dot_high(sums.1, pairs, q[1]))
     } else {
-        let (first, second) = raw.symbols::<I, R>(isa, step, tile);
-        (isa.dot(sums.0, first, q0), isa.dot(sums.1, second, q1))
+        (isa.dot(sums.0, symbols.0, q[0]), isa.dot(sums.1, symbols.1, q[1]))
     }
 }
