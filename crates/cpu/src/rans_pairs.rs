@@ -734,3 +734,140 @@ fn dot_pairs<I: Isa, const R: u32>(
         (isa.dot(sums.0, symbols.0, q[0]), isa.dot(sums.1, symbols.1, q[1]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tersor_codec::{Codec, decode_chunk_bytes};
+    use tersor_format::{EncodedTensor, encode_tensor};
+    use tersor_quant::{QuantizedTensor, Scales};
+
+    use super::*;
+    use crate::source::{CHUNKS_TOGETHER, symbols_of};
+    use crate::testing::levels;
+
+    /// Gaussian symbols about `mean`, one in a thousand far if `far`.
+    fn tensor(rows: usize, cols: usize, deviation: f64, mean: f64, far: bool, chunk_symbols: u32) -> EncodedTensor {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut unit = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        let mut symbol = || {
+            let gauss = (-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos();
+            if far && unit() < 1e-3 { 1000 } else { (mean + deviation * gauss).round().clamp(-127.0, 127.0) as i16 }
+        };
+        let symbols = (0..rows * cols).map(|_| symbol()).collect();
+        let scales = Scales::Row { scales: vec![0x3c00; rows], scale_exponent: 0 };
+        encode_tensor(&QuantizedTensor { rows, cols, symbols, scales }, Codec::RansPairs, chunk_symbols).unwrap()
+    }
+
+    /// The chunks at all levels with kernels, in the runs in which tasks take them.
+    fn each_run(tensor: &CodedTensor, mut test: impl FnMut(Level, &Chunks<'_>, Range<usize>)) {
+        for level in levels() {
+            let Some(kernel) = Chunks::new(level, tensor) else {
+                assert_eq!(level, Level::Scalar);
+                continue;
+            };
+            for start in (0..tensor.chunk_count()).step_by(CHUNKS_TOGETHER) {
+                test(level, &kernel, start..tensor.chunk_count().min(start + CHUNKS_TOGETHER));
+            }
+        }
+    }
+
+    /// Symbol bytes and far symbols by the codec's decoder.
+    fn by_codec(tensor: &CodedTensor, chunks: Range<usize>) -> (Vec<u8>, Vec<FarAt>) {
+        let (mut bytes, mut far) = (Vec::new(), Vec::new());
+        for chunk in chunks {
+            let mut own = vec![0; tensor.chunk_symbols(chunk)];
+            let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut own).unwrap();
+            let first = tensor.chunk_row_tiles(chunk).start;
+            far.extend(list.iter().map(|f| FarAt::new(first, tensor.col_steps() * TILE_SYMBOLS, f)));
+            bytes.extend(own);
+        }
+        (bytes, far)
+    }
+
+    /// Deviations whose best windows have no, one and two raw bits.
+    const DEVIATIONS: [(f64, u8); 5] = [(0.4, 0), (1.1, 0), (2.0, 0), (3.4, 1), (9.0, 2)];
+
+    /// No kernel gives up, with one to four chunks at once and a shorter last one, and row tiles that begin within
+    /// a pair.
+    #[test]
+    fn symbol_bytes_are_those_of_the_codec() {
+        for (deviation, raw_bits) in DEVIATIONS {
+            for (row_tiles, cols, far) in (1..=11).flat_map(|n| [(n, 128, false), (n, 36, true), (n, 4, true), (n, 1100, true)]) {
+                let encoded = tensor(row_tiles * 16, cols, deviation, 0.0, far, 2 * 16 * cols as u32);
+                let tensor = encoded.tensor();
+                if cols == 1100 && row_tiles == 11 {
+                    assert_eq!(Chunks::new(Level::best(), tensor).map_or(raw_bits, |kernel| kernel.window.raw_bits()), raw_bits);
+                }
+                each_run(tensor, |level, kernel, chunks| {
+                    let (want, want_far) = by_codec(tensor, chunks.clone());
+                    let (mut bytes, mut far) = (vec![0; symbols_of(tensor, &chunks)], Vec::new());
+                    assert!(kernel.decode(chunks, &mut PairBuffers::default(), &mut bytes, &mut far));
+                    assert!(bytes == want && far == want_far, "{level} {deviation} {row_tiles} {cols}");
+                });
+            }
+        }
+    }
+
+    /// Lines of windows that agree with the form and of others, with and without escapes.
+    #[test]
+    fn lines_are_narrowed_symbol_bytes() {
+        let mut straight = [0; 4];
+        for (deviation, mean, far) in
+            DEVIATIONS.iter().flat_map(|&(deviation, _)| [(deviation, 0.0, false), (deviation, 0.4, true), (deviation, -30.0, false)])
+        {
+            let encoded = tensor(11 * 16, 520, deviation, mean, far, 2 * 16 * 520);
+            let tensor = encoded.tensor();
+            let least = by_codec(tensor, 0..tensor.chunk_count()).0.into_iter().min().unwrap();
+            each_run(tensor, |level, kernel, chunks| {
+                for (bias, escapes) in [(120, true), (least, false), (least + 1, false)] {
+                    let (bytes, want_far) = by_codec(tensor, chunks.clone());
+                    let row_tiles = bytes.len() / TILE_SYMBOLS / tensor.col_steps();
+                    let mut want = (vec![[0; TILE_SYMBOLS]; bytes.len() / 128], vec![0; row_tiles], vec![0; bytes.len() + 64]);
+                    let mut got = want.clone();
+                    let mut taken = 0;
+                    let tiles = bytes.as_chunks().0.chunks(tensor.col_steps());
+                    for ((tiles, lines), offset) in tiles.zip(want.0.chunks_mut(tensor.col_steps() / 2)).zip(&mut want.1) {
+                        *offset = taken as u32;
+                        taken += narrow_row_tile(Level::Scalar, tiles, bias, escapes.into(), lines, &mut want.2[taken..]);
+                    }
+                    let mut far = Vec::new();
+                    let mut buffers = PairBuffers::default();
+                    let found =
+                        kernel.decode_lines(chunks.clone(), &mut buffers, bias, escapes, &mut got.0, &mut got.1, &mut got.2, &mut far);
+                    let what = format!("{level} {deviation} {mean} {bias} {escapes}");
+                    assert_eq!(found, (escapes || taken == 0).then_some(taken), "{what}");
+                    if found.is_some() {
+                        assert!(got.0 == want.0 && got.1 == want.1 && got.2[..taken] == want.2[..taken] && far == want_far, "{what}");
+                        let shift = i16::from(kernel.window.base()) - i16::from(bias);
+                        let way = usize::from(kernel.window.raw_bits() > 0) * 3 + usize::from(shift != 0) + usize::from(shift == 1);
+                        straight[way.min(3)] += 1;
+                    }
+                }
+            });
+        }
+        if levels().len() > 1 {
+            assert!(straight.iter().all(|count| *count > 0), "all ways were tried: {straight:?}");
+        }
+    }
+
+    /// Products that the fused kernel leaves to others, and those that it may not.
+    #[test]
+    fn products_are_given_up_for_a_reason_only() {
+        for (cols, far, expected) in [(64, false, true), (520, false, true), (66, false, false), (36, false, false), (64, true, false)] {
+            let encoded = tensor(5 * 16, cols, 3.4, 0.0, far, 16 * 70);
+            let (tensor, scales) = (encoded.tensor(), KernelScales::from_coded(encoded.tensor()).unwrap());
+            let x = Activations::quantize(Level::Scalar, &vec![1.0; cols], 1, cols, scales.segment());
+            let mut done = true;
+            each_run(tensor, |_, kernel, chunks| {
+                let mut sums = vec![[0.0; TILE_ROWS]; symbols_of(tensor, &chunks) / TILE_SYMBOLS / tensor.col_steps()];
+                done &= kernel.dot(chunks, &mut PairBuffers::default(), &scales, &x, &mut sums);
+            });
+            assert!(done == expected || levels().len() == 1, "{cols} columns, far {far}");
+        }
+    }
+}
