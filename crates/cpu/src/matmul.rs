@@ -289,6 +289,17 @@ pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Rang
     }
 }
 
+/// A segment's sums as floats, far symbols and all.
+#[inline(always)]
+fn finish_far<I: Isa>(isa: I, dots: I::Sums, xsum: i32, far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) -> I::Floats {
+    if far.is_empty() {
+        return isa.finish_floats(dots, xsum, 0);
+    }
+    let mut isum = isa.finish(dots, xsum);
+    patch_far(&mut isum, far, steps, q);
+    isa.floats_of(&isum)
+}
+
 /// The real scales of one segment of a row tile.
 #[derive(Clone, Copy)]
 pub(crate) enum SegmentScales {
@@ -397,9 +408,8 @@ fn block_of_tokens<I: Isa, const T: usize>(
         }
         let segment_scales = SegmentScales::of(scales, segment);
         for t in 0..T {
-            let mut isum = isa.finish(dots[t], xsums[t][segment]);
-            patch_far(&mut isum, far, &range, q[t]);
-            segment_scales.add(isa, &mut acc[t], &isum, xscales[t][segment], xsums[t][segment]);
+            let sums = finish_far(isa, dots[t], xsums[t][segment], far, &range, q[t]);
+            segment_scales.add_floats(isa, &mut acc[t], sums, xscales[t][segment], xsums[t][segment]);
         }
     }
     for acc in &mut acc[..T] {
@@ -442,9 +452,9 @@ per_isa! {
                 }
                 dots[0] = isa.dot(dots[0], low, q);
             }
-            let mut isum = isa.finish(isa.add(dots[0], dots[1]), xsums[segment]);
-            patch_far(&mut isum, tile.far, &(segment * steps..segment * steps + part.len()), q);
-            SegmentScales::of(scales, segment).add(isa, acc, &isum, xscales[segment], xsums[segment]);
+            let range = segment * steps..segment * steps + part.len();
+            let sums = finish_far(isa, isa.add(dots[0], dots[1]), xsums[segment], tile.far, &range, q);
+            SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
         }
         finish_rows(scales, acc);
     }

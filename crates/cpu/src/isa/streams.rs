@@ -281,8 +281,8 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
                     });
                 }
                 for i in 0..N {
-                    let isum = isa.finish(dots[i], xsums[segment]);
-                    SegmentScales::of(tile_scales[i], segment).add(isa, &mut acc[i], &isum, xscales[segment], xsums[segment]);
+                    let sums = isa.finish_floats(dots[i], xsums[segment], 0);
+                    SegmentScales::of(tile_scales[i], segment).add_floats(isa, &mut acc[i], sums, xscales[segment], xsums[segment]);
                 }
             }
             for i in 0..N {
