@@ -26,15 +26,22 @@ use crate::rans_pairs::{Kernel, Stream};
 /// Chunks side by side.
 const WIDTH: usize = 2;
 
-/// By slot: frequency, offset, pair byte and 0, the frequency in the lowest byte.
 pub(crate) struct Tables {
+    /// By slot: frequency, offset, pair byte and 0, the frequency in the lowest byte.
     entries: [u32; 256],
+    /// Shuffles of the entries of four lanes: frequencies and offsets to the low 8 bytes, pair bytes to the next 4
+    /// or the last 4. Not constants, for which the compiler would find three shuffles each.
+    apart: [[u8; 16]; 2],
 }
 
 impl Tables {
     pub(crate) fn new(_: Avx2, slots: &Slots) -> Tables {
         let entry = |slot: usize| u32::from_le_bytes([slots.freq[slot], slots.offset[slot], slots.pair_byte[slot], 0]);
-        Tables { entries: std::array::from_fn(entry) }
+        let apart = [[2, 6, 10, 14, 128, 128, 128, 128], [128, 128, 128, 128, 2, 6, 10, 14]];
+        Tables {
+            entries: std::array::from_fn(entry),
+            apart: apart.map(|pairs| std::array::from_fn(|i| if i < 8 { (i / 2 * 4 + i % 2) as u8 } else { pairs[i - 8] })),
+        }
     }
 
     /// The entries of eight lanes, four in a register.
@@ -69,30 +76,26 @@ impl Kernel for Tables {
     }
 }
 
-/// Of entries whose lanes follow each other: frequencies and offsets in the low 8 bytes of each 16, pair
-/// bytes in the next or in the last 4.
+/// 16 bytes in both halves.
 #[inline(always)]
-unsafe fn take_apart(entries: __m256i, last: bool) -> __m256i {
-    // SAFETY: registers only.
-    unsafe {
-        let (next, last) = if last { (-1, 0x0e0a_0602) } else { (0x0e0a_0602, -1) };
-        _mm256_shuffle_epi8(entries, _mm256_setr_epi32(0x0504_0100, 0x0d0c_0908, next, last, 0x0504_0100, 0x0d0c_0908, next, last))
-    }
+unsafe fn broadcast(bytes: &[u8; 16]) -> __m256i {
+    // SAFETY: 16 readable bytes.
+    unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast())) }
 }
 
 /// The next states of 32 lanes before they take words, low and high bytes, and their pair bytes.
 #[inline(always)]
-unsafe fn step(tables: &Tables, low: __m256i, high: __m256i) -> [__m256i; 3] {
+unsafe fn step(tables: &Tables, apart: [__m256i; 2], low: __m256i, high: __m256i) -> [__m256i; 3] {
     // SAFETY: registers only.
     unsafe {
         let (ones, byte) = (_mm256_set1_epi8(1), _mm256_set1_epi16(0xff));
         // Unpacking and packing take the lanes of each half of a register in turn.
         let (a, b) = (tables.lookup(_mm256_extract_epi64::<0>(low) as u64), tables.lookup(_mm256_extract_epi64::<2>(low) as u64));
-        let first = take_apart(_mm256_set_m128i(b[0], a[0]), false);
-        let second = take_apart(_mm256_set_m128i(b[1], a[1]), true);
+        let first = _mm256_shuffle_epi8(_mm256_set_m128i(b[0], a[0]), apart[0]);
+        let second = _mm256_shuffle_epi8(_mm256_set_m128i(b[1], a[1]), apart[1]);
         let (a, b) = (tables.lookup(_mm256_extract_epi64::<1>(low) as u64), tables.lookup(_mm256_extract_epi64::<3>(low) as u64));
-        let third = take_apart(_mm256_set_m128i(b[0], a[0]), false);
-        let fourth = take_apart(_mm256_set_m128i(b[1], a[1]), true);
+        let third = _mm256_shuffle_epi8(_mm256_set_m128i(b[0], a[0]), apart[0]);
+        let fourth = _mm256_shuffle_epi8(_mm256_set_m128i(b[1], a[1]), apart[1]);
         let pair = _mm256_unpackhi_epi64(_mm256_or_si256(first, second), _mm256_or_si256(third, fourth));
         // x = freq * (x >> 8) + 1 * offset, at most 15 bits.
         let y0 = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(high, ones), _mm256_unpacklo_epi64(first, second));
@@ -146,6 +149,8 @@ unsafe fn decode<const N: usize>(
     // asserted.
     unsafe {
         let shift = _mm256_set1_epi8(shift as i8);
+        let [a, b] = &tables.apart;
+        let apart = [broadcast(a), broadcast(b)];
         let half = |bytes: &TileBytes, half: usize| _mm256_loadu_si256(bytes.as_ptr().add(32 * half).cast());
         let mut low: [[__m256i; 2]; N] = std::array::from_fn(|i| [half(&streams[i].low, 0), half(&streams[i].low, 1)]);
         let mut high: [[__m256i; 2]; N] = std::array::from_fn(|i| [half(&streams[i].high, 0), half(&streams[i].high, 1)]);
@@ -153,8 +158,8 @@ unsafe fn decode<const N: usize>(
         let mut escapes = Cursors::new(streams.each_ref().map(|stream| &stream.escapes));
         for at in 0..steps {
             each_chunk!(N, |i| {
-                let [y_low0, y_high0, mut pair0] = step(tables, low[i][0], high[i][0]);
-                let [y_low1, y_high1, mut pair1] = step(tables, low[i][1], high[i][1]);
+                let [y_low0, y_high0, mut pair0] = step(tables, apart, low[i][0], high[i][0]);
+                let [y_low1, y_high1, mut pair1] = step(tables, apart, low[i][1], high[i][1]);
                 // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
                 let (below, hungry) = zeros(y_high0, y_high1);
                 let next = expand(words.readable(i), hungry);

@@ -74,6 +74,7 @@ struct Streams<const P: u32, const N: usize> {
     freq: [__m512i; 4],
     offset: [__m512i; 4],
     symbol: [__m512i; 4],
+    bytes: [__m512i; 2],
     low: [__m512i; N],
     high: [__m512i; N],
     words: Cursors<N>,
@@ -113,6 +114,10 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
                 freq: load(&tables.freq),
                 offset: load(&tables.offset),
                 symbol: load(&tables.symbol),
+                bytes: [
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
+                ],
                 low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
                 high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
                 words: Cursors::words(streams),
@@ -143,8 +148,8 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
                 _mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<P>(x_odd)),
                 _mm512_srli_epi16::<8>(offset),
             );
-            let y_low = _mm512_ternarylogic_epi32::<0xca>(even, y_even, _mm512_slli_epi16::<8>(y_odd));
-            let y_high = _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(y_even), y_odd);
+            let y_low = _mm512_permutex2var_epi8(y_even, self.bytes[0], y_odd);
+            let y_high = _mm512_permutex2var_epi8(y_even, self.bytes[1], y_odd);
             // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
             let hungry = _mm512_testn_epi8_mask(y_high, y_high);
             let words = _mm512_loadu_si512(self.words.readable(i).cast());

@@ -99,7 +99,7 @@ unsafe fn add_nibbles(a: __m512i, b: __m512i) -> __m512i {
 }
 
 /// The low or the high bytes of words, from one register of even and one of odd lanes.
-static BYTES: [TileBytes; 2] = {
+pub(super) static BYTES: [TileBytes; 2] = {
     let mut indices = [[0; 64]; 2];
     let mut lane = 0;
     while lane < 64 {
