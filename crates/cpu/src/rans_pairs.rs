@@ -38,6 +38,8 @@ const WIDTH_MAX: usize = 4;
 const BLOCK: usize = 256;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
 const PART: usize = 64;
+/// How far ahead of the lines of nibbles the memory is told what will be written.
+const LINES_AHEAD_BYTES: usize = 2048;
 /// Bytes at the beginning of a chunk, and of its words, that are fetched while the chunks before are decoded.
 const ANNOUNCED_BYTES: usize = 1024;
 /// Tiles of pairs that the buffer holds.
@@ -551,21 +553,44 @@ fn narrow_raw<I: Isa, const R: u32>(
     escaped: &mut [u8],
 ) -> usize {
     assert!(escaped.len() >= (2 * pairs.len() + 1) * TILE_SYMBOLS);
-    let (base, bias, lowest) = (isa.splat(base), isa.splat(nibbles.bias), isa.splat(nibbles.escapes.into()));
+    let form = [isa.splat(base), isa.splat(nibbles.bias), isa.splat(nibbles.escapes.into())];
     let mut next = escaped.as_mut_ptr();
-    for (i, (pairs, line)) in pairs.iter().zip(lines).enumerate() {
-        let (first, second) = raw.symbols::<I, R>(isa, i, isa.load(pairs));
-        // SAFETY: at most 64 bytes a tile of symbols were written before, so that 64 bytes are left, as just
-        // asserted.
-        let (low, high) = unsafe {
-            (
-                narrow(isa, isa.add_bytes(first, base), bias, lowest, &mut next),
-                narrow(isa, isa.add_bytes(second, base), bias, lowest, &mut next),
-            )
-        };
-        isa.store(isa.pair(low, high), line);
+    // As in the product, fours that begin with a raw line.
+    let (fours, rest) = if raw.starts_line() { pairs.as_chunks::<4>() } else { (&[][..], pairs) };
+    let (lines, last_lines) = lines.split_at_mut(4 * fours.len());
+    // SAFETY: at most 64 bytes a tile of symbols are written before the 64 of a line's, so that these are left, as
+    // just asserted.
+    unsafe {
+        for (i, (pairs, lines)) in fours.iter().zip(lines.as_chunks_mut::<4>().0).enumerate() {
+            let symbols = raw.symbols_of_four::<I, R>(isa, i, pairs);
+            for turn in 0..4 {
+                narrow_line(isa, form, symbols[turn], &mut lines[turn], &mut next);
+            }
+        }
+        let raw = raw.skip(4 * fours.len());
+        for (i, (pairs, line)) in rest.iter().zip(last_lines).enumerate() {
+            narrow_line(isa, form, raw.symbols::<I, R>(isa, i, isa.load(pairs)), line, &mut next);
+        }
     }
     next.addr() - escaped.as_ptr().addr()
+}
+
+/// One line of nibbles. `form`: the symbol byte of the window's first symbol, that of nibble 0, and the least nibble
+/// that is not an escape; `symbols`: counted from the window's first.
+///
+/// # Safety
+/// As [`narrow`], for both symbols.
+#[inline(always)]
+unsafe fn narrow_line<I: Isa>(isa: I, form: [I::Tile; 3], symbols: (I::Tile, I::Tile), line: &mut TileBytes, next: &mut *mut u8) {
+    let [base, bias, lowest] = form;
+    // The memory under the lines is read before they are written.
+    prefetch(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
+    // SAFETY: by the contract.
+    unsafe {
+        let low = narrow(isa, isa.add_bytes(symbols.0, base), bias, lowest, next);
+        let high = narrow(isa, isa.add_bytes(symbols.1, base), bias, lowest, next);
+        isa.store(isa.pair(low, high), line);
+    }
 }
 
 per_isa! {
