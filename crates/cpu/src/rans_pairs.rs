@@ -10,6 +10,9 @@
 //! each tile at once would save its store and load, but the sums and the tables together do not fit the
 //! registers.
 //!
+//! Needs: columns in whole pairs of column steps, and segments too, for products and lines; products of chunks with
+//! far symbols, and whatever is corrupt, are left to the codec's decoder. Figures are with the kernels.
+//!
 //! Reads are optimistic, as in `isa/streams.rs`: what is stored or summed is nonsense if in the end the
 //! streams are not where they must be, and then it is thrown away.
 

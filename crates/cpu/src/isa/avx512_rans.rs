@@ -12,7 +12,7 @@
 //! Needs: VBMI for the permutes, VBMI2 for the expands, VNNI for the dot. Frequencies below 256,
 //! far symbols only where tiles are stored, 64 readable bytes behind each chunk.
 //!
-//! Cost: about 30 instructions for 64 symbols, but one step of a stream waits some 40 cycles for
+//! Cost: about 28 instructions for 64 symbols, but one step of a stream waits some 40 cycles for
 //! the one before. Four streams side by side hide that.
 //!
 //! Measured (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
@@ -23,12 +23,11 @@
 //! eight streams (27, in bulk 30: the sums no longer fit the registers), and words by unpacking and
 //! packing instead of shifts (26).
 //!
-//! On Zen 4, where a 512-bit operation takes two passes, 13.1 in cache with 128 slots and 13.9 with 64: some 17
-//! cycles a tile, near the 27 operations times two on four pipes. Tried there: the product as `freq *
-//! high` of bytes alone (`vpmullw`, and `vpmulhuw` for odd lanes, so that no shift splits the state),
-//! the low byte's part by masked additions, and packing by two `vpermt2b`: 23 operations, yet 13.5
-//! with 128 slots and only 10.7 with 64, for each mask costs more than the shift it replaces. A codec
-//! with fewer operations by design is `tiered`.
+//! On Zen 4, where a 512-bit operation takes two passes, 14.5, 13.7 and 10.9 G weights/s fused from the cache with 64, 128 and
+//! 256 slots: some 17 cycles a tile. Tried there: the product as `freq * high` of bytes alone (`vpmullw`, and `vpmulhuw` for odd
+//! lanes, so that no shift splits the state), and the low byte's part by masked additions: two operations fewer, yet no faster with
+//! 128 slots and a quarter slower with 64, for each mask costs more than the shift it replaces. Codecs with fewer operations by
+//! design are `tiered` and `rans-pairs`.
 
 use std::arch::x86_64::*;
 
