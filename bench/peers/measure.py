@@ -22,8 +22,9 @@ TERSOR = ROOT / "target/release/tersor"
 ENTROPIES = [2.25, 3.0, 3.7]
 STRATEGIES = ["cached", "fused", "auto"]
 # Our models: codec and bits per weight.
-MODELS = {"rans 3.25": "ours-3.25", "rans 4.0": "ours-4.0", "tiered 3.25": "tiered-3.25"}
-CODECS = ["rans", "tiered"]
+MODELS = {"rans 3.25": "ours-3.25", "rans 4.0": "ours-4.0", "rans-pairs 3.25": "pairs-3.25", "tiered 3.25": "tiered-3.25"}
+MODELS_325 = ["rans 3.25", "rans-pairs 3.25", "tiered 3.25"]
+CODECS = ["rans", "rans-pairs", "tiered"]
 LLAMA = ["Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K"]
 DISTURBED = 0.15
 
@@ -177,7 +178,7 @@ class Bench:
         return self.rates(1, self.options.tokens, LLAMA, "step_tokens_per_second", self.options.rounds, MODELS)
 
     def prefill(self):
-        return self.rates(self.options.prompt, 2, ["Q4_0", "Q4_K_M"], "prefill_tokens_per_second", self.options.prefill_rounds, ["rans 3.25", "tiered 3.25"])
+        return self.rates(self.options.prompt, 2, ["Q4_0", "Q4_K_M"], "prefill_tokens_per_second", self.options.prefill_rounds, MODELS_325)
 
     # Cold load -------------------------------------------------------------------------------------------------------------------------
 
@@ -204,9 +205,11 @@ class Bench:
         return {k: statistics.median(v) for k, v in samples.items()} | {"decoded_bytes": decoded, "coded_bytes": coded, "left_cached": left}
 
     def auto(self):
-        text = command(sys.executable, ROOT / "bench/auto_budgets.py", self.models["rans 3.25"], "--threads", max(self.options.threads), "--rounds",
-                       self.options.rounds, "--percent", self.options.percent, "--json")
-        return json.loads(text)
+        def budgets(model):
+            text = command(sys.executable, ROOT / "bench/auto_budgets.py", self.models[model], "--threads", max(self.options.threads), "--rounds",
+                           self.options.rounds, "--percent", self.options.percent, "--json")
+            return json.loads(text)
+        return {model: budgets(model) for model in MODELS_325}
 
 
 def evict(files):
@@ -260,9 +263,11 @@ def reach(results, threads):
         ("step, cached, rans at 4.0 bpw / Q4_0", "steps", "tersor rans 4.0 cached", "llama.cpp Q4_0", 1.0, 1.1),
         ("step, cached, rans at 3.25 bpw / Q4_0", "steps", "tersor rans 3.25 cached", "llama.cpp Q4_0", 1.0, 1.1),
         ("step, fused, rans at 3.25 bpw / Q4_K_M", "steps", "tersor rans 3.25 fused", "llama.cpp Q4_K_M", 0.8, 1.2),
+        ("step, fused, rans-pairs at 3.25 bpw / Q4_K_M", "steps", "tersor rans-pairs 3.25 fused", "llama.cpp Q4_K_M", 0.8, 1.2),
         ("step, fused, tiered at 3.25 bpw / Q4_K_M", "steps", "tersor tiered 3.25 fused", "llama.cpp Q4_K_M", 0.8, 1.2),
         ("prefill 512, cached, rans at 3.25 bpw / Q4_0", "prefill", "tersor rans 3.25 cached", "llama.cpp Q4_0", 0.5, 1.0),
         ("prefill 512, fused, rans at 3.25 bpw / Q4_0", "prefill", "tersor rans 3.25 fused", "llama.cpp Q4_0", 0.5, 1.0),
+        ("prefill 512, fused, rans-pairs at 3.25 bpw / Q4_0", "prefill", "tersor rans-pairs 3.25 fused", "llama.cpp Q4_0", 0.5, 1.0),
         ("prefill 512, fused, tiered at 3.25 bpw / Q4_0", "prefill", "tersor tiered 3.25 fused", "llama.cpp Q4_0", 0.5, 1.0),
     ]:
         for count in threads if section in results else []:
@@ -275,11 +280,11 @@ def reach(results, threads):
         cold = results["cold"]
         detail = f"load {cold['load']:.2f} s, reading {cold['decoded_bytes'] / 1e6:.0f} MB {cold['read']:.2f} s, {cold['coded_bytes'] / 1e6:.0f} MB {cold['coded']:.2f} s"
         rows.append(("cold load: reading the decoded bytes / load of `cached`", cold["read"] / cold["load"], 1.0, cold["decoded_bytes"] / cold["coded_bytes"], detail))
-    if "auto" in results:
-        ratios = [(row["ratio"], row["percent"]) for row in results["auto"]["rows"] if row["ratio"] is not None]
+    for model, report in results.get("auto", {}).items():
+        ratios = [(row["ratio"], row["percent"]) for row in report["rows"] if row["ratio"] is not None]
         if ratios:
             worst = min(ratios)
-            rows.append(("auto / best fixed strategy under the same budget, worst", worst[0], 0.95, 1.0, f"at {worst[1]} % of the decoded size"))
+            rows.append((f"auto / best fixed strategy under the same budget, {model}, worst", worst[0], 0.95, 1.0, f"at {worst[1]} % of the decoded size"))
     return rows
 
 
@@ -329,7 +334,8 @@ def report(bench):
         sys.path.insert(0, str(ROOT / "bench"))
         import auto_budgets
 
-        out += ["", auto_budgets.table(results["auto"])]
+        for model, report in results["auto"].items():
+            out += ["", f"tersor {model}. {auto_budgets.table(report)}"]
     out += ["", "Disturbance:", ""] + [f"- {note}" for note in bench.environment_note.values()]
     return "\n".join(out)
 

@@ -63,6 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "rans/s16-w8-p7-l64",
         "rans/s16-w8-p8-l64",
         "rans-precise",
+        "rans-pairs",
         "tiered",
         "huffman",
         "huffman/c12-l4",
@@ -76,7 +77,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if !codec.to_string().contains(&only) {
                 continue;
             }
-            if step != 0.9 && !matches!(codec, Codec::Rans(_) | Codec::Tiered | Codec::Huffman(_) | Codec::BlockAns(_)) {
+            if step != 0.9 && !matches!(codec, Codec::Rans(_) | Codec::RansPairs | Codec::Tiered | Codec::Huffman(_) | Codec::BlockAns(_)) {
                 continue;
             }
             for (place, rows) in [("cache", 128), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {

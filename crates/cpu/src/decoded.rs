@@ -22,8 +22,8 @@ use tersor_format::{CodedTensor, DecodedForm};
 use crate::buffer::AlignedBytes;
 use crate::error::FirstError;
 use crate::isa::{Isa, TileBytes, per_isa};
-use crate::source::{CHUNKS_TOGETHER, FarAt, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS};
+use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs};
 
 /// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with
 /// each other.
@@ -222,7 +222,7 @@ pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Op
         with_scratch(|scratch| {
             // SAFETY: each task has its own chunks, and so its own part of the output.
             let out = unsafe { out.slice(first * row_tile_bytes, symbols_of(tensor, &chunks)) };
-            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, &mut scratch.tiers, out, &mut scratch.far) {
+            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, &mut scratch.pairs, out, &mut scratch.far) {
                 errors.report(KernelError::Corrupt { job: 0, chunk, source });
             }
         });
@@ -270,27 +270,29 @@ impl Store<'_> {
                 )
             };
             let Form::Nibbles { bias, escapes } = self.form else {
-                decode_chunks(self.level, self.tensor, chunks, &mut scratch.tiers, fields, &mut scratch.far).map_err(corrupt)?;
+                decode_chunks(self.level, self.tensor, chunks, &mut scratch.pairs, fields, &mut scratch.far).map_err(corrupt)?;
                 return self.keep_far(&scratch.far);
             };
-            scratch.bytes.ensure(symbols);
-            let bytes = &mut scratch.bytes[..symbols];
-            decode_chunks(self.level, self.tensor, chunks.clone(), &mut scratch.tiers, bytes, &mut scratch.far).map_err(corrupt)?;
-            let tiles: &[TileBytes] = bytes.as_chunks().0;
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
-            let mut taken = 0;
-            let lines = fields.as_chunks_mut().0.chunks_exact_mut(row_tile_bytes / TILE_SYMBOLS);
-            let tiles = tiles.chunks_exact(steps);
-            for (i, ((lines, offset), tiles)) in lines.zip(offsets.iter_mut()).zip(tiles).enumerate() {
-                // At most 2^32 symbols, of which fewer are wide.
-                *offset = taken as u32;
-                let room = &mut scratch.escapes[taken..];
-                taken += narrow_row_tile(self.level, tiles, bias, u8::from(escapes), lines, room);
-                if !escapes && taken > 0 {
-                    let chunk = chunks.start + i / self.tensor.chunk_row_tiles(chunks.start).len();
-                    return Err(KernelError::OutOfRange { chunk, found: taken });
-                }
-            }
+            scratch.far.clear();
+            let lines = fields.as_chunks_mut().0;
+            let pairs = rans_pairs::Chunks::new(self.level, self.tensor);
+            let straight = pairs.and_then(|pairs| {
+                pairs.decode_lines(
+                    chunks.clone(),
+                    &mut scratch.pairs,
+                    bias,
+                    escapes,
+                    lines,
+                    offsets,
+                    &mut scratch.escapes,
+                    &mut scratch.far,
+                )
+            });
+            let taken = match straight {
+                Some(taken) => taken,
+                None => self.narrow(chunks, bias, escapes, lines, offsets, scratch)?,
+            };
             let start = self.escapes_taken.fetch_add(taken, Ordering::Relaxed);
             if start + taken > self.escape_capacity {
                 return Err(KernelError::WideSymbolsExceed { expected: self.escape_capacity, at_least: start + taken });
@@ -304,6 +306,40 @@ impl Store<'_> {
         })
     }
 
+    /// Decodes chunks to symbol bytes, and packs these; returns how many escapes there are, in `scratch`.
+    fn narrow(
+        &self,
+        chunks: Range<usize>,
+        bias: u8,
+        escapes: bool,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        scratch: &mut Scratch,
+    ) -> Result<usize, KernelError> {
+        let Scratch { bytes, pairs, far, escapes: escaped, .. } = scratch;
+        let (steps, symbols) = (self.tensor.col_steps(), symbols_of(self.tensor, &chunks));
+        bytes.ensure(symbols);
+        let bytes = &mut bytes[..symbols];
+        decode_chunks(self.level, self.tensor, chunks.clone(), pairs, bytes, far).map_err(|(chunk, source)| KernelError::Corrupt {
+            job: 0,
+            chunk,
+            source,
+        })?;
+        let mut taken = 0;
+        let tiles: &[TileBytes] = bytes.as_chunks().0;
+        let row_tiles = lines.chunks_exact_mut(self.form.lines(steps)).zip(offsets).zip(tiles.chunks_exact(steps));
+        for (i, ((lines, offset), tiles)) in row_tiles.enumerate() {
+            // At most 2^32 symbols, of which fewer are wide.
+            *offset = taken as u32;
+            taken += narrow_row_tile(self.level, tiles, bias, u8::from(escapes), lines, &mut escaped[taken..]);
+            if !escapes && taken > 0 {
+                let chunk = chunks.start + i / self.tensor.chunk_row_tiles(chunks.start).len();
+                return Err(KernelError::OutOfRange { chunk, found: taken });
+            }
+        }
+        Ok(taken)
+    }
+
     fn keep_far(&self, far: &[FarAt]) -> Result<(), KernelError> {
         if !far.is_empty() {
             self.far.lock().unwrap_or_else(|e| e.into_inner()).extend_from_slice(far);
@@ -315,7 +351,7 @@ impl Store<'_> {
 per_isa! {
     /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns
     /// how many of the latter. `escapes` has room for as many as there are symbols, and 64 more.
-    fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
+    pub(crate) fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
         assert!(escapes.len() >= (tiles.len() + 1) * TILE_SYMBOLS);
         let (bias, lowest, zero) = (isa.splat(bias), isa.splat(lowest), isa.splat(0));
         let mut next = escapes.as_mut_ptr();
@@ -323,12 +359,14 @@ per_isa! {
         for ([low, high], line) in pairs.iter().zip(lines.iter_mut()) {
             // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as
             // just asserted.
-            let (low, high) = unsafe { (narrow(isa, low, bias, lowest, &mut next), narrow(isa, high, bias, lowest, &mut next)) };
+            let (low, high) = unsafe {
+                (narrow(isa, isa.load(low), bias, lowest, &mut next), narrow(isa, isa.load(high), bias, lowest, &mut next))
+            };
             isa.store(isa.pair(low, high), line);
         }
         if let (Some(tile), Some(line)) = (single.first(), lines.last_mut()) {
             // SAFETY: as above.
-            let low = unsafe { narrow(isa, tile, bias, lowest, &mut next) };
+            let low = unsafe { narrow(isa, isa.load(tile), bias, lowest, &mut next) };
             isa.store(isa.pair(low, zero), line);
         }
         next.addr() - escapes.as_ptr().addr()
@@ -340,8 +378,7 @@ per_isa! {
 /// # Safety
 /// 64 bytes are writable at `next`.
 #[inline(always)]
-unsafe fn narrow<I: Isa>(isa: I, tile: &TileBytes, bias: I::Tile, lowest: I::Tile, next: &mut *mut u8) -> I::Tile {
-    let tile = isa.load(tile);
+pub(crate) unsafe fn narrow<I: Isa>(isa: I, tile: I::Tile, bias: I::Tile, lowest: I::Tile, next: &mut *mut u8) -> I::Tile {
     let (field, wide) = isa.narrow(tile, bias, lowest);
     // SAFETY: by the contract.
     unsafe {

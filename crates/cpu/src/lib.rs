@@ -15,8 +15,10 @@ mod isa;
 mod level;
 mod matmul;
 pub mod ops;
+mod pairs;
 mod planes;
 mod pool;
+mod rans_pairs;
 mod scales;
 mod source;
 #[cfg(test)]

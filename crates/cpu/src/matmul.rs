@@ -7,7 +7,7 @@
 //! * (xsum[segment] * xscale[segment])`, and `y = acc`.
 //!
 //! One token: symbols go from the stream to the sums without touching memory where a kernel for the
-//! codec and level exists (`isa/streams.rs` for `rans`, `tiered.rs`). More tokens, and all other cases: a task decodes its chunks to symbol
+//! codec and level exists (`isa/streams.rs` for `rans`, `rans_pairs.rs`, `tiered.rs`, `planes.rs`). More tokens, and all other cases: a task decodes its chunks to symbol
 //! bytes in the L2 cache once, and multiplies them with all tokens, eight at a time.
 //!
 //! Measured (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
@@ -27,11 +27,14 @@ use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::streams;
 use crate::isa::{Isa, TileBytes, per_isa};
+use crate::pairs::PairBuffers;
 use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, tiered};
+use crate::{
+    Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, rans_pairs, tiered,
+};
 
 /// A matrix, in the form it is held in.
 #[derive(Clone, Copy, Debug)]
@@ -188,9 +191,9 @@ impl Dot<'_> {
             let symbols = symbols_of(tensor, &chunks);
             let first = tensor.chunk_row_tiles(chunks.start).start;
             if self.x.tokens() == 1 {
-                let Scratch { tiers, sums, .. } = scratch;
+                let Scratch { pairs, sums, .. } = scratch;
                 sums.resize(symbols / (tensor.col_steps() * TILE_SYMBOLS), [0.0; TILE_ROWS]);
-                if self.fused(tensor, chunks.clone(), tiers, sums) {
+                if self.fused(tensor, chunks.clone(), pairs, sums) {
                     for (i, sums) in sums.iter().enumerate() {
                         self.write(first + i, std::slice::from_ref(sums));
                     }
@@ -198,7 +201,7 @@ impl Dot<'_> {
                 }
             }
             scratch.bytes.ensure(symbols);
-            decode_chunks(self.level, tensor, chunks, &mut scratch.tiers, &mut scratch.bytes[..symbols], &mut scratch.far)?;
+            decode_chunks(self.level, tensor, chunks, &mut scratch.pairs, &mut scratch.bytes[..symbols], &mut scratch.far)?;
             let Scratch { bytes, far, sums, .. } = scratch;
             let tiles: &[TileBytes] = bytes[..symbols].as_chunks().0;
             for (i, tiles) in tiles.chunks_exact(tensor.col_steps()).enumerate() {
@@ -210,7 +213,7 @@ impl Dot<'_> {
 
     /// Multiplies chunks with the only token while they are decoded. False if there is no kernel for
     /// that, or it gave up: `sums` are then of no use.
-    fn fused(&self, tensor: &CodedTensor, chunks: Range<usize>, tiers: &mut tiered::Buffers, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+    fn fused(&self, tensor: &CodedTensor, chunks: Range<usize>, pairs: &mut PairBuffers, sums: &mut [[f32; TILE_ROWS]]) -> bool {
         if let Some(table) = planes::table(tensor.table()) {
             return planes::dot(self.level, table, tensor, chunks, self.scales, self.x, sums);
         }
@@ -218,7 +221,10 @@ impl Dot<'_> {
         if let Some(kernel) = RansKernel::new(self.level, tensor.table()) {
             return streams::dot(kernel.get(), tensor, chunks, self.scales, self.x, sums);
         }
-        tiered::dot(self.level, tensor, chunks, tiers, self.scales, self.x, sums)
+        if let Some(kernel) = rans_pairs::Chunks::new(self.level, tensor) {
+            return kernel.dot(chunks, pairs, self.scales, self.x, sums);
+        }
+        tiered::dot(self.level, tensor, chunks, pairs, self.scales, self.x, sums)
     }
 
     fn decoded(&self, matrix: &Decoded, row_tiles: Range<usize>) {
@@ -283,6 +289,17 @@ pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Rang
     }
 }
 
+/// A segment's sums as floats, far symbols and all.
+#[inline(always)]
+fn finish_far<I: Isa>(isa: I, dots: I::Sums, xsum: i32, far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) -> I::Floats {
+    if far.is_empty() {
+        return isa.finish_floats(dots, xsum, 0);
+    }
+    let mut isum = isa.finish(dots, xsum);
+    patch_far(&mut isum, far, steps, q);
+    isa.floats_of(&isum)
+}
+
 /// The real scales of one segment of a row tile.
 #[derive(Clone, Copy)]
 pub(crate) enum SegmentScales {
@@ -316,7 +333,13 @@ impl SegmentScales {
     /// this took a fifth of the time of the fastest kernels.
     #[inline(always)]
     pub(crate) fn add<I: Isa>(&self, isa: I, acc: &mut [f32; TILE_ROWS], isum: &[i32; TILE_ROWS], xscale: f32, xsum: i32) {
-        let (sums, factor) = (isa.floats_of(isum), isa.splat_float(xscale));
+        self.add_floats(isa, acc, isa.floats_of(isum), xscale, xsum);
+    }
+
+    /// As [`SegmentScales::add`], of sums that are already rounded to floats.
+    #[inline(always)]
+    pub(crate) fn add_floats<I: Isa>(&self, isa: I, acc: &mut [f32; TILE_ROWS], sums: I::Floats, xscale: f32, xsum: i32) {
+        let factor = isa.splat_float(xscale);
         let mut out = isa.floats(acc);
         match self {
             SegmentScales::Row => out = isa.multiply_add(out, sums, factor),
@@ -385,9 +408,8 @@ fn block_of_tokens<I: Isa, const T: usize>(
         }
         let segment_scales = SegmentScales::of(scales, segment);
         for t in 0..T {
-            let mut isum = isa.finish(dots[t], xsums[t][segment]);
-            patch_far(&mut isum, far, &range, q[t]);
-            segment_scales.add(isa, &mut acc[t], &isum, xscales[t][segment], xsums[t][segment]);
+            let sums = finish_far(isa, dots[t], xsums[t][segment], far, &range, q[t]);
+            segment_scales.add_floats(isa, &mut acc[t], sums, xscales[t][segment], xsums[t][segment]);
         }
     }
     for acc in &mut acc[..T] {
@@ -430,9 +452,9 @@ per_isa! {
                 }
                 dots[0] = isa.dot(dots[0], low, q);
             }
-            let mut isum = isa.finish(isa.add(dots[0], dots[1]), xsums[segment]);
-            patch_far(&mut isum, tile.far, &(segment * steps..segment * steps + part.len()), q);
-            SegmentScales::of(scales, segment).add(isa, acc, &isum, xscales[segment], xsums[segment]);
+            let range = segment * steps..segment * steps + part.len();
+            let sums = finish_far(isa, isa.add(dots[0], dots[1]), xsums[segment], tile.far, &range, q);
+            SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
         }
         finish_rows(scales, acc);
     }
@@ -457,14 +479,14 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
     }
     let row_tile = row / TILE_ROWS;
     with_scratch(|scratch| {
-        let Scratch { bytes, tiers, far, .. } = scratch;
+        let Scratch { bytes, pairs, far, .. } = scratch;
         let (tiles, far): (&[TileBytes], &[FarAt]) = match matrix {
             Matrix::Coded(tensor) => {
                 let per_chunk = tensor.chunk_row_tiles(0).len();
                 let chunk = row_tile / per_chunk;
                 let symbols = tensor.chunk_symbols(chunk);
                 bytes.ensure(symbols);
-                decode_chunks(level, tensor, chunk..chunk + 1, tiers, &mut bytes[..symbols], far)
+                decode_chunks(level, tensor, chunk..chunk + 1, pairs, &mut bytes[..symbols], far)
                     .map_err(|(chunk, source)| KernelError::Corrupt { job: 0, chunk, source })?;
                 let tiles = bytes[..symbols].as_chunks().0;
                 (&tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()], far_of(far, row_tile))

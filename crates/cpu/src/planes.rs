@@ -173,8 +173,8 @@ fn dot_root<I: Isa, const INNER: usize>(
                 // SAFETY: as many tiles as the chunk has.
                 dots = isa.dot(dots, unsafe { root.next() }, q);
             }
-            let isum = isa.finish(dots, xsums[segment]);
-            SegmentScales::of(tile_scales, segment).add(isa, acc, &isum, xscales[segment], xsums[segment]);
+            let sums = isa.finish_floats(dots, xsums[segment], 0);
+            SegmentScales::of(tile_scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
         }
         finish_rows(tile_scales, acc);
     }

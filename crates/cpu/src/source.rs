@@ -14,7 +14,8 @@ use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans, avx512_block_ans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
-use crate::{Level, TILE_ROWS, TILE_SYMBOLS, planes, tiered};
+use crate::pairs::PairBuffers;
+use crate::{Level, TILE_ROWS, TILE_SYMBOLS, planes, rans_pairs, tiered};
 
 /// A far symbol: its byte is 0, which the kernels read as the symbol -128.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -52,7 +53,7 @@ pub(crate) struct Scratch {
     pub bytes: AlignedBytes,
     /// Escape bytes of the task's chunks on their way to the decoded form.
     pub escapes: AlignedBytes,
-    pub tiers: tiered::Buffers,
+    pub pairs: PairBuffers,
     pub far: Vec<FarAt>,
     /// (tokens, 16): results of one row tile.
     pub sums: Vec<[f32; TILE_ROWS]>,
@@ -75,6 +76,21 @@ pub(crate) fn symbols_of(tensor: &CodedTensor, chunks: &Range<usize>) -> usize {
     chunks.clone().map(|c| tensor.chunk_symbols(c)).sum()
 }
 
+/// Consecutive chunks in groups of at most `width` and of equal size: all but a shorter last one go together.
+pub(crate) fn equal_chunks(tensor: &CodedTensor, chunks: Range<usize>, width: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let equal = match chunks.clone().next_back() {
+        Some(last) if tensor.chunk_symbols(last) != tensor.chunk_symbols(chunks.start) => last,
+        _ => chunks.end,
+    };
+    let mut first = chunks.start;
+    std::iter::from_fn(move || {
+        let end = if first < equal { equal.min(first + width) } else { chunks.end };
+        let group = first..end;
+        first = end;
+        (!group.is_empty()).then_some(group)
+    })
+}
+
 /// Decodes at most [`CHUNKS_TOGETHER`] consecutive chunks to symbol bytes, one chunk behind the
 /// other in `out`, and their far symbols, sorted.
 ///
@@ -83,7 +99,7 @@ pub(crate) fn decode_chunks(
     level: Level,
     tensor: &CodedTensor,
     chunks: Range<usize>,
-    buffers: &mut tiered::Buffers,
+    buffers: &mut PairBuffers,
     out: &mut [u8],
     far: &mut Vec<FarAt>,
 ) -> Result<(), (usize, DecodeError)> {
@@ -100,6 +116,12 @@ pub(crate) fn decode_chunks(
     #[cfg(target_arch = "x86_64")]
     if let Some(kernel) = RansKernel::new(level, tensor.table()) {
         if streams::decode(kernel.get(), tensor, chunks.clone(), out, far) {
+            return Ok(());
+        }
+        far.clear();
+    }
+    if let Some(pairs) = rans_pairs::Chunks::new(level, tensor) {
+        if pairs.decode(chunks.clone(), buffers, out, far) {
             return Ok(());
         }
         far.clear();
@@ -173,14 +195,7 @@ pub(crate) fn count_zeros(escapes: &[u8]) -> usize {
 
 /// Decodes a chunk for which there is a kernel that takes one at a time. False if there is none, or it does not decode: `out` and
 /// `far` may then have changed.
-fn decode_fast(
-    level: Level,
-    tensor: &CodedTensor,
-    chunk: usize,
-    buffers: &mut tiered::Buffers,
-    out: &mut [u8],
-    far: &mut Vec<FarAt>,
-) -> bool {
+fn decode_fast(level: Level, tensor: &CodedTensor, chunk: usize, buffers: &mut PairBuffers, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     match tensor.table() {
         Table::Fixed(table) => decode_nibbles(level, table, tensor, chunk, out, far),
         Table::Tiered(_) => tiered::decode(level, tensor, chunk, buffers, out, far),

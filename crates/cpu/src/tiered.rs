@@ -29,13 +29,14 @@
 use std::ops::Range;
 
 use tersor_codec::pairs::LISTED_NIBBLE;
-use tersor_codec::tiered::{Chunk, TIERS_MAX, Table, Tier};
+use tersor_codec::tiered::{Chunk, Table, Tier};
 use tersor_codec::{PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 use crate::matmul::{SegmentScales, finish_rows};
+use crate::pairs::{Listed, PairBuffers, RawLines, put_listed, split};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
@@ -47,23 +48,20 @@ const EIGHT_PAIRS: usize = TILES * TILE_SYMBOLS;
 /// the processor's own prefetcher stops at the end of a page.
 const PREFETCH_BYTES: usize = 4096;
 
-/// Pair bytes of all tiers but the first for the product; the bulk decoder uses the last for the first tier's.
-#[derive(Default)]
-pub(crate) struct Buffers([AlignedBytes; TIERS_MAX]);
-
 /// Decodes a chunk. False if it is of another codec, or does not decode: `out` and `far` may then
 /// have changed.
 pub(crate) fn decode(
     level: Level,
     tensor: &CodedTensor,
     chunk: usize,
-    buffers: &mut Buffers,
+    buffers: &mut PairBuffers,
     out: &mut [u8],
     far: &mut Vec<FarAt>,
 ) -> bool {
     let Some((table, parts)) = parse(tensor, chunk) else {
         return false;
     };
+    // Pair bytes of all tiers but the first, and of the first.
     let [behind @ .., pairs] = &mut buffers.0;
     let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
         return false;
@@ -80,14 +78,11 @@ pub(crate) fn decode(
             pairs
         }
     };
-    if !split(level, table.base(), pairs, out.as_chunks_mut().0) {
+    if !split(level, table.base(), RawLines::NONE, pairs, out.as_chunks_mut().0) {
         return false;
     }
-    for (position, byte) in parts.listed.iter() {
-        if out[position] != table.base() + LISTED_NIBBLE {
-            return false;
-        }
-        out[position] = byte;
+    if !put_listed(parts.listed.iter(), table.base() + LISTED_NIBBLE, out) {
+        return false;
     }
     let known = far.len();
     let valid = take_far(tensor, chunk, parts.far, parts.listed.bytes(), out, far);
@@ -105,7 +100,7 @@ pub(crate) fn dot(
     level: Level,
     tensor: &CodedTensor,
     chunks: Range<usize>,
-    buffers: &mut Buffers,
+    buffers: &mut PairBuffers,
     scales: &KernelScales,
     x: &Activations,
     sums: &mut [[f32; TILE_ROWS]],
@@ -293,24 +288,6 @@ fn expand_bits<I: Isa, const B: usize>(
 }
 
 per_isa! {
-    /// Symbol bytes of tiles of pairs, two tiles of each, of the last perhaps one. False if that one's
-    /// partners are not 0.
-    fn split(isa; base: u8, pairs: &[TileBytes], out: &mut [TileBytes]) -> bool {
-        let base = isa.splat(base);
-        for (pairs, out) in pairs.iter().zip(out.chunks_mut(2)) {
-            let tile = isa.load(pairs);
-            isa.store(isa.low(tile, base), &mut out[0]);
-            match out.get_mut(1) {
-                Some(out) => isa.store(isa.high(tile, base), out),
-                None if pairs.iter().any(|pair| pair >> 4 != 0) => return false,
-                None => {}
-            }
-        }
-        true
-    }
-}
-
-per_isa! {
     /// The product of a chunk's row tiles, of which `first` is the first. `escaped` as for [`expand`].
     /// False if escaped pairs are left or missing.
     fn dot_lines(
@@ -355,7 +332,7 @@ fn dot_bits<I: Isa, const B: usize>(
     let (xscales, xsums) = (x.scales(0), x.sums(0));
     let lines: &[TileBytes] = if bytes { parts.escapes } else { parts.tiers[0].1 }.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
-    let mut listed = Listed::new(parts.listed.iter(), base);
+    let mut listed = Listed::new(parts.listed.iter(), table.base() + LISTED_NIBBLE);
     let mut pairs = [[0; TILE_SYMBOLS]; TILES];
     for (i, acc) in sums.iter_mut().enumerate() {
         let tile_scales = scales.tile(first + i);
@@ -376,7 +353,7 @@ fn dot_bits<I: Isa, const B: usize>(
                 }
                 listed.add(&pairs, q, &mut beside);
             }
-            let mut isum = isa.finish_nibbles(low, high);
+            let mut isum = isa.finish(isa.join_nibbles(low, high), 0);
             for (sum, beside) in isum.iter_mut().zip(beside) {
                 *sum += base * xsums[segment] + beside;
             }
@@ -384,40 +361,5 @@ fn dot_bits<I: Isa, const B: usize>(
         }
         finish_rows(tile_scales, acc);
     }
-    (bytes || escaped.used_up()) && listed.valid
-}
-
-/// The listed symbols of a chunk on their way through its product.
-struct Listed<L> {
-    rest: L,
-    next: Option<(usize, u8)>,
-    /// Symbols before the eight tiles of pairs at hand.
-    start: usize,
-    /// The symbol that their nibble stands for.
-    coded: i32,
-    /// Whether all had that nibble.
-    valid: bool,
-}
-
-impl<L: Iterator<Item = (usize, u8)>> Listed<L> {
-    fn new(mut rest: L, base: i32) -> Listed<L> {
-        let next = rest.next();
-        Listed { rest, next, start: 0, coded: base + i32::from(LISTED_NIBBLE), valid: true }
-    }
-
-    /// Adds what the listed symbols of eight tiles of pairs are more than their nibbles. `q`: of their sixteen steps.
-    #[inline(always)]
-    fn add(&mut self, pairs: &[TileBytes; TILES], q: &[[i8; TILE_COLS]; 2 * TILES], sums: &mut [i32; TILE_ROWS]) {
-        let end = self.start + 2 * EIGHT_PAIRS;
-        while let Some((position, byte)) = self.next
-            && position < end
-        {
-            let (step, lane) = ((position - self.start) / TILE_SYMBOLS, position % TILE_SYMBOLS);
-            self.valid &= pairs[step / 2][lane] >> (4 * (step % 2)) & 15 == LISTED_NIBBLE;
-            let more = i32::from(byte) - i32::from(SYMBOL_BIAS) - self.coded;
-            sums[lane / TILE_COLS] += more * i32::from(q[step][lane % TILE_COLS]);
-            self.next = self.rest.next();
-        }
-        self.start = end;
-    }
+    (bytes || escaped.used_up()) && listed.valid()
 }

@@ -72,6 +72,12 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn add_bytes(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_add_epi8(a[i], b[i])) }
+    }
+
+    #[inline(always)]
     fn select_bits(self, mask: [__m256i; 2], a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: registers only.
         unsafe { halves!(|i| _mm256_or_si256(_mm256_and_si256(mask[i], a[i]), _mm256_andnot_si256(mask[i], b[i]))) }
@@ -177,6 +183,12 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn zero_nibbles(self, line: [__m256i; 2]) -> [u64; 2] {
+        let (low, high) = (self.low(line, self.splat(0)), self.high(line, self.splat(0)));
+        [self.narrow(low, self.splat(0), self.splat(1)).1, self.narrow(high, self.splat(0), self.splat(1)).1]
+    }
+
+    #[inline(always)]
     unsafe fn compress(self, tile: [__m256i; 2], mut mask: u64, mut out: *mut u8) {
         if mask == 0 {
             return;
@@ -235,8 +247,8 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn finish_nibbles(self, low: [__m256i; 2], high: [__m256i; 2]) -> [i32; TILE_ROWS] {
-        self.finish(self.add(low, high), 0)
+    fn join_nibbles(self, low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
+        self.add(low, high)
     }
 
     #[inline(always)]
@@ -254,6 +266,12 @@ impl Isa for Avx2 {
             _mm256_storeu_si256(out.as_mut_ptr().add(8).cast(), sums[1]);
         }
         out
+    }
+
+    #[inline(always)]
+    fn finish_floats(self, sums: [__m256i; 2], _q_sum: i32, more: i32) -> [__m256; 2] {
+        // SAFETY: registers only.
+        unsafe { halves!(|i| _mm256_cvtepi32_ps(_mm256_add_epi32(sums[i], _mm256_set1_epi32(more)))) }
     }
 
     #[inline(always)]

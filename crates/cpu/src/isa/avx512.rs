@@ -50,6 +50,12 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn add_bytes(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_epi8(a, b) }
+    }
+
+    #[inline(always)]
     fn select_bits(self, mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: registers only. 0xca is `mask ? a : b` by bit.
         unsafe { _mm512_ternarylogic_epi32::<0xca>(mask, a, b) }
@@ -106,10 +112,10 @@ impl Isa for Avx512 {
         // SAFETY: registers only.
         unsafe {
             let field = _mm512_sub_epi8(tile, bias);
-            let above = _mm512_cmpgt_epu8_mask(field, _mm512_set1_epi8(15));
-            let below = _mm512_cmplt_epu8_mask(field, lowest);
-            let wide = above | below;
-            (_mm512_maskz_mov_epi8(!wide, field), wide)
+            // Below the lowest the difference wraps around: one comparison for both ends.
+            let above = _mm512_sub_epi8(field, lowest);
+            let fits = _mm512_cmple_epu8_mask(above, _mm512_sub_epi8(_mm512_set1_epi8(15), lowest));
+            (_mm512_maskz_mov_epi8(fits, field), !fits)
         }
     }
 
@@ -120,11 +126,39 @@ impl Isa for Avx512 {
         unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<4>(high)) }
     }
 
+    /// The raw bits come out of the line by a product of bit matrices, shifted and masked at once.
+    #[inline(always)]
+    fn symbols<const R: u32>(self, pairs: __m512i, line: __m512i, turn: usize) -> (__m512i, __m512i) {
+        let [first, second] = RAW_BITS[R as usize][turn];
+        // SAFETY: registers only. Bits that a shift moves into another byte are not selected.
+        unsafe {
+            let field = _mm512_set1_epi8(15 << R);
+            let low = _mm512_sll_epi16(pairs, _mm_cvtsi32_si128(R as i32));
+            let high = _mm512_srl_epi16(pairs, _mm_cvtsi32_si128(4 - R as i32));
+            let first = _mm512_gf2p8affine_epi64_epi8::<0>(line, _mm512_set1_epi64(first as i64));
+            let second = _mm512_gf2p8affine_epi64_epi8::<0>(line, _mm512_set1_epi64(second as i64));
+            (self.select_bits(field, low, first), self.select_bits(field, high, second))
+        }
+    }
+
+    #[inline(always)]
+    fn zero_nibbles(self, line: __m512i) -> [u64; 2] {
+        // SAFETY: registers only.
+        unsafe { [_mm512_testn_epi8_mask(line, _mm512_set1_epi8(15)), _mm512_testn_epi8_mask(line, _mm512_set1_epi8(-16))] }
+    }
+
     #[inline(always)]
     unsafe fn compress(self, tile: __m512i, mask: u64, out: *mut u8) {
-        // Compressed in a register and stored whole: a compress into memory, and a masked store,
-        // are microcode on some cores. SAFETY: 64 writable bytes.
-        unsafe { _mm512_storeu_si512(out.cast(), _mm512_maskz_compress_epi8(mask, tile)) }
+        // Compressed in a register and stored whole: a compress into memory, and a masked store, are microcode
+        // on some cores. The rule is a few bytes, and 64 that begin anywhere mostly lie across two cache lines,
+        // which costs Zen 4 many cycles. SAFETY: 64 writable bytes.
+        unsafe {
+            let bytes = _mm512_maskz_compress_epi8(mask, tile);
+            _mm_storeu_si128(out.cast(), _mm512_castsi512_si128(bytes));
+            if mask.count_ones() > 16 {
+                _mm512_storeu_si512(out.cast(), bytes);
+            }
+        }
     }
 
     #[inline(always)]
@@ -156,9 +190,9 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn finish_nibbles(self, low: __m512i, high: __m512i) -> [i32; TILE_ROWS] {
+    fn join_nibbles(self, low: __m512i, high: __m512i) -> __m512i {
         // SAFETY: registers only.
-        self.finish(unsafe { _mm512_add_epi32(low, _mm512_srai_epi32::<4>(high)) }, 0)
+        unsafe { _mm512_add_epi32(low, _mm512_srai_epi32::<4>(high)) }
     }
 
     #[inline(always)]
@@ -173,6 +207,12 @@ impl Isa for Avx512 {
         // SAFETY: 64 writable bytes.
         unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_sub_epi32(sums, _mm512_set1_epi32(128 * q_sum))) }
         out
+    }
+
+    #[inline(always)]
+    fn finish_floats(self, sums: __m512i, q_sum: i32, more: i32) -> __m512 {
+        // SAFETY: registers only.
+        unsafe { _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_set1_epi32(more - 128 * q_sum))) }
     }
 
     #[inline(always)]
@@ -217,3 +257,20 @@ impl Isa for Avx512 {
         unsafe { fold_8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))) }
     }
 }
+
+/// By number of raw bits and turn: the matrices that take the raw bits of either symbol out of a byte of
+/// a line. Row `7 - i` of a matrix has the bit of the byte that becomes bit `i`.
+static RAW_BITS: [[[u64; 2]; 4]; 3] = {
+    let mut matrices = [[[0; 2]; 4]; 3];
+    let mut bits = 1;
+    while bits < 3 {
+        let mut taken = 0;
+        while taken < 8 {
+            let (symbol, i) = (taken / bits, taken % bits);
+            matrices[bits][symbol / 2][symbol % 2] |= 1 << taken << (8 * (7 - i));
+            taken += 1;
+        }
+        bits += 1;
+    }
+    matrices
+};

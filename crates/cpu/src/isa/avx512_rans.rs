@@ -12,7 +12,7 @@
 //! Needs: VBMI for the permutes, VBMI2 for the expands, VNNI for the dot. Frequencies below 256,
 //! far symbols only where tiles are stored, 64 readable bytes behind each chunk.
 //!
-//! Cost: about 30 instructions for 64 symbols, but one step of a stream waits some 40 cycles for
+//! Cost: about 28 instructions for 64 symbols, but one step of a stream waits some 40 cycles for
 //! the one before. Four streams side by side hide that.
 //!
 //! Measured (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
@@ -23,12 +23,11 @@
 //! eight streams (27, in bulk 30: the sums no longer fit the registers), and words by unpacking and
 //! packing instead of shifts (26).
 //!
-//! On Zen 4, where a 512-bit operation takes two passes, 13.1 in cache with 128 slots and 13.9 with 64: some 17
-//! cycles a tile, near the 27 operations times two on four pipes. Tried there: the product as `freq *
-//! high` of bytes alone (`vpmullw`, and `vpmulhuw` for odd lanes, so that no shift splits the state),
-//! the low byte's part by masked additions, and packing by two `vpermt2b`: 23 operations, yet 13.5
-//! with 128 slots and only 10.7 with 64, for each mask costs more than the shift it replaces. A codec
-//! with fewer operations by design is `tiered`.
+//! On Zen 4, where a 512-bit operation takes two passes, 14.5, 13.7 and 10.9 G weights/s fused from the cache with 64, 128 and
+//! 256 slots: some 17 cycles a tile. Tried there: the product as `freq * high` of bytes alone (`vpmullw`, and `vpmulhuw` for odd
+//! lanes, so that no shift splits the state), and the low byte's part by masked additions: two operations fewer, yet no faster with
+//! 128 slots and a quarter slower with 64, for each mask costs more than the shift it replaces. Codecs with fewer operations by
+//! design are `tiered` and `rans-pairs`.
 
 use std::arch::x86_64::*;
 
@@ -74,6 +73,7 @@ struct Streams<const P: u32, const N: usize> {
     freq: [__m512i; 4],
     offset: [__m512i; 4],
     symbol: [__m512i; 4],
+    bytes: [__m512i; 2],
     low: [__m512i; N],
     high: [__m512i; N],
     words: Cursors<N>,
@@ -113,6 +113,10 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
                 freq: load(&tables.freq),
                 offset: load(&tables.offset),
                 symbol: load(&tables.symbol),
+                bytes: [
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
+                ],
                 low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
                 high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
                 words: Cursors::words(streams),
@@ -143,8 +147,8 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
                 _mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<P>(x_odd)),
                 _mm512_srli_epi16::<8>(offset),
             );
-            let y_low = _mm512_ternarylogic_epi32::<0xca>(even, y_even, _mm512_slli_epi16::<8>(y_odd));
-            let y_high = _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(y_even), y_odd);
+            let y_low = _mm512_permutex2var_epi8(y_even, self.bytes[0], y_odd);
+            let y_high = _mm512_permutex2var_epi8(y_even, self.bytes[1], y_odd);
             // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
             let hungry = _mm512_testn_epi8_mask(y_high, y_high);
             let words = _mm512_loadu_si512(self.words.readable(i).cast());

@@ -8,11 +8,15 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2_rans;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2_rans_pairs;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_block_ans;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512_rans_pairs;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512_rans_precise;
 #[cfg(target_arch = "x86_64")]
@@ -52,6 +56,8 @@ pub(crate) trait Isa: Copy {
     fn high(self, line: Self::Tile, bias: Self::Tile) -> Self::Tile;
     /// Each byte shifted right by `bits`; the highest `bits` bits of each are then anything.
     fn shift_right(self, tile: Self::Tile, bits: u32) -> Self::Tile;
+    /// By byte, the sum without its carry.
+    fn add_bytes(self, a: Self::Tile, b: Self::Tile) -> Self::Tile;
     /// The bits of `a` where `mask` has ones, those of `b` elsewhere.
     fn select_bits(self, mask: Self::Tile, a: Self::Tile, b: Self::Tile) -> Self::Tile;
     /// A table of 64 bytes, as [`Isa::lookup`] wants it.
@@ -81,6 +87,19 @@ pub(crate) trait Isa: Copy {
     fn narrow(self, tile: Self::Tile, bias: Self::Tile, lowest: Self::Tile) -> (Self::Tile, u64);
     /// `low | high << 4`, of fields.
     fn pair(self, low: Self::Tile, high: Self::Tile) -> Self::Tile;
+    /// The symbols of pairs of nibbles, low and high, with `R` raw bits below each: bits `2 * R * turn`
+    /// and up of `line`, first those of the low nibble.
+    #[inline(always)]
+    fn symbols<const R: u32>(self, pairs: Self::Tile, line: Self::Tile, turn: usize) -> (Self::Tile, Self::Tile) {
+        let (field, bits, zero) = (self.splat(15 << R), self.splat((1 << R) - 1), self.splat(0));
+        let raw = self.shift_right(line, 2 * R * turn as u32);
+        let low = self.shift_right(self.pair(zero, pairs), 4 - R);
+        let high = self.shift_right(pairs, 4 - R);
+        let (first, second) = (self.select_bits(bits, raw, zero), self.select_bits(bits, self.shift_right(raw, R), zero));
+        (self.select_bits(field, low, first), self.select_bits(field, high, second))
+    }
+    /// The lanes whose low nibble is 0, and those whose high nibble is.
+    fn zero_nibbles(self, line: Self::Tile) -> [u64; 2];
     /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order, and anything
     /// to the bytes behind them.
     ///
@@ -94,13 +113,16 @@ pub(crate) trait Isa: Copy {
     fn dot_low(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
     /// Adds each row's four products of high nibbles with `q`, to sums of their own.
     fn dot_high(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
-    /// The rows' sums of `nibble * q`, of both.
-    fn finish_nibbles(self, low: Self::Sums, high: Self::Sums) -> [i32; TILE_ROWS];
+    /// The sums of both, as of one product: what is left for [`Isa::finish`] is a `q_sum` of 0.
+    fn join_nibbles(self, low: Self::Sums, high: Self::Sums) -> Self::Sums;
     /// Sums of two halves of a segment.
     fn add(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// The rows' sums of `symbol * q`, where `symbol = byte - 128`; `q_sum` is the sum of all `q`
     /// that went in.
     fn finish(self, sums: Self::Sums, q_sum: i32) -> [i32; TILE_ROWS];
+    /// As [`Isa::finish`], with `more` added to every row, each rounded to the nearest float. They stay in registers: a
+    /// store of sums that a wider load follows keeps all that comes behind it waiting.
+    fn finish_floats(self, sums: Self::Sums, q_sum: i32, more: i32) -> Self::Floats;
 
     fn floats(self, x: &[f32; LANES]) -> Self::Floats;
     fn store_floats(self, x: Self::Floats, out: &mut [f32; LANES]);

@@ -45,6 +45,11 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn add_bytes(self, a: TileBytes, b: TileBytes) -> TileBytes {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
     fn select_bits(self, mask: TileBytes, a: TileBytes, b: TileBytes) -> TileBytes {
         std::array::from_fn(|i| a[i] & mask[i] | b[i] & !mask[i])
     }
@@ -125,6 +130,11 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
+    fn zero_nibbles(self, line: TileBytes) -> [u64; 2] {
+        [15, 15 << 4].map(|nibble| (0..TILE_SYMBOLS).filter(|i| line[*i] & nibble == 0).fold(0, |mask, i| mask | 1 << i))
+    }
+
+    #[inline(always)]
     unsafe fn compress(self, tile: TileBytes, mut mask: u64, mut out: *mut u8) {
         while mask != 0 {
             // SAFETY: a 64-bit mask has at most 64 ones.
@@ -167,7 +177,7 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn finish_nibbles(self, low: [i32; TILE_ROWS], high: [i32; TILE_ROWS]) -> [i32; TILE_ROWS] {
+    fn join_nibbles(self, low: [i32; TILE_ROWS], high: [i32; TILE_ROWS]) -> [i32; TILE_ROWS] {
         self.add(low, high)
     }
 
@@ -179,6 +189,11 @@ impl Isa for Scalar {
     #[inline(always)]
     fn finish(self, sums: [i32; TILE_ROWS], _q_sum: i32) -> [i32; TILE_ROWS] {
         sums
+    }
+
+    #[inline(always)]
+    fn finish_floats(self, sums: [i32; TILE_ROWS], _q_sum: i32, more: i32) -> [f32; LANES] {
+        sums.map(|sum| (sum + more) as f32)
     }
 
     #[inline(always)]

@@ -17,7 +17,7 @@ use tersor_format::CodedTensor;
 use super::{Isa, TileBytes};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::scales::TileScales;
-use crate::source::{FarAt, count_zeros, take_far, with_padding};
+use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
 use crate::{Activations, KernelScales, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// How far ahead of the words the memory is told what comes: some 50 steps. The processor's own
@@ -55,12 +55,22 @@ pub(super) struct Cursors<const N: usize> {
 }
 
 impl<const N: usize> Cursors<N> {
+    /// `parts`: with 64 readable bytes behind each, for as long as the cursors are used.
+    pub(super) fn new(parts: [&Range<*const u8>; N]) -> Cursors<N> {
+        Cursors { next: parts.map(|part| part.start), end: parts.map(|part| part.end) }
+    }
+
     pub(super) fn words(streams: &[Stream<'_>; N]) -> Cursors<N> {
-        Cursors { next: std::array::from_fn(|i| streams[i].words.start), end: std::array::from_fn(|i| streams[i].words.end) }
+        Cursors::new(streams.each_ref().map(|stream| &stream.words))
     }
 
     pub(super) fn escapes(streams: &[Stream<'_>; N]) -> Cursors<N> {
-        Cursors { next: std::array::from_fn(|i| streams[i].escapes.start), end: std::array::from_fn(|i| streams[i].escapes.end) }
+        Cursors::new(streams.each_ref().map(|stream| &stream.escapes))
+    }
+
+    /// What is left of part `i`; it begins behind its end if too much was taken.
+    pub(super) fn rest(&self, i: usize) -> Range<*const u8> {
+        self.next[i]..self.end[i]
     }
 
     /// Where 64 bytes are readable: the next byte, or the end if that is behind us.
@@ -140,20 +150,11 @@ pub(crate) trait Kernel {
     fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool;
 }
 
-/// Chunks in groups that decode side by side: equal sizes, so all but a shorter last one.
+/// Chunks in groups that decode side by side.
 fn groups<'a>(kernel: &dyn Kernel, tensor: &'a CodedTensor, chunks: Range<usize>) -> impl Iterator<Item = Group<'a>> + use<'a> {
-    let (params, width) = (kernel.params(), kernel.width());
-    let equal = match chunks.clone().next_back() {
-        Some(last) if tensor.chunk_symbols(last) != tensor.chunk_symbols(chunks.start) => last,
-        _ => chunks.end,
-    };
-    let mut first = chunks.start;
-    std::iter::from_fn(move || {
-        let end = if first < equal { equal.min(first + width) } else { chunks.end };
-        let group = Group { params, tensor, first, chunks: end - first };
-        first = end;
-        (group.chunks > 0).then_some(group)
-    })
+    let params = kernel.params();
+    let groups = equal_chunks(tensor, chunks, kernel.width());
+    groups.map(move |group| Group { params, tensor, first: group.start, chunks: group.len() })
 }
 
 /// Decodes consecutive chunks to symbol bytes, one behind the other, and adds their
@@ -202,6 +203,8 @@ macro_rules! each_chunk {
         })*
     };
 }
+
+pub(super) use each_chunk;
 
 /// The sink that stores.
 ///
@@ -278,8 +281,8 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
                     });
                 }
                 for i in 0..N {
-                    let isum = isa.finish(dots[i], xsums[segment]);
-                    SegmentScales::of(tile_scales[i], segment).add(isa, &mut acc[i], &isum, xscales[segment], xsums[segment]);
+                    let sums = isa.finish_floats(dots[i], xsums[segment], 0);
+                    SegmentScales::of(tile_scales[i], segment).add_floats(isa, &mut acc[i], sums, xscales[segment], xsums[segment]);
                 }
             }
             for i in 0..N {

@@ -38,6 +38,7 @@ pub fn codecs() -> Vec<Codec> {
         Codec::Huffman(huffman::Params { code_bits_max: 12, lanes: 4 }),
         Codec::BlockAns(block_ans::Params::DEFAULT),
         Codec::Tiered,
+        Codec::RansPairs,
         blocks(6, 64),
         blocks(7, 128),
         blocks(8, 100),

@@ -1,0 +1,901 @@
+//! Chunks of the codec `rans-pairs`: what the kernels of all levels share.
+//!
+//! A kernel (`isa/avx512_rans_pairs.rs`, `isa/avx2_rans_pairs.rs`) takes up to four chunks of equal size at
+//! once, since one step of a chunk waits for the step before, and writes their next pair bytes, a tile of 64
+//! for each step. It knows nothing of symbols. Three sinks of [`Chunks`] take the tiles: `decode` makes
+//! symbol bytes of them, `dot` multiplies them with one token's activations, and for `decode_lines` they are what is
+//! wanted, the lines of the decoded form, where window and form agree.
+//!
+//! The first two take up to [`BLOCK`] tiles of each chunk at a time, which the L2 cache holds. Multiplying
+//! each tile at once would save its store and load, but the sums and the tables together do not fit the
+//! registers.
+//!
+//! Needs: columns in whole pairs of column steps, and segments too, for products and lines; products of chunks with
+//! far symbols, and whatever is corrupt, are left to the codec's decoder. Figures are with the kernels.
+//!
+//! Reads are optimistic, as in `isa/streams.rs`: what is stored or summed is nonsense if in the end the
+//! streams are not where they must be, and then it is thrown away.
+
+use std::iter::Peekable;
+use std::ops::Range;
+
+use tersor_codec::pairs::{LISTED_NIBBLE, Window};
+use tersor_codec::rans_pairs::{Chunk, Table};
+use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
+use tersor_format::CodedTensor;
+
+use crate::decoded::{narrow, narrow_row_tile};
+use crate::isa::{Isa, TileBytes, per_isa, prefetch};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{avx2_rans_pairs, avx512_rans_pairs};
+use crate::matmul::{SegmentScales, finish_rows};
+use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, nibble, put_listed, split};
+use crate::scales::TileScales;
+use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
+use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+
+/// Most chunks that a kernel takes at once.
+const WIDTH_MAX: usize = 4;
+/// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment;
+/// with a quarter of them the product takes 7 % longer.
+const BLOCK: usize = 256;
+/// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
+const PART: usize = 64;
+/// How far ahead of the lines of nibbles the memory is told what will be written.
+const LINES_AHEAD_BYTES: usize = 2048;
+/// Bytes at the beginning of a chunk, and of its words, that are fetched while the chunks before are decoded.
+const ANNOUNCED_BYTES: usize = 1024;
+/// Tiles of pairs that the buffer holds.
+const BUFFER: usize = WIDTH_MAX * BLOCK;
+
+/// A decoder of pair bytes at one level, with the tables of one tensor.
+pub(crate) trait Kernel {
+    /// Most chunks that it takes at once, at most [`WIDTH_MAX`].
+    fn width(&self) -> usize;
+    /// Decodes the next `steps` tiles of each of the streams. Tile `t` of stream `i` goes to
+    /// `out[i * stride + t]`, with those of `shift` added to its nibbles, modulo 16.
+    ///
+    /// # Panics
+    /// If there are no streams or more than the width, or `out` is too short.
+    fn decode(&self, streams: &mut [Stream<'_>], steps: usize, shift: u8, out: &mut [TileBytes], stride: usize);
+}
+
+/// One chunk on its way.
+#[derive(Clone)]
+pub(crate) struct Stream<'a> {
+    /// Low bytes of the states.
+    pub low: TileBytes,
+    /// High bytes of the states.
+    pub high: TileBytes,
+    /// The words that are left, as pointers into the chunk. As with the escapes the 64 bytes behind them
+    /// are readable for `'a`. If too many were taken the range begins behind its end.
+    pub words: Range<*const u8>,
+    pub escapes: Range<*const u8>,
+    /// The chunk's first byte.
+    start: *const u8,
+    chunk: Chunk<'a>,
+    raw: RawLines<'a>,
+}
+
+impl<'a> Stream<'a> {
+    /// `None` if the chunk is corrupt.
+    fn new(table: &Table, tensor: &'a CodedTensor, chunk: usize) -> Option<Stream<'a>> {
+        let padded = tensor.chunk_with_padding(chunk);
+        let bytes = &padded[..padded.len() - PADDING_BYTES];
+        let symbols = tensor.chunk_symbols(chunk);
+        let parts = Chunk::parse(table, symbols, bytes).ok()?;
+        let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
+        if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
+            return None;
+        }
+        // Pointers that reach beyond the part come from a slice that does.
+        let range = |part: &[u8]| {
+            let wide = with_padding(padded, part);
+            wide.as_ptr()..wide[part.len()..].as_ptr()
+        };
+        let (low, high) = parts.states.split_at(TILE_SYMBOLS);
+        Some(Stream {
+            low: low.try_into().ok()?,
+            high: high.try_into().ok()?,
+            words: range(parts.words),
+            escapes: range(parts.escapes),
+            start: bytes.as_ptr(),
+            chunk: parts,
+            raw,
+        })
+    }
+
+    /// Whether the chunk ended as its encoder began.
+    fn at_end(&self) -> bool {
+        self.low == [0; TILE_SYMBOLS]
+            && self.high == [1; TILE_SYMBOLS]
+            && [&self.words, &self.escapes].iter().all(|rest| rest.start == rest.end)
+    }
+}
+
+/// The kernel of a level.
+#[allow(clippy::large_enum_variant)] // One lives on the stack while chunks are decoded; a box would allocate in every task.
+enum LevelKernel<'a> {
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2_rans_pairs::Tables),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512_rans_pairs::Tables<'a>),
+    /// Never made.
+    #[allow(dead_code)]
+    None(std::marker::PhantomData<&'a Table>, std::convert::Infallible),
+}
+
+impl<'a> LevelKernel<'a> {
+    fn new(level: Level, table: &'a Table) -> Option<LevelKernel<'a>> {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(token) => Some(LevelKernel::Avx2(avx2_rans_pairs::Tables::new(token, table.slots()))),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(token) => Some(LevelKernel::Avx512(avx512_rans_pairs::Tables::new(token, table.slots()))),
+            Level::Scalar => None,
+        }
+    }
+
+    fn get(&self) -> &dyn Kernel {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            LevelKernel::Avx2(tables) => tables,
+            #[cfg(target_arch = "x86_64")]
+            LevelKernel::Avx512(tables) => tables,
+            LevelKernel::None(_, never) => match *never {},
+        }
+    }
+}
+
+/// The chunks of one tensor, at a level with a kernel.
+pub(crate) struct Chunks<'a> {
+    level: Level,
+    kernel: LevelKernel<'a>,
+    table: &'a Table,
+    window: Window,
+    tensor: &'a CodedTensor,
+}
+
+impl<'a> Chunks<'a> {
+    /// `None` if the codec is another one, or there is no kernel for the level.
+    pub(crate) fn new(level: Level, tensor: &'a CodedTensor) -> Option<Chunks<'a>> {
+        let AnyTable::RansPairs(table) = tensor.table() else {
+            return None;
+        };
+        Some(Chunks { level, kernel: LevelKernel::new(level, table)?, table, window: table.window(), tensor })
+    }
+
+    /// The streams of at least one and at most [`WIDTH_MAX`] chunks, and copies of the last of them; `None`
+    /// if one is corrupt.
+    fn streams(&self, chunks: &Range<usize>) -> Option<[Stream<'a>; WIDTH_MAX]> {
+        let last = Stream::new(self.table, self.tensor, chunks.end - 1)?;
+        let mut streams = [const { None }; WIDTH_MAX];
+        for (stream, chunk) in streams.iter_mut().zip(chunks.start..chunks.end - 1) {
+            *stream = Some(Stream::new(self.table, self.tensor, chunk)?);
+        }
+        let streams = streams.map(|stream| stream.unwrap_or_else(|| last.clone()));
+        self.announce(&streams[..chunks.len()], chunks.end);
+        Some(streams)
+    }
+
+    /// Tells the memory that the chunks from `next` on will be wanted: their beginnings, for what follows is read in
+    /// order, and where the words must begin about, if they are like these. Else all of them stall at once.
+    fn announce(&self, streams: &[Stream<'_>], next: usize) {
+        for (stream, chunk) in streams.iter().zip(next..self.tensor.chunk_count()) {
+            let start = self.tensor.chunk(chunk).as_ptr();
+            let words = stream.words.start.addr() - stream.start.addr();
+            for offset in (0..ANNOUNCED_BYTES).chain(words..words + ANNOUNCED_BYTES).step_by(64) {
+                prefetch(start.wrapping_add(offset));
+            }
+        }
+    }
+
+    fn groups(&self, chunks: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'a> {
+        equal_chunks(self.tensor, chunks, self.kernel.get().width())
+    }
+
+    /// Decodes consecutive chunks to symbol bytes, one behind the other, and adds their far symbols to
+    /// `far`.
+    ///
+    /// False if a chunk is corrupt: `out` and `far` are then of no use.
+    pub(crate) fn decode(&self, chunks: Range<usize>, buffers: &mut PairBuffers, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
+        let buffer = &mut buffers.0[0];
+        buffer.ensure(BUFFER * TILE_SYMBOLS);
+        let buffer = &mut buffer.as_chunks_mut().0[..BUFFER];
+        let mut rest = out;
+        self.groups(chunks).all(|group| {
+            let symbols = self.tensor.chunk_symbols(group.start);
+            let (out, after) = std::mem::take(&mut rest).split_at_mut(group.len() * symbols);
+            rest = after;
+            self.streams(&group).is_some_and(|mut streams| {
+                let streams = &mut streams[..group.len()];
+                self.store(streams, buffer, out.as_chunks_mut().0)
+                    && group.zip(streams).zip(out.chunks_exact_mut(symbols)).all(|((chunk, stream), out)| {
+                        put_listed(stream.chunk.listed.iter(), self.window.listed_byte(), out)
+                            && take_far(self.tensor, chunk, stream.chunk.far, stream.chunk.listed.bytes(), out, far)
+                    })
+            })
+        })
+    }
+
+    /// Symbol bytes of the streams, one behind the other, but for the listed symbols.
+    fn store(&self, streams: &mut [Stream<'_>], buffer: &mut [TileBytes], out: &mut [TileBytes]) -> bool {
+        let tiles = out.len() / streams.len();
+        let steps = tiles.div_ceil(2);
+        for start in (0..steps).step_by(BLOCK) {
+            let end = steps.min(start + BLOCK);
+            self.kernel.get().decode(streams, end - start, 0, buffer, BLOCK);
+            for ((stream, pairs), out) in streams.iter().zip(buffer.chunks(BLOCK)).zip(out.chunks_mut(tiles)) {
+                let out = &mut out[2 * start..tiles.min(2 * end)];
+                if !split(self.level, self.window.base(), stream.raw.skip(start), &pairs[..end - start], out) {
+                    return false;
+                }
+            }
+        }
+        streams.iter().all(Stream::at_end)
+    }
+
+    /// Decodes consecutive chunks to lines of nibbles, `symbol byte = nibble + bias`. With `escapes` nibble 0 is an
+    /// escape. As in the decoded form the escaped symbol bytes of a row tile follow each other in `escaped`, from its
+    /// offset on; far symbols are added to `far`.
+    ///
+    /// `lines`: (row tiles, lines); `offsets`: (row tiles); `escaped`: 64 bytes more than there are symbols. Returns
+    /// how many escaped bytes there are. `None` if the columns do not suit, a chunk is corrupt, or a symbol has no
+    /// nibble and there are no escapes: all is then of no use.
+    #[allow(clippy::too_many_arguments)] // The parts of the decoded form.
+    pub(crate) fn decode_lines(
+        &self,
+        chunks: Range<usize>,
+        buffers: &mut PairBuffers,
+        bias: u8,
+        escapes: bool,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        escaped: &mut [u8],
+        far: &mut Vec<FarAt>,
+    ) -> Option<usize> {
+        let nibbles = Nibbles { shift: i16::from(self.window.base()) - i16::from(bias), bias, escapes };
+        // Row tiles may not begin within a pair.
+        if !self.tensor.col_steps().is_multiple_of(2) {
+            return None;
+        }
+        // Pair bytes are lines but for a constant; with escapes if the window is -8..=7 or -7..=8, one symbol more
+        // than has a nibble.
+        let straight = self.window.raw_bits() == 0 && (!escapes || (0..=1).contains(&nibbles.shift));
+        let mut taken = 0;
+        let (mut lines, mut offsets) = (lines, offsets);
+        for group in self.groups(chunks) {
+            let row_tiles = self.tensor.chunk_row_tiles(group.start).len();
+            let steps = self.tensor.chunk_symbols(group.start) / (2 * TILE_SYMBOLS);
+            let mut streams = self.streams(&group)?;
+            let streams = &mut streams[..group.len()];
+            let (own, rest) = lines.split_at_mut(group.len() * steps);
+            let (own_offsets, rest_offsets) = offsets.split_at_mut(group.len() * row_tiles);
+            (lines, offsets) = (rest, rest_offsets);
+            let escaped = &mut escaped[taken..];
+            let more = match straight {
+                true => self.store_lines(nibbles, streams, own, own_offsets, escaped),
+                false => self.narrow(nibbles, streams, buffers, own, own_offsets, escaped),
+            }?;
+            if !escapes && more > 0 {
+                return None;
+            }
+            for offset in own_offsets {
+                // At most 2^32 symbols, of which fewer are wide.
+                *offset += taken as u32;
+            }
+            taken += more;
+            for (chunk, stream) in group.zip(streams) {
+                let mut zeros = stream.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
+                let known = stream.chunk.far.iter().all(|f| zeros.next() == Some(f.position as usize));
+                if !known || zeros.next().is_some() || !stream.at_end() {
+                    return None;
+                }
+                let first = self.tensor.chunk_row_tiles(chunk).start;
+                far.extend(stream.chunk.far.iter().map(|f| FarAt::new(first, self.tensor.col_steps() * TILE_SYMBOLS, f)));
+            }
+        }
+        Some(taken)
+    }
+
+    /// As [`Chunks::decode_lines`], of streams whose pair bytes are lines, but for far symbols and the streams' ends.
+    fn store_lines(
+        &self,
+        nibbles: Nibbles,
+        streams: &mut [Stream<'_>],
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        escaped: &mut [u8],
+    ) -> Option<usize> {
+        let coded = self.table.entries().iter().map(|&(pair, _)| pair).filter(|pair| *pair != ESCAPE);
+        let clean = nibbles.clean(coded);
+        let (steps, row_tiles) = (lines.len() / streams.len(), offsets.len() / streams.len());
+        self.kernel.get().decode(streams, steps, nibbles.shift_byte(), lines, steps);
+        let mut taken = 0;
+        for ((stream, lines), offsets) in streams.iter().zip(lines.chunks_mut(steps)).zip(offsets.chunks_mut(row_tiles)) {
+            let scan = !(clean && nibbles.clean(stream.chunk.escapes.iter().copied()));
+            if scan && !nibbles.escapes {
+                return None;
+            }
+            let mut listed = stream.chunk.listed.iter().peekable();
+            for (row_tile, (lines, offset)) in lines.chunks_mut(steps / row_tiles).zip(offsets).enumerate() {
+                *offset = taken as u32;
+                if scan || listed.peek().is_some() {
+                    taken += nibbles.finish(self.level, row_tile, lines, &mut listed, scan, &mut escaped[taken..])?;
+                }
+            }
+        }
+        Some(taken)
+    }
+
+    /// As [`Chunks::store_lines`], of any streams.
+    fn narrow(
+        &self,
+        nibbles: Nibbles,
+        streams: &mut [Stream<'_>],
+        buffers: &mut PairBuffers,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        escaped: &mut [u8],
+    ) -> Option<usize> {
+        let [buffer, bytes, ..] = &mut buffers.0;
+        buffer.ensure(BUFFER * TILE_SYMBOLS);
+        bytes.ensure(2 * PART * TILE_SYMBOLS);
+        let (buffer, bytes) = (&mut buffer.as_chunks_mut().0[..BUFFER], &mut bytes[..2 * PART * TILE_SYMBOLS]);
+        let (steps, row_tiles) = (lines.len() / streams.len(), offsets.len() / streams.len());
+        let (row_tile_steps, symbols) = (steps / row_tiles, steps * 2 * TILE_SYMBOLS);
+        let mut listed: [_; WIDTH_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].chunk.listed.iter().peekable());
+        // Of each stream, which writes where there is room for all its symbols.
+        let mut taken = [0; WIDTH_MAX];
+        for start in (0..steps).step_by(BLOCK) {
+            let end = steps.min(start + BLOCK);
+            self.kernel.get().decode(streams, end - start, 0, buffer, BLOCK);
+            for (i, stream) in streams.iter().enumerate() {
+                let mut step = start;
+                while step < end {
+                    let next = end.min(step + PART).min((step / row_tile_steps + 1) * row_tile_steps);
+                    if step.is_multiple_of(row_tile_steps) {
+                        offsets[i * row_tiles + step / row_tile_steps] = taken[i] as u32;
+                    }
+                    let pairs = &buffer[i * BLOCK..][step - start..next - start];
+                    let raw = stream.raw.skip(step);
+                    let lines = &mut lines[i * steps..][step..next];
+                    let room = &mut escaped[i * symbols + taken[i]..];
+                    let end_position = 2 * next * TILE_SYMBOLS;
+                    if listed[i].peek().is_none_or(|(own, _)| *own >= end_position) {
+                        taken[i] += narrow_pairs(self.level, self.window.base(), nibbles, raw, pairs, lines, room);
+                    } else {
+                        let position = 2 * step * TILE_SYMBOLS;
+                        let bytes = &mut bytes[..end_position - position];
+                        split(self.level, self.window.base(), raw, pairs, bytes.as_chunks_mut().0);
+                        let own = std::iter::from_fn(|| listed[i].next_if(|(own, _)| *own < end_position));
+                        if !put_listed(own.map(|(own, byte)| (own - position, byte)), self.window.listed_byte(), bytes) {
+                            return None;
+                        }
+                        let lowest = u8::from(nibbles.escapes);
+                        taken[i] += narrow_row_tile(self.level, bytes.as_chunks().0, nibbles.bias, lowest, lines, room);
+                    }
+                    step = next;
+                }
+            }
+        }
+        let mut all = 0;
+        for (i, taken) in taken[..streams.len()].iter().enumerate() {
+            escaped.copy_within(i * symbols..i * symbols + taken, all);
+            for offset in &mut offsets[i * row_tiles..][..row_tiles] {
+                *offset += all as u32;
+            }
+            all += taken;
+        }
+        Some(all)
+    }
+
+    /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).
+    ///
+    /// False if a chunk is corrupt or has far symbols, or the shape does not suit: `sums` are then of no
+    /// use.
+    pub(crate) fn dot(
+        &self,
+        chunks: Range<usize>,
+        buffers: &mut PairBuffers,
+        scales: &KernelScales,
+        x: &Activations,
+        sums: &mut [[f32; TILE_ROWS]],
+    ) -> bool {
+        // Neither row tiles nor segments may begin within a pair.
+        if !self.tensor.col_steps().is_multiple_of(2) || !(x.segment() / TILE_COLS).is_multiple_of(2) {
+            return false;
+        }
+        let buffer = &mut buffers.0[0];
+        buffer.ensure(BUFFER * TILE_SYMBOLS);
+        let buffer = &mut buffer.as_chunks_mut().0[..BUFFER];
+        let mut rest = sums;
+        self.groups(chunks).all(|group| {
+            let row_tiles = self.tensor.chunk_row_tiles(group.start);
+            let (sums, after) = std::mem::take(&mut rest).split_at_mut(group.len() * row_tiles.len());
+            rest = after;
+            self.streams(&group).is_some_and(|mut streams| {
+                let streams = &mut streams[..group.len()];
+                streams.iter().all(|stream| stream.chunk.far.is_empty() && count_zeros(stream.chunk.listed.bytes()) == 0)
+                    && self.multiply(streams, buffer, row_tiles, scales, x, sums)
+            })
+        })
+    }
+
+    /// As [`Chunks::dot`], of streams whose first has the row tiles `row_tiles`.
+    fn multiply(
+        &self,
+        streams: &mut [Stream<'_>],
+        buffer: &mut [TileBytes],
+        row_tiles: Range<usize>,
+        scales: &KernelScales,
+        x: &Activations,
+        sums: &mut [[f32; TILE_ROWS]],
+    ) -> bool {
+        let mut listed: [_; WIDTH_MAX] =
+            std::array::from_fn(|i| Listed::new(streams[i.min(streams.len() - 1)].chunk.listed.iter(), self.window.listed_byte()));
+        sums.fill([0.0; TILE_ROWS]);
+        let mut step = 0;
+        let mut place = Place { row_tile: 0, segment: 0 };
+        while place.row_tile < row_tiles.len() {
+            let (start, mut steps) = (place, 0);
+            while place.row_tile < row_tiles.len() && steps + place.steps(x) <= BLOCK {
+                steps += place.steps(x);
+                place = place.next(x);
+            }
+            self.kernel.get().decode(streams, steps, 0, buffer, BLOCK);
+            let parts = streams.iter().zip(buffer.chunks(BLOCK)).zip(&mut listed).zip(sums.chunks_mut(row_tiles.len()));
+            for (i, (((stream, pairs), listed), sums)) in parts.enumerate() {
+                let first = row_tiles.start + i * row_tiles.len();
+                let raw = stream.raw.skip(step);
+                multiply_block(self.level, self.window.base(), raw, &pairs[..steps], listed, x, scales, first, start, sums);
+            }
+            step += steps;
+        }
+        streams.iter().all(Stream::at_end) && listed.iter().take(streams.len()).all(Listed::valid)
+    }
+}
+
+/// Lines of nibbles, as the decoded form has them.
+#[derive(Clone, Copy)]
+struct Nibbles {
+    /// What the nibble of a symbol is more than that of its pair byte.
+    shift: i16,
+    /// The symbol byte of nibble 0.
+    bias: u8,
+    /// Whether nibble 0 is an escape.
+    escapes: bool,
+}
+
+impl Nibbles {
+    /// What both nibbles of a line are more than those of the pair bytes, modulo 16.
+    fn shift_byte(self) -> u8 {
+        17 * (self.shift & 15) as u8
+    }
+
+    /// The symbol byte that nibble 0 escapes if it is not listed: the one symbol of the window that has no nibble.
+    fn escaped(self) -> u8 {
+        if self.shift == 0 { self.bias } else { self.bias + 16 }
+    }
+
+    /// Whether all symbols of these pairs have a nibble, and none an escape.
+    fn clean(self, pairs: impl Iterator<Item = u8>) -> bool {
+        let least = i16::from(self.escapes);
+        pairs
+            .map(i16::from)
+            .fold(true, |clean, pair| clean & [pair % 16, pair / 16].iter().all(|nibble| (least..16).contains(&(nibble + self.shift))))
+    }
+
+    /// The nibble of a symbol, if it has one that is not an escape.
+    fn of(self, byte: u8) -> Option<u8> {
+        let nibble = byte.wrapping_sub(self.bias);
+        (u8::from(self.escapes)..16).contains(&nibble).then_some(nibble)
+    }
+
+    /// Puts the listed symbols of the row tile `row_tile` of a chunk in their places, and the escaped bytes of the
+    /// row tile into `out`; returns how many they are. `scan`: whether there may be escapes that are not listed.
+    fn finish(
+        self,
+        level: Level,
+        row_tile: usize,
+        lines: &mut [TileBytes],
+        listed: &mut Peekable<impl Iterator<Item = (usize, u8)>>,
+        mut scan: bool,
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let symbols = 2 * TILE_SYMBOLS * lines.len();
+        let start = row_tile * symbols;
+        let mut wide = Vec::new();
+        while let Some((position, byte)) = listed.next_if(|(position, _)| *position < start + symbols) {
+            let position = position - start;
+            let (step, lane) = (position / TILE_SYMBOLS, position % TILE_SYMBOLS);
+            if i16::from(nibble(lines, step, lane)) != i16::from(LISTED_NIBBLE) + self.shift {
+                return None;
+            }
+            let own = self.of(byte);
+            if own.is_none() {
+                wide.push((position, byte));
+            }
+            let place = &mut lines[step / 2][lane];
+            *place = *place & (0xf0 >> (4 * (step % 2))) | own.unwrap_or(0) << (4 * (step % 2));
+        }
+        scan |= !wide.is_empty();
+        match (scan, self.escapes) {
+            (false, _) => Some(0),
+            (true, true) => Some(take_escapes(level, lines, self.escaped(), &wide, out)),
+            (true, false) => None,
+        }
+    }
+}
+
+per_isa! {
+    /// Lines of nibbles of tiles of pairs without listed symbols, and escaped bytes; returns how many of the latter.
+    /// `base`: the symbol byte of the window's first symbol; `escaped`: room for as many bytes as there are symbols,
+    /// and 64 more.
+    fn narrow_pairs(
+        isa;
+        base: u8,
+        nibbles: Nibbles,
+        raw: RawLines<'_>,
+        pairs: &[TileBytes],
+        lines: &mut [TileBytes],
+        escaped: &mut [u8],
+    ) -> usize {
+        by_raw_bits!(raw.bits(), narrow_raw(isa, base, nibbles, raw, pairs, lines, escaped))
+    }
+}
+
+#[inline(always)]
+fn narrow_raw<I: Isa, const R: u32>(
+    isa: I,
+    base: u8,
+    nibbles: Nibbles,
+    raw: RawLines<'_>,
+    pairs: &[TileBytes],
+    lines: &mut [TileBytes],
+    escaped: &mut [u8],
+) -> usize {
+    assert!(escaped.len() >= (2 * pairs.len() + 1) * TILE_SYMBOLS);
+    let form = [isa.splat(base), isa.splat(nibbles.bias), isa.splat(nibbles.escapes.into())];
+    let mut next = escaped.as_mut_ptr();
+    // As in the product, fours that begin with a raw line.
+    let (fours, rest) = if raw.starts_line() { pairs.as_chunks::<4>() } else { (&[][..], pairs) };
+    let (lines, last_lines) = lines.split_at_mut(4 * fours.len());
+    // SAFETY: at most 64 bytes a tile of symbols are written before the 64 of a line's, so that these are left, as
+    // just asserted.
+    unsafe {
+        for (i, (pairs, lines)) in fours.iter().zip(lines.as_chunks_mut::<4>().0).enumerate() {
+            let symbols = raw.symbols_of_four::<I, R>(isa, i, pairs);
+            for turn in 0..4 {
+                narrow_line(isa, form, symbols[turn], &mut lines[turn], &mut next);
+            }
+        }
+        let raw = raw.skip(4 * fours.len());
+        for (i, (pairs, line)) in rest.iter().zip(last_lines).enumerate() {
+            narrow_line(isa, form, raw.symbols::<I, R>(isa, i, isa.load(pairs)), line, &mut next);
+        }
+    }
+    next.addr() - escaped.as_ptr().addr()
+}
+
+/// One line of nibbles. `form`: the symbol byte of the window's first symbol, that of nibble 0, and the least nibble
+/// that is not an escape; `symbols`: counted from the window's first.
+///
+/// # Safety
+/// As [`narrow`], for both symbols.
+#[inline(always)]
+unsafe fn narrow_line<I: Isa>(isa: I, form: [I::Tile; 3], symbols: (I::Tile, I::Tile), line: &mut TileBytes, next: &mut *mut u8) {
+    let [base, bias, lowest] = form;
+    // The memory under the lines is read before they are written.
+    prefetch(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
+    // SAFETY: by the contract.
+    unsafe {
+        let low = narrow(isa, isa.add_bytes(symbols.0, base), bias, lowest, next);
+        let high = narrow(isa, isa.add_bytes(symbols.1, base), bias, lowest, next);
+        isa.store(isa.pair(low, high), line);
+    }
+}
+
+per_isa! {
+    /// The escaped bytes of a row tile; returns how many. `wide`: positions and bytes, ascending, of those that
+    /// are not `usual`.
+    fn take_escapes(isa; lines: &[TileBytes], usual: u8, wide: &[(usize, u8)], out: &mut [u8]) -> usize {
+        let (mut wide, mut taken) = (wide.iter().peekable(), 0);
+        for (i, line) in lines.iter().enumerate() {
+            let zeros = isa.zero_nibbles(isa.load(line));
+            if zeros == [0, 0] {
+                continue;
+            }
+            for (half, mut lanes) in zeros.into_iter().enumerate() {
+                while lanes != 0 {
+                    let position = (2 * i + half) * TILE_SYMBOLS + lanes.trailing_zeros() as usize;
+                    out[taken] = wide.next_if(|(own, _)| *own == position).map_or(usual, |(_, byte)| *byte);
+                    taken += 1;
+                    lanes &= lanes - 1;
+                }
+            }
+        }
+        taken
+    }
+}
+
+/// A segment of a row tile of a chunk.
+#[derive(Clone, Copy)]
+struct Place {
+    row_tile: usize,
+    segment: usize,
+}
+
+impl Place {
+    /// Its tiles of pairs: those of the segment's columns.
+    #[inline(always)]
+    fn steps(self, x: &Activations) -> usize {
+        self.q(x).len() / 2
+    }
+
+    /// The activations of its steps.
+    #[inline(always)]
+    fn q(self, x: &Activations) -> &[[i8; TILE_COLS]] {
+        let (q, steps): (&[[i8; TILE_COLS]], _) = (x.q(0).as_chunks().0, x.segment() / TILE_COLS);
+        &q[self.segment * steps..q.len().min((self.segment + 1) * steps)]
+    }
+
+    #[inline(always)]
+    fn next(self, x: &Activations) -> Place {
+        let next = Place { segment: self.segment + 1, ..self };
+        if next.segment < x.segments() { next } else { Place { row_tile: self.row_tile + 1, segment: 0 } }
+    }
+}
+
+per_isa! {
+    /// Adds the products of whole segments, `place` and those behind it, to their row tiles' sums, and scales
+    /// those that are complete. `base`: the symbol byte of the window's first symbol; `first`: the row tile
+    /// that the chunk begins with; `sums`: of the row tiles of the chunk.
+    fn multiply_block(
+        isa;
+        base: u8,
+        raw: RawLines<'_>,
+        pairs: &[TileBytes],
+        listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
+        x: &Activations,
+        scales: &KernelScales,
+        first: usize,
+        place: Place,
+        sums: &mut [[f32; TILE_ROWS]],
+    ) {
+        by_raw_bits!(raw.bits(), multiply_raw(isa, base, raw, pairs, listed, x, scales, first, place, sums))
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // Those of `multiply_block`.
+fn multiply_raw<I: Isa, const R: u32>(
+    isa: I,
+    base: u8,
+    mut raw: RawLines<'_>,
+    mut pairs: &[TileBytes],
+    listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
+    x: &Activations,
+    scales: &KernelScales,
+    first: usize,
+    mut place: Place,
+    sums: &mut [[f32; TILE_ROWS]],
+) {
+    while !pairs.is_empty() {
+        let row_tile = place.row_tile;
+        let tile_scales = scales.tile(first + row_tile);
+        let acc = &mut sums[row_tile];
+        while !pairs.is_empty() && place.row_tile == row_tile {
+            let (own, rest) = pairs.split_at(place.steps(x));
+            multiply_segment::<I, R>(isa, base, raw, own, listed, x, place, tile_scales, acc);
+            (pairs, raw, place) = (rest, raw.skip(own.len()), place.next(x));
+        }
+        if place.row_tile > row_tile {
+            finish_rows(tile_scales, acc);
+        }
+    }
+}
+
+/// As [`multiply_block`], of one segment.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn multiply_segment<I: Isa, const R: u32>(
+    isa: I,
+    base: u8,
+    raw: RawLines<'_>,
+    pairs: &[TileBytes],
+    listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
+    x: &Activations,
+    place: Place,
+    scales: TileScales<'_>,
+    acc: &mut [f32; TILE_ROWS],
+) {
+    let (q, xscale, xsum) = (place.q(x), x.scales(0)[place.segment], x.sums(0)[place.segment]);
+    // Two sums for either symbol, since a product waits four cycles for the one before.
+    let mut dots = [(isa.zero(), isa.zero()); 2];
+    // Fours that begin with a raw line have all of their lines' bits.
+    let (fours, rest) = if raw.starts_line() { pairs.as_chunks::<4>() } else { (&[][..], pairs) };
+    let (q_fours, q_rest) = q.split_at(8 * fours.len());
+    for (i, (pairs, q)) in fours.iter().zip(q_fours.as_chunks::<8>().0).enumerate() {
+        let symbols = raw.symbols_of_four::<I, R>(isa, i, pairs);
+        for turn in 0..4 {
+            let q: [&[i8; TILE_COLS]; 2] = [&q[2 * turn], &q[2 * turn + 1]];
+            dots[turn % 2] = dot_pairs::<I, R>(isa, dots[turn % 2], isa.load(&pairs[turn]), symbols[turn], q);
+        }
+    }
+    let raw = raw.skip(4 * fours.len());
+    for (step, (pairs, q)) in rest.iter().zip(q_rest.as_chunks::<2>().0).enumerate() {
+        let tile = isa.load(pairs);
+        let symbols = raw.symbols::<I, R>(isa, step, tile);
+        dots[0] = dot_pairs::<I, R>(isa, dots[0], tile, symbols, [&q[0], &q[1]]);
+    }
+    let (first, second) = (isa.add(dots[0].0, dots[1].0), isa.add(dots[0].1, dots[1].1));
+    let (dots, q_sum, base) = if R == 0 {
+        (isa.join_nibbles(first, second), 0, i32::from(base) - i32::from(SYMBOL_BIAS))
+    } else {
+        (isa.add(first, second), xsum, base.into())
+    };
+    let more = base * xsum;
+    let floats = if listed.any(pairs.len()) {
+        let mut isum = isa.finish(dots, q_sum).map(|sum| sum + more);
+        listed.add(pairs, q, &mut isum);
+        isa.floats_of(&isum)
+    } else {
+        isa.finish_floats(dots, q_sum, more)
+    };
+    SegmentScales::of(scales, place.segment).add_floats(isa, acc, floats, xscale, xsum);
+}
+
+/// Adds the products of both symbols of a tile of pairs to their sums. Without raw bits nibbles are multiplied
+/// where they stand.
+#[inline(always)]
+fn dot_pairs<I: Isa, const R: u32>(
+    isa: I,
+    sums: (I::Sums, I::Sums),
+    pairs: I::Tile,
+    symbols: (I::Tile, I::Tile),
+    q: [&[i8; TILE_COLS]; 2],
+) -> (I::Sums, I::Sums) {
+    if R == 0 {
+        (isa.dot_low(sums.0, pairs, q[0]), isa.dot_high(sums.1, pairs, q[1]))
+    } else {
+        (isa.dot(sums.0, symbols.0, q[0]), isa.dot(sums.1, symbols.1, q[1]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tersor_codec::{Codec, decode_chunk_bytes};
+    use tersor_format::{EncodedTensor, encode_tensor};
+    use tersor_quant::{QuantizedTensor, Scales};
+
+    use super::*;
+    use crate::source::{CHUNKS_TOGETHER, symbols_of};
+    use crate::testing::levels;
+
+    /// Gaussian symbols about `mean`, one in a thousand far if `far`.
+    fn tensor(rows: usize, cols: usize, deviation: f64, mean: f64, far: bool, chunk_symbols: u32) -> EncodedTensor {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut unit = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        let mut symbol = || {
+            let gauss = (-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos();
+            if far && unit() < 1e-3 { 1000 } else { (mean + deviation * gauss).round().clamp(-127.0, 127.0) as i16 }
+        };
+        let symbols = (0..rows * cols).map(|_| symbol()).collect();
+        let scales = Scales::Row { scales: vec![0x3c00; rows], scale_exponent: 0 };
+        encode_tensor(&QuantizedTensor { rows, cols, symbols, scales }, Codec::RansPairs, chunk_symbols).unwrap()
+    }
+
+    /// The chunks at all levels with kernels, in the runs in which tasks take them.
+    fn each_run(tensor: &CodedTensor, mut test: impl FnMut(Level, &Chunks<'_>, Range<usize>)) {
+        for level in levels() {
+            let Some(kernel) = Chunks::new(level, tensor) else {
+                assert_eq!(level, Level::Scalar);
+                continue;
+            };
+            for start in (0..tensor.chunk_count()).step_by(CHUNKS_TOGETHER) {
+                test(level, &kernel, start..tensor.chunk_count().min(start + CHUNKS_TOGETHER));
+            }
+        }
+    }
+
+    /// Symbol bytes and far symbols by the codec's decoder.
+    fn by_codec(tensor: &CodedTensor, chunks: Range<usize>) -> (Vec<u8>, Vec<FarAt>) {
+        let (mut bytes, mut far) = (Vec::new(), Vec::new());
+        for chunk in chunks {
+            let mut own = vec![0; tensor.chunk_symbols(chunk)];
+            let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut own).unwrap();
+            let first = tensor.chunk_row_tiles(chunk).start;
+            far.extend(list.iter().map(|f| FarAt::new(first, tensor.col_steps() * TILE_SYMBOLS, f)));
+            bytes.extend(own);
+        }
+        (bytes, far)
+    }
+
+    /// Deviations whose best windows have no, one and two raw bits.
+    const DEVIATIONS: [(f64, u8); 5] = [(0.4, 0), (1.1, 0), (2.0, 0), (3.4, 1), (9.0, 2)];
+
+    /// No kernel gives up, with one to four chunks at once and a shorter last one, and row tiles that begin within
+    /// a pair.
+    #[test]
+    fn symbol_bytes_are_those_of_the_codec() {
+        for (deviation, raw_bits) in DEVIATIONS {
+            for (row_tiles, cols, far) in (1..=11).flat_map(|n| [(n, 128, false), (n, 36, true), (n, 4, true), (n, 1100, true)]) {
+                let encoded = tensor(row_tiles * 16, cols, deviation, 0.0, far, 2 * 16 * cols as u32);
+                let tensor = encoded.tensor();
+                if cols == 1100 && row_tiles == 11 {
+                    assert_eq!(Chunks::new(Level::best(), tensor).map_or(raw_bits, |kernel| kernel.window.raw_bits()), raw_bits);
+                }
+                each_run(tensor, |level, kernel, chunks| {
+                    let (want, want_far) = by_codec(tensor, chunks.clone());
+                    let (mut bytes, mut far) = (vec![0; symbols_of(tensor, &chunks)], Vec::new());
+                    assert!(kernel.decode(chunks, &mut PairBuffers::default(), &mut bytes, &mut far));
+                    assert!(bytes == want && far == want_far, "{level} {deviation} {row_tiles} {cols}");
+                });
+            }
+        }
+    }
+
+    /// Lines of windows that agree with the form and of others, with and without escapes.
+    #[test]
+    fn lines_are_narrowed_symbol_bytes() {
+        let mut straight = [0; 4];
+        for (deviation, mean, far) in
+            DEVIATIONS.iter().flat_map(|&(deviation, _)| [(deviation, 0.0, false), (deviation, 0.4, true), (deviation, -30.0, false)])
+        {
+            let encoded = tensor(11 * 16, 520, deviation, mean, far, 2 * 16 * 520);
+            let tensor = encoded.tensor();
+            let least = by_codec(tensor, 0..tensor.chunk_count()).0.into_iter().min().unwrap();
+            each_run(tensor, |level, kernel, chunks| {
+                for (bias, escapes) in [(120, true), (least, false), (least + 1, false)] {
+                    let (bytes, want_far) = by_codec(tensor, chunks.clone());
+                    let row_tiles = bytes.len() / TILE_SYMBOLS / tensor.col_steps();
+                    let mut want = (vec![[0; TILE_SYMBOLS]; bytes.len() / 128], vec![0; row_tiles], vec![0; bytes.len() + 64]);
+                    let mut got = want.clone();
+                    let mut taken = 0;
+                    let tiles = bytes.as_chunks().0.chunks(tensor.col_steps());
+                    for ((tiles, lines), offset) in tiles.zip(want.0.chunks_mut(tensor.col_steps() / 2)).zip(&mut want.1) {
+                        *offset = taken as u32;
+                        taken += narrow_row_tile(Level::Scalar, tiles, bias, escapes.into(), lines, &mut want.2[taken..]);
+                    }
+                    let mut far = Vec::new();
+                    let mut buffers = PairBuffers::default();
+                    let found =
+                        kernel.decode_lines(chunks.clone(), &mut buffers, bias, escapes, &mut got.0, &mut got.1, &mut got.2, &mut far);
+                    let what = format!("{level} {deviation} {mean} {bias} {escapes}");
+                    assert_eq!(found, (escapes || taken == 0).then_some(taken), "{what}");
+                    if found.is_some() {
+                        assert!(got.0 == want.0 && got.1 == want.1 && got.2[..taken] == want.2[..taken] && far == want_far, "{what}");
+                        let shift = i16::from(kernel.window.base()) - i16::from(bias);
+                        let way = usize::from(kernel.window.raw_bits() > 0) * 3 + usize::from(shift != 0) + usize::from(shift == 1);
+                        straight[way.min(3)] += 1;
+                    }
+                }
+            });
+        }
+        if levels().len() > 1 {
+            assert!(straight.iter().all(|count| *count > 0), "all ways were tried: {straight:?}");
+        }
+    }
+
+    /// Products that the fused kernel leaves to others, and those that it may not.
+    #[test]
+    fn products_are_given_up_for_a_reason_only() {
+        for (cols, far, expected) in [(64, false, true), (520, false, true), (66, false, false), (36, false, false), (64, true, false)] {
+            let encoded = tensor(5 * 16, cols, 3.4, 0.0, far, 16 * 70);
+            let (tensor, scales) = (encoded.tensor(), KernelScales::from_coded(encoded.tensor()).unwrap());
+            let x = Activations::quantize(Level::Scalar, &vec![1.0; cols], 1, cols, scales.segment());
+            let mut done = true;
+            each_run(tensor, |_, kernel, chunks| {
+                let mut sums = vec![[0.0; TILE_ROWS]; symbols_of(tensor, &chunks) / TILE_SYMBOLS / tensor.col_steps()];
+                done &= kernel.dot(chunks, &mut PairBuffers::default(), &scales, &x, &mut sums);
+            });
+            assert!(done == expected || levels().len() == 1, "{cols} columns, far {far}");
+        }
+    }
+}
