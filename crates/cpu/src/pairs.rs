@@ -79,11 +79,12 @@ impl<'a> RawLines<'a> {
         }
         for turn in 0..4 {
             let tile = isa.load(&pairs[turn]);
-            symbols[turn] = if R == 0 {
-                self.symbols::<I, R>(isa, turn, tile)
-            } else {
-                let per_line = (4 / R) as usize;
-                isa.symbols::<R>(tile, isa.load(&lines[turn / per_line]), turn % per_line)
+            symbols[turn] = match 4u32.checked_div(R) {
+                None => self.symbols::<I, R>(isa, turn, tile),
+                Some(per_line) => {
+                    let per_line = per_line as usize;
+                    isa.symbols::<R>(tile, isa.load(&lines[turn / per_line]), turn % per_line)
+                }
             };
         }
         symbols
