@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Size and quality of every scheme and codec on a real checkpoint, as a Markdown table.
 
-    bench/quality.py [--model ../shared/data/books-52m] [--text ../shared/data/valid_books.txt] [--tokens 6000]
+    bench/quality.py [--model ../shared/data/books-52m] [--text ../shared/data/valid_books.txt] [--tokens 6000] [--codec rans]...
 
 Quantizes the checkpoint with every scheme and codec into a temporary directory, then prints stored bits per weight (everything counted), the entropy of the symbols, perplexity and the mean KL divergence
 from the unquantized model on the same tokens. Needs `cargo build --release` and Python's standard library.
@@ -29,7 +29,7 @@ SCHEMES = [
     ("int4-row", []),
     ("int4-tensor", []),
 ]
-CODECS = ["rans", "rans-precise", "huffman", "block-ans", "tiered", "fixed"]
+CODECS = ["rans", "rans-precise", "huffman", "block-ans", "tiered", "rans-pairs", "fixed"]
 
 
 def tersor(*arguments):
@@ -73,6 +73,7 @@ def main():
     parser.add_argument("--model", default=os.path.join(ROOT, "../shared/data/books-52m"))
     parser.add_argument("--text", default=os.path.join(ROOT, "../shared/data/valid_books.txt"))
     parser.add_argument("--tokens", default="6000")
+    parser.add_argument("--codec", action="append", choices=CODECS, help="only this one; may be repeated")
     options = parser.parse_args()
 
     reference = must("eval", options.model, "--text", options.text, "--tokens", options.tokens)
@@ -83,7 +84,7 @@ def main():
         out = os.path.join(scratch, "model")
         for scheme, extra in SCHEMES:
             quality = None
-            for codec in CODECS:
+            for codec in options.codec or CODECS:
                 # `--bpw` finds a step for the codec, so ecsq's symbols differ from codec to codec; the other schemes' do not.
                 quality = row(options, out, scheme, extra, codec, None if scheme == "ecsq" else quality)
 

@@ -275,25 +275,30 @@ def tiered_lines(fields, bits):
     return out
 
 
-def tiered_pairs(symbols, base):
-    """Pair bytes, and (position, symbol byte) of the symbols outside the window, which are coded as its ninth."""
-    nibbles, listed = [], []
+def split_pairs(symbols, base, raw_bits=0):
+    """Pair bytes, raw bits of all symbols, and (position, symbol byte) of those outside the window, which are coded as its nibble 8."""
+    places, listed = [], []
     for position, symbol in enumerate(symbols):
-        nibble = symbol_byte(symbol) - base
-        if symbol_byte(symbol) == 0 or not 0 <= nibble < 16:
+        place = symbol_byte(symbol) - base
+        if symbol_byte(symbol) == 0 or not 0 <= place < 16 * 2**raw_bits:
             listed.append((position, symbol_byte(symbol)))
-            nibble = 8
-        nibbles.append(nibble)
+            place = 8 * 2**raw_bits
+        places.append(place)
     pairs = []
     for position in range(len(symbols)):
         if position % 128 < 64:
-            partner = nibbles[position + 64] if position + 64 < len(symbols) else 0
-            pairs.append(nibbles[position] + 16 * partner)
-    return pairs, listed
+            partner = places[position + 64] if position + 64 < len(symbols) else 0
+            pairs.append(places[position] // 2**raw_bits + 16 * (partner // 2**raw_bits))
+    return pairs, [place % 2**raw_bits for place in places], listed
+
+
+def listed_bytes(listed):
+    gaps = [position - before - 1 for (position, _), before in zip(listed, [-1] + [position for position, _ in listed])]
+    return struct.pack(f"<{len(gaps)}H", *gaps) + bytes(byte for _, byte in listed)
 
 
 def tiered_chunk(symbols, base, widths, tiers):
-    pairs, listed = tiered_pairs(symbols, base)
+    pairs, _, listed = split_pairs(symbols, base)
     counts, packed = [], []
     for bits, tier in zip(widths, tiers):
         fields = [tier.index(pair) + 1 if pair in tier else 0 for pair in pairs]
@@ -301,10 +306,52 @@ def tiered_chunk(symbols, base, widths, tiers):
         packed.append(tiered_lines(fields, bits))
         pairs = [pair for pair, field in zip(pairs, fields) if field == 0]
     far = [(position, symbol) for position, symbol in enumerate(symbols) if symbol_byte(symbol) == 0]
-    gaps = [position - before - 1 for (position, _), before in zip(listed, [-1] + [position for position, _ in listed])]
     out = struct.pack(f"<{3 + len(counts[1:])}I", len(listed), len(far), len(pairs), *counts[1:])
-    out += struct.pack(f"<{len(gaps)}H", *gaps) + bytes(byte for _, byte in listed) + bytes(pairs)
+    out += listed_bytes(listed) + bytes(pairs)
     return out + b"".join(reversed(packed)) + far_bytes(far)
+
+
+def pair_frequencies(pairs, entries):
+    """Frequencies of ESCAPE and the `entries` most frequent pair bytes, 256 in sum and none above 127; those that do not occur fill up."""
+    counts = {byte: pairs.count(byte) for byte in range(1, 256)}
+    ranked = sorted(counts, key=lambda byte: (-counts[byte], byte))[:entries]
+    freqs = {ESCAPE: 1} | {byte: min(127, max(1, counts[byte] * 256 // len(pairs))) for byte in ranked}
+    while sum(freqs.values()) != 256:
+        step = 1 if sum(freqs.values()) < 256 else -1
+        byte = max((byte for byte in freqs if freqs[byte] + step in range(1, 128)), key=lambda byte: (freqs[byte], byte))
+        freqs[byte] += step
+    return dict(sorted(freqs.items()))
+
+
+def raw_lines(raw, raw_bits):
+    """Bit `b` of a symbol's raw bits: the symbols of a lane follow each other, tile by tile, in the bits of the lane's bytes."""
+    if raw_bits == 0:
+        return b""
+    tiles_per_line = 8 // raw_bits
+    out = b""
+    for start in range(0, len(raw), 64 * tiles_per_line):
+        line = [0] * 64
+        for i, value in enumerate(raw[start : start + 64 * tiles_per_line]):
+            line[i % 64] += value * 2 ** (i // 64 * raw_bits)
+        out += bytes(line)
+    return out
+
+
+def rans_pairs_table(base, raw_bits, freqs):
+    return struct.pack("<BBH", base, raw_bits, len(freqs)) + b"".join(struct.pack("<BB", *entry) for entry in freqs.items())
+
+
+def rans_pairs_chunk(symbols, base, raw_bits, freqs):
+    pairs, raw, listed = split_pairs(symbols, base, raw_bits)
+    codes = [pair if pair in freqs else ESCAPE for pair in pairs]
+    escapes = [pair for pair, code in zip(pairs, codes) if code == ESCAPE]
+    states, words = [256] * 64, []
+    for i in reversed(range(len(codes))):
+        states[i % 64] = rans_push(states[i % 64], words, codes[i], freqs, 16, 8, 8)
+    far = [(position, symbol) for position, symbol in enumerate(symbols) if symbol_byte(symbol) == 0]
+    out = struct.pack("<III", len(listed), len(far), len(escapes)) + listed_bytes(listed)
+    out += bytes(state % 256 for state in states) + bytes(state // 256 for state in states)
+    return out + bytes(escapes) + raw_lines(raw, raw_bits) + bytes(reversed(words)) + far_bytes(far)
 
 
 def chunk_cases():
@@ -351,8 +398,15 @@ def chunk_cases():
         for n, base in [(1, 120), (64, 120), (67, 122), (200, 118), (640, 120), (1000, 120), (1200, 119)]:
             seed += 1
             symbols = weights(n, 2 + len(widths), seed)
-            tiers = tiered_tiers(tiered_pairs(symbols, base)[0], widths)
+            tiers = tiered_tiers(split_pairs(symbols, base)[0], widths)
             yield case("tiered", symbols, tiered_table(base, widths, tiers), tiered_chunk(symbols, base, widths, tiers))
+    for raw_bits, base, spread in [(0, 120, 3), (0, 123, 4), (1, 112, 7), (1, 110, 9), (2, 96, 14), (2, 99, 20)]:
+        for n, entries in [(1, 2), (63, 3), (67, 7), (128, 20), (200, 60), (640, 40), (1000, 255), (1200, 100)]:
+            seed += 1
+            symbols = weights(n, spread, seed)
+            freqs = pair_frequencies(split_pairs(symbols, base, raw_bits)[0], entries)
+            table = rans_pairs_table(base, raw_bits, freqs)
+            yield case("rans-pairs", symbols, table, rans_pairs_chunk(symbols, base, raw_bits, freqs))
 
 
 def compositions(total, parts):

@@ -4,8 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use tersor_codec::{Codec, Table, decode_chunk, decode_chunk_bytes, encode_chunk, reference};
 
-const CODECS: [&str; 10] =
-    ["tiered", "fixed", "huffman", "huffman/c12-l4", "block-ans/s32-w16-p12-n1024", "rans", "rans-precise", "block-ans", "fixed/b8", "block-ans/s16-w8-p7-n32"];
+const CODECS: [&str; 11] =
+    ["rans-pairs", "tiered", "fixed", "huffman", "huffman/c12-l4", "block-ans/s32-w16-p12-n1024", "rans", "rans-precise", "block-ans", "fixed/b8", "block-ans/s16-w8-p7-n32"];
 
 fuzz_target!(|data: &[u8]| {
     let [which, symbols, table_bytes, rest @ ..] = data else { return };

@@ -8,7 +8,8 @@ use tersor_cpu::{Level, decode_bytes};
 use tersor_format::{Bytes, CodedTensor, encode_tensor};
 use tersor_quant::{QuantizedTensor, Scales};
 
-const CODECS: [&str; 14] = [
+const CODECS: [&str; 15] = [
+    "rans-pairs",
     "tiered",
     "huffman/c8-planes",
     "huffman/c12-l4",

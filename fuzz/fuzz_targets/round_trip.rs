@@ -4,7 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use tersor_codec::{Codec, Histogram, Table, decode_chunk, encode_chunk};
 
-const CODECS: [&str; 11] = [
+const CODECS: [&str; 12] = [
+    "rans-pairs",
     "tiered",
     "fixed",
     "fixed/b2",

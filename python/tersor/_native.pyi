@@ -33,7 +33,7 @@ def set_launcher(program_and_arguments: Sequence[str]) -> None:
 def encode(symbols: _Symbols, *, codec: str = "rans") -> NDArray[np.uint8]:
     """Codes symbols, (rows, cols), to a blob: (bytes). The blob says scheme ``tensor`` with scale 1: scales are the caller's business.
 
-    ``codec``: rans, rans-precise, huffman, block-ans, tiered, fixed, or a full id such as ``rans/s16-w8-p7-l64``.
+    ``codec``: rans, rans-precise, huffman, block-ans, tiered, rans-pairs, fixed, or a full id such as ``rans/s16-w8-p7-l64``.
     """
 
 def encode_affine4(packed: NDArray[np.uint32], *, codec: str = "rans") -> NDArray[np.uint8]:

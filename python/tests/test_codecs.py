@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tersor
 
-CODECS = ["rans", "rans-precise", "huffman", "block-ans", "tiered", "fixed"]
+CODECS = ["rans", "rans-precise", "huffman", "block-ans", "tiered", "rans-pairs", "fixed"]
 
 
 def gaussian(rows, cols, spread, seed=0, dtype=np.int16):

@@ -96,7 +96,7 @@ def test_blocks_equal_the_whole(mode, group_size, dtype):
     assert same(layer.to_quantized().weight, plain.weight)
 
 
-@pytest.mark.parametrize("codec", ["rans", "rans-precise", "huffman", "block-ans", "tiered", "fixed"])
+@pytest.mark.parametrize("codec", ["rans", "rans-precise", "huffman", "block-ans", "tiered", "rans-pairs", "fixed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_codec_equals_mlx(mode, codec):
     plain = nn.QuantizedLinear.from_linear(nn.Linear(256, 300), 64, 4)

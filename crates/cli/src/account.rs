@@ -1,7 +1,7 @@
 //! Where the bits of a tensor go.
 
 use anyhow::{Context, Result};
-use tersor_codec::{Codec, DecodeError, Histogram, Table, block_ans, fixed, huffman, rans, tiered};
+use tersor_codec::{Codec, DecodeError, Histogram, Table, block_ans, fixed, huffman, pairs, rans, rans_pairs, tiered};
 use tersor_format::{CodedTensor, RawTensor, ScaleScheme, Tensor, decode_tensor};
 
 /// The account of one tensor. Bits are per weight.
@@ -99,8 +99,7 @@ fn code_bits(tensor: &CodedTensor) -> Result<f64, DecodeError> {
             Codec::Rans(params) => {
                 let chunk = rans::Chunk::parse(params, symbols, chunk)?;
                 let bytes = chunk.words.len() + chunk.escapes.len();
-                let states: f64 = states(params, chunk.states).map(|x| carried(x, params.state_min())).sum();
-                bytes as f64 * 8.0 + far_bits(chunk.far.len()) + states
+                bytes as f64 * 8.0 + far_bits(chunk.far.len()) + states_bits(params, chunk.states)
             }
             Codec::BlockAns(params) => {
                 let chunk = block_ans::Chunk::parse(params, symbols, chunk)?;
@@ -125,8 +124,16 @@ fn code_bits(tensor: &CodedTensor) -> Result<f64, DecodeError> {
                 let Table::Tiered(table) = tensor.table() else { unreachable!("a table is of its codec") };
                 let chunk = tiered::Chunk::parse(table, symbols, chunk)?;
                 let fields: usize = chunk.tiers.iter().map(|(_, fields)| fields.len()).sum();
-                let listed = chunk.listed_bytes.len() * tiered::LISTED_BYTES;
+                let listed = chunk.listed.bytes().len() * pairs::LISTED_BYTES;
                 (fields + chunk.escapes.len() + listed) as f64 * 8.0 + far_bits(chunk.far.len())
+            }
+            Codec::RansPairs => {
+                let Table::RansPairs(table) = tensor.table() else { unreachable!("a table is of its codec") };
+                let chunk = rans_pairs::Chunk::parse(table, symbols, chunk)?;
+                let listed = chunk.listed.bytes().len() * pairs::LISTED_BYTES;
+                let bytes = chunk.words.len() + chunk.escapes.len() + chunk.raw_lines.len() + listed;
+                // The states are those of `rans`.
+                bytes as f64 * 8.0 + far_bits(chunk.far.len()) + states_bits(rans::Params::DEFAULT, chunk.states)
             }
             _ => chunk.len() as f64 * 8.0,
         };
@@ -136,6 +143,11 @@ fn code_bits(tensor: &CodedTensor) -> Result<f64, DecodeError> {
 
 fn far_bits(count: usize) -> f64 {
     (count * tersor_codec::FAR_BYTES * 8) as f64
+}
+
+/// Bits of symbols in the states of a chunk.
+fn states_bits(params: rans::Params, bytes: &[u8]) -> f64 {
+    states(params, bytes).map(|x| carried(x, params.state_min())).sum()
 }
 
 /// The states of a chunk: 16-bit ones as a plane of low bytes and a plane of high bytes, 32-bit ones in order.

@@ -23,6 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "huffman/c8-planes",
         "huffman/c12-l4",
         "tiered",
+        "rans-pairs",
         "rans/s16-w8-p6-l64",
         "rans",
         "rans/s16-w8-p8-l64",

@@ -17,6 +17,7 @@ use crate::{block_ans, fixed, huffman, rans};
 /// | `rans/s32-w16-p12-l32` | `rans-precise` |
 /// | `block-ans/s16-w8-p8-n1024` | `block-ans` |
 /// | `tiered` | `tiered` |
+/// | `rans-pairs` | `rans-pairs` |
 ///
 /// ```
 /// use tersor_codec::{Codec, rans};
@@ -36,6 +37,8 @@ pub enum Codec {
     BlockAns(block_ans::Params),
     /// Short fields with escapes in further tiers; the widths are the table's.
     Tiered,
+    /// rANS over pairs of symbols; window and raw bits are the table's.
+    RansPairs,
 }
 
 /// The codec without its parameters; the numbers are those of the file format.
@@ -53,11 +56,13 @@ pub enum CodecKind {
     BlockAns = 3,
     /// [`tiered`](mod@crate::tiered)
     Tiered = 4,
+    /// [`rans_pairs`](mod@crate::rans_pairs)
+    RansPairs = 5,
 }
 
 impl CodecKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 5] = [Self::Fixed, Self::Huffman, Self::Rans, Self::BlockAns, Self::Tiered];
+    pub const ALL: [Self; 6] = [Self::Fixed, Self::Huffman, Self::Rans, Self::BlockAns, Self::Tiered, Self::RansPairs];
 
     /// The number that files store.
     pub fn code(self) -> u8 {
@@ -77,6 +82,7 @@ impl CodecKind {
             Self::Rans => "rans",
             Self::BlockAns => "block-ans",
             Self::Tiered => "tiered",
+            Self::RansPairs => "rans-pairs",
         }
     }
 }
@@ -89,12 +95,13 @@ impl fmt::Display for CodecKind {
 
 impl Codec {
     /// What the short names mean, the default codec first.
-    pub const SHORT_NAMES: [(&'static str, Self); 6] = [
+    pub const SHORT_NAMES: [(&'static str, Self); 7] = [
         ("rans", Self::Rans(rans::Params::DEFAULT)),
         ("rans-precise", Self::Rans(rans::Params::PRECISE)),
         ("huffman", Self::Huffman(huffman::Params::DEFAULT)),
         ("block-ans", Self::BlockAns(block_ans::Params::DEFAULT)),
         ("tiered", Self::Tiered),
+        ("rans-pairs", Self::RansPairs),
         ("fixed", Self::Fixed(fixed::Params::DEFAULT)),
     ];
 
@@ -106,6 +113,7 @@ impl Codec {
             Self::Rans(_) => CodecKind::Rans,
             Self::BlockAns(_) => CodecKind::BlockAns,
             Self::Tiered => CodecKind::Tiered,
+            Self::RansPairs => CodecKind::RansPairs,
         }
     }
 
@@ -116,7 +124,7 @@ impl Codec {
             Self::Huffman(params) => params.validate(),
             Self::Rans(params) => params.validate(),
             Self::BlockAns(params) => params.validate(),
-            Self::Tiered => Ok(()),
+            Self::Tiered | Self::RansPairs => Ok(()),
         }
     }
 }
@@ -141,7 +149,7 @@ impl fmt::Display for Codec {
                 let block_ans::Params { state_bits, word_bits, prob_bits, block_symbols } = p;
                 format!("block-ans/s{state_bits}-w{word_bits}-p{prob_bits}-n{block_symbols}")
             }
-            Self::Tiered => CodecKind::Tiered.name().to_owned(),
+            Self::Tiered | Self::RansPairs => self.kind().name().to_owned(),
         };
         f.pad(&id)
     }

@@ -7,7 +7,9 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum ParamsError {
     /// The text is neither a full id nor a short name.
-    #[error("unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, tiered, fixed, or a full id such as rans/s16-w8-p7-l64")]
+    #[error(
+        "unknown codec {id:?}; known: rans, rans-precise, huffman, block-ans, tiered, rans-pairs, fixed, or a full id such as rans/s16-w8-p7-l64"
+    )]
     UnknownId {
         /// The text as given.
         id: String,
@@ -124,14 +126,25 @@ pub enum TableError {
         /// Most tiers allowed.
         tiers_max: usize,
     },
-    /// A `tiered` window that does not lie in the core alphabet.
-    #[error("tiered window begins with symbol byte {base}, allowed is 1..={base_max}")]
-    TierWindow {
+    /// A window of `tiered` or `rans-pairs` that does not lie in the core alphabet.
+    #[error("window begins with symbol byte {base}, allowed is 1..={base_max}")]
+    PairWindow {
         /// Symbol byte of its first symbol.
         base: u8,
         /// The last one allowed.
         base_max: u8,
     },
+    /// More raw bits than a `rans-pairs` window can have.
+    #[error("{raw_bits} raw bits a symbol, allowed is 0..={raw_bits_max}")]
+    RawBits {
+        /// Raw bits announced.
+        raw_bits: u8,
+        /// Most raw bits allowed.
+        raw_bits_max: u8,
+    },
+    /// A `rans-pairs` table whose first entry is not ESCAPE.
+    #[error("table has no entry for ESCAPE")]
+    NoEscape,
     /// Fields that no layout is made for.
     #[error("tier {tier}: fields of {bits} bits, allowed is 3..=6")]
     TierBits {
@@ -308,7 +321,7 @@ pub enum DecodeError {
         /// Pairs of the next tier, or escape bytes.
         pairs: usize,
     },
-    /// The last listed symbol of a `tiered` chunk lies behind its end.
+    /// The last listed symbol of a chunk of pairs lies behind its end.
     #[error("listed symbol at position {position} of {symbols} symbols")]
     ListedOutside {
         /// Position in the chunk, in symbols.
@@ -316,8 +329,8 @@ pub enum DecodeError {
         /// Symbols of the chunk.
         symbols: usize,
     },
-    /// A listed symbol of a `tiered` chunk is not coded as one.
-    #[error("listed symbol at position {position} does not have the nibble of listed symbols")]
+    /// A listed symbol of a chunk of pairs is not coded as one.
+    #[error("listed symbol at position {position} is not coded as one")]
     ListedNibble {
         /// Position in the chunk, in symbols.
         position: usize,

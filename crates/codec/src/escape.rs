@@ -97,13 +97,7 @@ pub(crate) struct Classified {
 impl Classified {
     /// `coded[b]`: whether symbol byte `b` (0: ESCAPE) has an entry.
     pub(crate) fn new(symbols: &[i16], coded: &[bool; 256]) -> Result<Self, EncodeError> {
-        if symbols.is_empty() {
-            return Err(EncodeError::Empty);
-        }
-        if symbols.len() > CHUNK_SYMBOLS_MAX {
-            let symbols_max = CHUNK_SYMBOLS_MAX;
-            return Err(EncodeError::TooLong { symbols: symbols.len(), symbols_max });
-        }
+        check_encodable(symbols)?;
         let mut codes: Vec<u8> = symbols.iter().map(|&symbol| symbol_byte(symbol)).collect();
         let (mut escapes, mut far) = (Vec::new(), Vec::new());
         for (position, code) in codes.iter_mut().enumerate() {
@@ -145,10 +139,15 @@ impl Classified {
     }
 
     pub(crate) fn write_far(&self, out: &mut Vec<u8>) {
-        for far in &self.far {
-            out.extend(far.position.to_le_bytes());
-            out.extend(far.symbol.to_le_bytes());
-        }
+        write_far(&self.far, out);
+    }
+}
+
+/// The entries of a far list.
+pub(crate) fn write_far(far: &[Far], out: &mut Vec<u8>) {
+    for far in far {
+        out.extend(far.position.to_le_bytes());
+        out.extend(far.symbol.to_le_bytes());
     }
 }
 
@@ -194,6 +193,15 @@ pub(crate) fn parse_blocks(chunk: &[u8], symbols: usize, index_bytes: usize) -> 
     let (body, far) = rest.split_at(rest.len() - far_bytes as usize);
     let (index, blocks) = body.split_at(index_bytes);
     Ok((index, blocks, FarList::parse(far, symbols)?))
+}
+
+/// Whether `symbols` may be one chunk.
+pub(crate) fn check_encodable(symbols: &[i16]) -> Result<(), EncodeError> {
+    match symbols.len() {
+        0 => Err(EncodeError::Empty),
+        1..=CHUNK_SYMBOLS_MAX => Ok(()),
+        symbols => Err(EncodeError::TooLong { symbols, symbols_max: CHUNK_SYMBOLS_MAX }),
+    }
 }
 
 pub(crate) fn check_symbols(symbols: usize) -> Result<(), DecodeError> {

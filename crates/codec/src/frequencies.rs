@@ -1,5 +1,5 @@
-//! Static frequencies of `rans` and `block-ans`: how they are chosen, their bytes, and the lookup
-//! tables they become.
+//! Static frequencies of `rans` and `block-ans`: their bytes, and the lookup tables they become. How
+//! they are chosen: `trial.rs`.
 //!
 //! # Bytes
 //! ```text
@@ -8,14 +8,6 @@
 //! Frequencies are at least 1 and sum to `2^prob_bits`; `cum` of an entry is the sum of those
 //! before it. With 16-bit states none is above 255, so that decoders keep them in bytes: a lone
 //! symbol at `prob_bits` 8 gets a companion entry of frequency 1.
-//!
-//! # Choice
-//! The bits that a table costs, `sum count * (prob_bits - log2 freq)`, are a sum of convex
-//! functions of the frequencies. For such a sum, a distribution of the `2^prob_bits` slots that no
-//! move of a single slot improves is the best of all: slots are moved from where they are missed
-//! least to where they help most until nothing improves. Which symbols deserve an entry is found by
-//! trying: the most frequent one, the two most frequent, and so on, all others escaping at 8 bits
-//! more. Each trial starts from the last one's frequencies and needs few moves.
 
 use crate::ans::{self, PushEntry};
 use crate::error::{ParamsError, TableError};
@@ -23,6 +15,7 @@ use crate::escape::{ESCAPED_BITS, FAR_BITS};
 use crate::histogram::{Histogram, Population, symbol_byte};
 use crate::log2::log2;
 use crate::rans::Slots;
+use crate::trial::{Limits, Trial};
 use crate::{ESCAPE, SYMBOL_BIAS};
 
 /// Widths of the numbers of an rANS coder, bits.
@@ -81,7 +74,7 @@ pub(crate) struct Frequencies {
 
 impl Frequencies {
     /// `entries`: valid, see [`check_entries`].
-    fn new(widths: Widths, entries: Vec<(u8, u16)>) -> Self {
+    pub(crate) fn new(widths: Widths, entries: Vec<(u8, u16)>) -> Self {
         let slots = widths.slots() as usize;
         let mut freq = Vec::with_capacity(slots);
         let mut offset = Vec::with_capacity(slots);
@@ -110,19 +103,32 @@ impl Frequencies {
         if population.core_total + population.far_total == 0 {
             return Err(TableError::EmptyHistogram);
         }
-        let mut trial = Trial::new(widths, &population);
-        let mut best: Option<(f64, Vec<(u8, u16)>)> = None;
-        for entries in 0..=population.core.len() {
-            if !trial.extend_to(entries) {
+        let ranked: Vec<(u8, f64)> = population.core.iter().map(|&(byte, count)| (byte, count as f64)).collect();
+        let limits = Limits { slots: widths.slots(), freq_max: widths.freq_max(), entry_bits: ENTRY_BITS, always_escape: false };
+        let mut trial = Trial::new(limits, &ranked, (population.core_total + population.far_total) as f64);
+        let mut best: Option<(f64, Vec<u32>)> = None;
+        for own in 0..=ranked.len() {
+            if !trial.extend_to(own) {
                 break;
             }
             let bits = trial.cost_bits();
             if best.as_ref().is_none_or(|(least_bits, _)| bits < *least_bits) {
-                best = Some((bits, trial.entries()));
+                best = Some((bits, trial.freqs().to_vec()));
             }
         }
-        // The first trial, ESCAPE alone or with a companion, never fails.
-        let (_, entries) = best.ok_or(TableError::EmptyHistogram)?;
+        // The first trial, ESCAPE alone, never fails.
+        let (_, freqs) = best.ok_or(TableError::EmptyHistogram)?;
+        let bytes = std::iter::once(ESCAPE).chain(ranked.iter().map(|&(byte, _)| byte));
+        let mut entries: Vec<(u8, u16)> =
+            bytes.zip(&freqs).filter(|&(_, &freq)| freq > 0).map(|(byte, &freq)| (byte, freq as u16)).collect();
+        let missing = widths.slots() - freqs.iter().sum::<u32>();
+        if missing > 0 {
+            // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is
+            // ESCAPE itself.
+            let companion = if freqs[0] > 0 { SYMBOL_BIAS as u8 } else { ESCAPE };
+            entries.push((companion, missing as u16));
+        }
+        entries.sort_unstable();
         Ok(Self::new(widths, entries))
     }
 
@@ -135,9 +141,9 @@ impl Frequencies {
     }
 
     pub(crate) fn read(widths: Widths, bytes: &[u8]) -> Result<Self, TableError> {
-        let entries = read_entries::<3>(bytes)?;
+        let (_, entries) = read_entries::<0, 3>(bytes)?;
         let entries: Vec<(u8, u16)> = entries.iter().map(|&[byte, low, high]| (byte, u16::from_le_bytes([low, high]))).collect();
-        check_entries(widths, &entries)?;
+        check_entries(&entries, widths.slots(), widths.freq_max())?;
         Ok(Self::new(widths, entries))
     }
 
@@ -159,6 +165,10 @@ impl Frequencies {
 
     pub(crate) fn slots(&self) -> Slots<'_> {
         Slots { freq: &self.freq, offset: &self.offset, symbol_byte: &self.symbol_byte }
+    }
+
+    pub(crate) fn prob_bits(&self) -> u32 {
+        self.widths.prob.into()
     }
 
     pub(crate) fn pop_entries(&self) -> &[u32] {
@@ -191,15 +201,16 @@ pub(crate) fn payload_bits(histogram: &Histogram, bits_of: &[f64; 256]) -> f64 {
     bits.sum()
 }
 
-/// `u16 count | count x N bytes`, and nothing else; at most one entry for every symbol byte.
-pub(crate) fn read_entries<const N: usize>(bytes: &[u8]) -> Result<&[[u8; N]], TableError> {
+/// `F bytes | u16 count | count x N bytes`, and nothing else; at most one entry for every symbol byte.
+pub(crate) fn read_entries<const F: usize, const N: usize>(bytes: &[u8]) -> Result<(&[u8; F], &[[u8; N]]), TableError> {
     let available_bytes = bytes.len();
-    let (count, rest) = bytes.split_first_chunk::<2>().ok_or(TableError::Truncated { needed_bytes: 2, available_bytes })?;
+    let front = bytes.split_first_chunk::<F>().and_then(|(front, rest)| Some((front, rest.split_first_chunk::<2>()?)));
+    let (front, (count, rest)) = front.ok_or(TableError::Truncated { needed_bytes: F + 2, available_bytes })?;
     let entries = usize::from(u16::from_le_bytes(*count));
     if entries == 0 || entries > 256 {
         return Err(TableError::EntryCount { entries, entries_max: 256 });
     }
-    let needed_bytes = 2 + entries * N;
+    let needed_bytes = F + 2 + entries * N;
     if needed_bytes > available_bytes {
         return Err(TableError::Truncated { needed_bytes, available_bytes });
     }
@@ -209,12 +220,12 @@ pub(crate) fn read_entries<const N: usize>(bytes: &[u8]) -> Result<&[[u8; N]], T
     let (list, _) = rest.as_chunks::<N>();
     match list.windows(2).position(|pair| pair[0][0] >= pair[1][0]) {
         Some(before) => Err(TableError::NotAscending { entry: before + 1 }),
-        None => Ok(list),
+        None => Ok((front, list)),
     }
 }
 
-fn check_entries(widths: Widths, entries: &[(u8, u16)]) -> Result<(), TableError> {
-    let freq_max = widths.freq_max();
+/// Each frequency is 1..=`freq_max`, and their sum `slots`.
+pub(crate) fn check_entries(entries: &[(u8, u16)], slots: u32, freq_max: u32) -> Result<(), TableError> {
     let mut sum = 0;
     for (entry, &(_, freq)) in entries.iter().enumerate() {
         let freq = u32::from(freq);
@@ -223,134 +234,7 @@ fn check_entries(widths: Widths, entries: &[(u8, u16)]) -> Result<(), TableError
         }
         sum += freq;
     }
-    if sum == widths.slots() { Ok(()) } else { Err(TableError::FrequencySum { sum, expected: widths.slots() }) }
-}
-
-/// The best frequencies for the `n` most frequent core symbols and ESCAPE, for one `n` after the
-/// other.
-struct Trial<'a> {
-    widths: Widths,
-    population: &'a Population,
-    /// (2^prob_bits + 1,) log2 of frequencies; [0] is unused
-    log2: Vec<f64>,
-    /// entry 0 is ESCAPE (frequency 0 when nothing escapes), entry i is core symbol i - 1 by rank
-    counts: Vec<u64>,
-    freqs: Vec<u32>,
-}
-
-impl<'a> Trial<'a> {
-    fn new(widths: Widths, population: &'a Population) -> Self {
-        let log2 = (0..=u64::from(widths.slots())).map(log2).collect();
-        let counts = vec![population.core_total + population.far_total];
-        Self { widths, population, log2, counts, freqs: vec![0] }
-    }
-
-    /// Gives entries to the `core` most frequent core symbols; false if there are not enough slots.
-    fn extend_to(&mut self, core: usize) -> bool {
-        while self.counts.len() <= core {
-            let (_, count) = self.population.core[self.counts.len() - 1];
-            self.counts.push(count);
-            self.freqs.push(1);
-            self.counts[0] -= count;
-        }
-        let escapes = self.counts[0] > 0;
-        if core + usize::from(escapes) > self.widths.slots() as usize {
-            return false;
-        }
-        self.freqs[0] = if escapes { self.freqs[0].max(1) } else { 0 };
-        self.settle();
-        true
-    }
-
-    /// Brings the sum to `2^prob_bits`, then moves slots while that saves bits.
-    fn settle(&mut self) {
-        let slots = self.widths.slots();
-        // What the largest frequency cannot take goes to a companion, see `entries`.
-        let capacity = self.freqs.iter().filter(|&&freq| freq > 0).count() as u32 * self.widths.freq_max();
-        let target = slots.min(capacity);
-        let mut sum: u32 = self.freqs.iter().sum();
-        loop {
-            let (gain_bits, grown) = self.best_to_grow();
-            let (loss_bits, shrunk) = self.best_to_shrink();
-            if sum < target {
-                self.freqs[grown] += 1;
-                sum += 1;
-            } else if sum > target {
-                self.freqs[shrunk] -= 1;
-                sum -= 1;
-            } else if gain_bits > loss_bits {
-                // A strict gain, and the same expression gives gain and loss of a slot: no slot
-                // goes back and forth.
-                self.freqs[grown] += 1;
-                self.freqs[shrunk] -= 1;
-            } else {
-                return;
-            }
-        }
-    }
-
-    /// Bits that the slot between frequencies `freq` and `freq + 1` of `entry` saves.
-    fn slot_bits(&self, entry: usize, freq: u32) -> f64 {
-        self.counts[entry] as f64 * (self.log2[freq as usize + 1] - self.log2[freq as usize])
-    }
-
-    fn best_to_grow(&self) -> (f64, usize) {
-        let mut best = (f64::NEG_INFINITY, 0);
-        for (entry, &freq) in self.freqs.iter().enumerate() {
-            if (1..self.widths.freq_max()).contains(&freq) {
-                let bits = self.slot_bits(entry, freq);
-                if bits > best.0 {
-                    best = (bits, entry);
-                }
-            }
-        }
-        best
-    }
-
-    fn best_to_shrink(&self) -> (f64, usize) {
-        let mut best = (f64::INFINITY, 0);
-        for (entry, &freq) in self.freqs.iter().enumerate() {
-            if freq > 1 {
-                let bits = self.slot_bits(entry, freq - 1);
-                if bits < best.0 {
-                    best = (bits, entry);
-                }
-            }
-        }
-        best
-    }
-
-    /// Bits for all symbols and the table itself, but for the far list, which no choice changes.
-    fn cost_bits(&self) -> f64 {
-        let (mut bits, mut entries) = (0.0, 0);
-        for (&count, &freq) in self.counts.iter().zip(&self.freqs) {
-            if freq > 0 {
-                bits += count as f64 * (f64::from(self.widths.prob) - self.log2[freq as usize]);
-                entries += 1;
-            }
-        }
-        bits + self.counts[0] as f64 * ESCAPED_BITS + f64::from(entries) * ENTRY_BITS
-    }
-
-    /// (symbol byte, freq), ascending and with the right sum.
-    fn entries(&self) -> Vec<(u8, u16)> {
-        let mut entries = Vec::new();
-        if self.freqs[0] > 0 {
-            entries.push((ESCAPE, self.freqs[0] as u16));
-        }
-        for (&(byte, _), &freq) in self.population.core.iter().zip(&self.freqs[1..]) {
-            entries.push((byte, freq as u16));
-        }
-        let missing = self.widths.slots() - self.freqs.iter().sum::<u32>();
-        if missing > 0 {
-            // A lone entry at 255 of 256 slots: ESCAPE keeps it company, or symbol 0 if it is
-            // ESCAPE itself.
-            let companion = if self.freqs[0] > 0 { SYMBOL_BIAS as u8 } else { ESCAPE };
-            entries.push((companion, missing as u16));
-        }
-        entries.sort_unstable();
-        entries
-    }
+    if sum == slots { Ok(()) } else { Err(TableError::FrequencySum { sum, expected: slots }) }
 }
 
 /// Parameters of a codec whose table is [`Frequencies`].
@@ -455,37 +339,7 @@ mod tests {
             let table = Frequencies::build(Widths { prob, ..DEFAULT }, &histogram(&uniform)).unwrap();
             assert!(table.entries().len() <= 1 << prob);
             assert!(table.payload_bits(&histogram(&uniform)).is_finite());
-            check_entries(table.widths, &table.entries).unwrap();
-        }
-    }
-
-    /// Every split of the slots among three entries, against the moves of single slots. Starting
-    /// from fewer entries, as `build` does, ESCAPE has slots to give up again.
-    #[test]
-    fn no_split_of_the_slots_is_better() {
-        let widths = Widths { prob: 5, ..DEFAULT };
-        let samples = [[1u64, 1, 1], [100, 10, 1], [1000, 999, 1], [7, 3, 2], [1_000_000, 1, 1]];
-        for (counts, first) in samples.into_iter().flat_map(|counts| [(counts, 0), (counts, 2)]) {
-            let core: Vec<(u8, u64)> = (128..).zip(counts).collect();
-            for far_total in [0, 5, 2000] {
-                let core_total = counts.iter().sum();
-                let population = Population { core: core.clone(), core_total, far_total };
-                let mut trial = Trial::new(widths, &population);
-                for entries in first..=2 {
-                    assert!(trial.extend_to(entries));
-                }
-                let counts = [counts[0], counts[1], counts[2] + far_total];
-                let cost = |freqs: [u32; 3]| -> f64 {
-                    let bits = freqs.map(|freq| 5.0 - f64::from(freq).log2());
-                    counts.iter().zip(bits).map(|(&count, bits)| count as f64 * bits).sum()
-                };
-                let found = cost([trial.freqs[1], trial.freqs[2], trial.freqs[0]]);
-                for a in 1..=30 {
-                    for b in 1..=31 - a {
-                        assert!(found <= cost([a, b, 32 - a - b]) + 1e-9, "{counts:?}: {:?}", trial.freqs);
-                    }
-                }
-            }
+            check_entries(&table.entries, table.widths.slots(), table.widths.freq_max()).unwrap();
         }
     }
 

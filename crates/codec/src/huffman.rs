@@ -178,7 +178,8 @@ impl Table {
 
     pub(crate) fn read(params: Params, bytes: &[u8]) -> Result<Self, TableError> {
         params.validate()?;
-        let entries: Vec<(u8, u8)> = read_entries::<2>(bytes)?.iter().map(|&[byte, bits]| (byte, bits)).collect();
+        let (_, entries) = read_entries::<0, 2>(bytes)?;
+        let entries: Vec<(u8, u8)> = entries.iter().map(|&[byte, bits]| (byte, bits)).collect();
         let code_bits_max = params.code_bits_max;
         let (mut sum, lone) = (0, entries.len() == 1);
         for (entry, &(_, code_bits)) in entries.iter().enumerate() {

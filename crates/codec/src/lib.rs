@@ -11,6 +11,7 @@
 //! | `rans` | [`mod@rans`] | the best ratio; decodes in SIMD registers |
 //! | `block-ans` | [`block_ans`] | thousands of independent blocks |
 //! | `huffman` | [`huffman`], [`mod@planes`] | no arithmetic: table lookups, or merges of bytes |
+//! | `rans-pairs` | [`rans_pairs`] | pairs of symbols at the ratio of `rans`: half as many steps |
 //! | `tiered` | [`tiered`] | fields with escapes in tiers: decodes almost as fast as plain fields |
 //! | `fixed` | [`fixed`] | no entropy coding: the baseline and the decoded form |
 //!
@@ -32,8 +33,10 @@
 pub mod block_ans;
 pub mod fixed;
 pub mod huffman;
+pub mod pairs;
 pub mod planes;
 pub mod rans;
+pub mod rans_pairs;
 pub mod reference;
 pub mod tiered;
 
@@ -43,8 +46,10 @@ mod error;
 mod escape;
 mod frequencies;
 mod histogram;
+mod lanes;
 mod log2;
 mod table;
+mod trial;
 
 pub use codec::{Codec, CodecKind};
 pub use error::{DecodeError, EncodeError, ParamsError, TableError};

@@ -3,8 +3,8 @@
 //!
 //! # Method
 //! Each of `lanes` states codes every `lanes`-th symbol by the static frequencies of the table (the
-//! arithmetic: `ans.rs`; choice and bytes of the table: `frequencies.rs`). All lanes share one
-//! stream of words. Symbol `i` of a chunk belongs to lane `i % lanes`; a *step* is `lanes` symbols,
+//! arithmetic: `ans.rs`, `lanes.rs`; choice and bytes of the table: `trial.rs`, `frequencies.rs`). All
+//! lanes share one stream of words. Symbol `i` of a chunk belongs to lane `i % lanes`; a *step* is `lanes` symbols,
 //! the last step may be partial and then uses the first lanes only.
 //!
 //! # Bytes of a chunk (little-endian)
@@ -51,13 +51,10 @@
 //! every entropy, either state width (example `rates`).
 
 use crate::FarList;
-use crate::ans::{self, pop, push, refill};
 use crate::error::{DecodeError, EncodeError, ParamsError};
 use crate::escape::{Classified, Parts, resolve};
 use crate::frequencies::{AnsParams, AnsTable, Widths};
-
-/// Most lanes that a chunk may have.
-const LANES_MAX: usize = 64;
+use crate::lanes::{self, Coded, LANES_MAX};
 
 /// Parameters of `rans`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -153,9 +150,8 @@ impl<'a> Chunk<'a> {
 
     /// The state that `lane` begins with.
     pub(crate) fn state(&self, params: Params, lane: usize) -> u32 {
-        let lanes = usize::from(params.lanes);
         if params.state_bits == 16 {
-            u32::from(self.states[lanes + lane]) << 8 | u32::from(self.states[lane])
+            lanes::state_of_planes(self.states, lane)
         } else {
             let (states, _) = self.states.as_chunks::<4>();
             u32::from_le_bytes(states[lane])
@@ -166,100 +162,35 @@ impl<'a> Chunk<'a> {
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
     let classified = Classified::new(symbols, table.frequencies().coded())?;
     classified.write_header(out);
-    match table.params().word_bits {
-        8 => encode_codes::<8>(table, &classified.codes, out),
-        _ => encode_codes::<16>(table, &classified.codes, out),
+    let lanes = usize::from(table.params().lanes);
+    if table.params().word_bits == 8 {
+        let coded = Coded::new::<8>(table.frequencies(), lanes, &classified.codes);
+        coded.write_state_planes(out);
+        coded.write_byte_words(out);
+    } else {
+        let coded = Coded::new::<16>(table.frequencies(), lanes, &classified.codes);
+        coded.write_wide_states(out);
+        coded.write_wide_words(out);
     }
     classified.write_tail(out);
     Ok(())
 }
 
-/// Appends states and words.
-fn encode_codes<const WORD_BITS: u32>(table: &Table, codes: &[u8], out: &mut Vec<u8>) {
-    let lanes = usize::from(table.params().lanes);
-    let (entries, prob_bits) = (table.frequencies().push_entries(), u32::from(table.params().prob_bits));
-    let mut states = [ans::state_min::<WORD_BITS>(); LANES_MAX];
-    // Last word first. Every symbol writes the word that it might move, and keeps it by advancing:
-    // no branch to mispredict.
-    let mut words = vec![0u16; codes.len() + 1];
-    let mut count = 0;
-    for step in codes.chunks(lanes).rev() {
-        for (state, &code) in states.iter_mut().zip(step).rev() {
-            let (word, moved) = push::<WORD_BITS>(state, entries[usize::from(code)], prob_bits);
-            words[count] = word;
-            count += usize::from(moved);
-        }
-    }
-    if WORD_BITS == 8 {
-        out.extend(states[..lanes].iter().map(|&state| state as u8));
-        out.extend(states[..lanes].iter().map(|&state| (state >> 8) as u8));
-        out.extend(words[..count].iter().rev().map(|&word| word as u8));
-    } else {
-        out.extend(states[..lanes].iter().flat_map(|state| state.to_le_bytes()));
-        out.extend(words[..count].iter().rev().flat_map(|word| word.to_le_bytes()));
-    }
-}
-
 /// Decodes to symbol bytes, far = 0.
 pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Result<FarList<'a>, DecodeError> {
-    let chunk = Chunk::parse(table.params(), out.len(), bytes)?;
-    match table.params().word_bits {
-        8 => decode_codes::<8>(table, &chunk, out)?,
-        _ => decode_codes::<16>(table, &chunk, out)?,
+    let params = table.params();
+    let chunk = Chunk::parse(params, out.len(), bytes)?;
+    let mut states = [0; LANES_MAX];
+    let states = &mut states[..usize::from(params.lanes)];
+    for (lane, state) in states.iter_mut().enumerate() {
+        *state = chunk.state(params, lane);
+    }
+    match params.word_bits {
+        8 => lanes::decode::<8>(table.frequencies(), states, chunk.words, out)?,
+        _ => lanes::decode::<16>(table.frequencies(), states, chunk.words, out)?,
     }
     resolve(out, chunk.escapes, chunk.far)?;
     Ok(chunk.far)
-}
-
-/// Bytes of the words that 64 lanes of either width can take in a step.
-const WINDOW_BYTES: usize = 128;
-
-fn decode_codes<const WORD_BITS: u32>(table: &Table, chunk: &Chunk<'_>, out: &mut [u8]) -> Result<(), DecodeError> {
-    let params = table.params();
-    let lanes = usize::from(params.lanes);
-    let (entries, prob_bits) = (table.frequencies().pop_entries(), u32::from(params.prob_bits));
-    let word_bytes = WORD_BITS as usize / 8;
-    let mut states = [0; LANES_MAX];
-    for (lane, state) in states[..lanes].iter_mut().enumerate() {
-        *state = chunk.state(params, lane);
-    }
-    let mut words = chunk.words;
-    for step in out.chunks_mut(lanes) {
-        let mut taken = 0;
-        if let Some(window) = words.first_chunk::<WINDOW_BYTES>() {
-            // Enough words for any step: the lanes need not ask, and the mask tells the compiler
-            // so.
-            for (state, code) in states.iter_mut().zip(step) {
-                *code = pop(state, entries, prob_bits);
-                let at = (taken * word_bytes) & (WINDOW_BYTES - word_bytes);
-                let word = match WORD_BITS {
-                    8 => u32::from(window[at]),
-                    _ => u32::from(u16::from_le_bytes([window[at], window[at + 1]])),
-                };
-                taken += refill::<WORD_BITS>(state, word);
-            }
-        } else {
-            for (state, code) in states.iter_mut().zip(step) {
-                *code = pop(state, entries, prob_bits);
-                if *state < params.state_min() {
-                    let word = words
-                        .get(taken * word_bytes..(taken + 1) * word_bytes)
-                        .ok_or_else(|| DecodeError::WordsExhausted { available_words: chunk.words.len() / word_bytes })?;
-                    let word = word.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
-                    taken += refill::<WORD_BITS>(state, word);
-                }
-            }
-        }
-        words = &words[taken * word_bytes..];
-    }
-    if !words.is_empty() {
-        return Err(DecodeError::WordsLeft { left_words: words.len() / word_bytes });
-    }
-    let expected = params.state_min();
-    match states[..lanes].iter().position(|&state| state != expected) {
-        Some(lane) => Err(DecodeError::FinalState { lane, state: states[lane], expected }),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]

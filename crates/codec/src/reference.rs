@@ -8,7 +8,7 @@
 
 use crate::error::DecodeError;
 use crate::planes::{self, Child};
-use crate::{ESCAPE, FarList, SYMBOL_BIAS, Table, block_ans, fixed, huffman, rans, tiered};
+use crate::{ESCAPE, FarList, SYMBOL_BIAS, Table, block_ans, fixed, huffman, pairs, rans, rans_pairs, tiered};
 
 /// Decodes a chunk of `symbols` symbols.
 pub fn decode_chunk(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
@@ -18,6 +18,7 @@ pub fn decode_chunk(table: &Table, chunk: &[u8], symbols: usize) -> Result<Vec<i
         Table::Rans(table) => decode_rans(table, chunk, symbols),
         Table::BlockAns(table) => decode_block_ans(table, chunk, symbols),
         Table::Tiered(table) => decode_tiered(table, chunk, symbols),
+        Table::RansPairs(table) => decode_rans_pairs(table, chunk, symbols),
     }
 }
 
@@ -252,7 +253,7 @@ fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<
     let mut escapes = chunk.escapes.iter();
     let last = tiers.len().saturating_sub(1);
     let mut pairs = Vec::new();
-    for _ in 0..tiered::pairs_of(symbols) {
+    for _ in 0..pairs::pairs_of(symbols) {
         let mut pair = ESCAPE;
         for (index, (tier, fields)) in table.tiers().iter().zip(&mut tiers).enumerate() {
             // The first tier has a field for every pair.
@@ -277,16 +278,71 @@ fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<
             return Err(DecodeError::TierCount { tier, escapes: pairs - left, pairs });
         }
     }
-    let mut listed = chunk.listed().peekable();
-    let mut listed_symbols = Escapes::new(chunk.listed_bytes, chunk.far);
+    symbols_of_pairs(&pairs, &|_, _| 0, table.base(), 0, chunk.listed, chunk.far, symbols)
+}
+
+fn decode_rans_pairs(table: &rans_pairs::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
+    let chunk = rans_pairs::Chunk::parse(table, symbols, chunk)?;
+    let mut states: Vec<u32> = (0..64).map(|lane| u32::from(chunk.states[lane]) + 256 * u32::from(chunk.states[64 + lane])).collect();
+    let mut words = chunk.words.iter();
+    let mut escapes = chunk.escapes.iter();
+    let mut pairs = Vec::new();
+    for i in 0..pairs::pairs_of(symbols) {
+        let state = &mut states[i % 64];
+        let mut pair = take_symbol(state, table.entries(), 8);
+        if *state < 256 {
+            let word = words.next().ok_or(DecodeError::WordsExhausted { available_words: chunk.words.len() })?;
+            *state = *state * 256 + u32::from(*word);
+        }
+        if pair == ESCAPE {
+            pair = *escapes.next().ok_or(DecodeError::EscapesExhausted { position: i / 64 * 128 + i % 64 })?;
+        }
+        pairs.push(pair);
+    }
+    if words.len() > 0 {
+        return Err(DecodeError::WordsLeft { left_words: words.len() });
+    }
+    if escapes.len() > 0 {
+        return Err(DecodeError::EscapesLeft { left_bytes: escapes.len() });
+    }
+    check_final_states(&states, 0, 256)?;
+    let bits = usize::from(table.window().raw_bits());
+    // A lane's symbols follow each other, tile by tile, in the bits of its bytes.
+    let raw = |lane: usize, tile: usize| match bits {
+        0 => 0,
+        _ => {
+            let bit = tile * bits;
+            i16::from(chunk.raw_lines[bit / 8 * 64 + lane] >> (bit % 8)) % (1 << bits)
+        }
+    };
+    let room = (8 * chunk.raw_lines.len()).checked_div(bits).unwrap_or(0);
+    if (symbols..room).any(|i| raw(i % 64, i / 64) != 0) {
+        return Err(DecodeError::PaddingNotZero);
+    }
+    symbols_of_pairs(&pairs, &raw, table.window().base(), bits, chunk.listed, chunk.far, symbols)
+}
+
+/// `raw(lane, tile)`: the raw bits of a symbol, as many as `raw_bits`. `base`: symbol byte of the window's first symbol.
+fn symbols_of_pairs(
+    pairs: &[u8],
+    raw: &dyn Fn(usize, usize) -> i16,
+    base: u8,
+    raw_bits: usize,
+    listed: pairs::Listed<'_>,
+    far: FarList<'_>,
+    symbols: usize,
+) -> Result<Vec<i16>, DecodeError> {
+    let mut listed_symbols = Escapes::new(listed.bytes(), far);
+    let mut listed = listed.iter().peekable();
     let mut out = Vec::new();
     for i in 0..symbols {
         let pair = i16::from(pairs[i / 128 * 64 + i % 64]);
         let nibble = if i % 128 < 64 { pair % 16 } else { pair / 16 };
+        let place = nibble * (1 << raw_bits) + raw(i % 64, i / 64);
         out.push(match listed.next_if(|&(position, _)| position == i) {
-            Some(_) if nibble != i16::from(tiered::LISTED_NIBBLE) => return Err(DecodeError::ListedNibble { position: i }),
+            Some(_) if place != i16::from(pairs::LISTED_NIBBLE) * (1 << raw_bits) => return Err(DecodeError::ListedNibble { position: i }),
             Some(_) => listed_symbols.next(i)?,
-            None => i16::from(table.base()) + nibble - SYMBOL_BIAS,
+            None => i16::from(base) + place - SYMBOL_BIAS,
         });
     }
     // Pairs of which only the first symbol is there.

@@ -2,7 +2,7 @@
 
 use crate::error::{DecodeError, EncodeError, TableError};
 use crate::escape::widen;
-use crate::{Codec, FarList, Histogram, block_ans, fixed, huffman, rans, tiered};
+use crate::{Codec, FarList, Histogram, block_ans, fixed, huffman, rans, rans_pairs, tiered};
 
 /// The static table of one tensor: what encoder and decoder must share, with the codec's
 /// parameters.
@@ -19,6 +19,8 @@ pub enum Table {
     BlockAns(block_ans::Table),
     /// See [`tiered`].
     Tiered(tiered::Table),
+    /// See [`rans_pairs`].
+    RansPairs(rans_pairs::Table),
 }
 
 impl Table {
@@ -32,6 +34,7 @@ impl Table {
             Codec::Rans(params) => Self::Rans(rans::Table::build(params, histogram)?),
             Codec::BlockAns(params) => Self::BlockAns(block_ans::Table::build(params, histogram)?),
             Codec::Tiered => Self::Tiered(tiered::Table::build(histogram)?),
+            Codec::RansPairs => Self::RansPairs(rans_pairs::Table::build(histogram)?),
         })
     }
 
@@ -43,6 +46,7 @@ impl Table {
             Self::Rans(table) => table.frequencies().write(out),
             Self::BlockAns(table) => table.frequencies().write(out),
             Self::Tiered(table) => table.write(out),
+            Self::RansPairs(table) => table.write(out),
         }
     }
 
@@ -54,6 +58,7 @@ impl Table {
             Codec::Rans(params) => Self::Rans(rans::Table::read(params, bytes)?),
             Codec::BlockAns(params) => Self::BlockAns(block_ans::Table::read(params, bytes)?),
             Codec::Tiered => Self::Tiered(tiered::Table::read(bytes)?),
+            Codec::RansPairs => Self::RansPairs(rans_pairs::Table::read(bytes)?),
         })
     }
 
@@ -65,6 +70,7 @@ impl Table {
             Self::Rans(table) => Codec::Rans(table.params()),
             Self::BlockAns(table) => Codec::BlockAns(table.params()),
             Self::Tiered(_) => Codec::Tiered,
+            Self::RansPairs(_) => Codec::RansPairs,
         }
     }
 
@@ -75,7 +81,7 @@ impl Table {
             Self::Huffman(table) => table.has_escape(),
             Self::Rans(table) => table.has_escape(),
             Self::BlockAns(table) => table.has_escape(),
-            Self::Tiered(_) => true,
+            Self::Tiered(_) | Self::RansPairs(_) => true,
         }
     }
 
@@ -88,6 +94,7 @@ impl Table {
             Self::Rans(table) => table.frequencies().payload_bits(histogram),
             Self::BlockAns(table) => table.frequencies().payload_bits(histogram),
             Self::Tiered(table) => table.payload_bits(histogram),
+            Self::RansPairs(table) => table.payload_bits(histogram),
         }
     }
 }
@@ -103,6 +110,7 @@ pub fn encode_chunk(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result
         Table::Rans(table) => rans::encode(table, symbols, out),
         Table::BlockAns(table) => block_ans::encode(table, symbols, out),
         Table::Tiered(table) => tiered::encode(table, symbols, out),
+        Table::RansPairs(table) => rans_pairs::encode(table, symbols, out),
     }
 }
 
@@ -142,5 +150,6 @@ pub fn decode_chunk_bytes<'a>(table: &Table, chunk: &'a [u8], out: &mut [u8]) ->
         Table::Rans(table) => rans::decode(table, chunk, out),
         Table::BlockAns(table) => block_ans::decode(table, chunk, out),
         Table::Tiered(table) => tiered::decode(table, chunk, out),
+        Table::RansPairs(table) => rans_pairs::decode(table, chunk, out),
     }
 }

@@ -2,10 +2,10 @@
 //! next tier of fields; a prefix code that decodes nearly as fast as plain nibbles are unpacked.
 //!
 //! # Method
-//! A pair is the symbols at the same lane of two consecutive tiles of 64: `2p` and `2p + 1`. Where
-//! both lie in a window of 16 consecutive symbols, which holds all but a few in ten thousand, they are
-//! two nibbles, one *pair byte*: the symbol of the first tile in the low one, counted from the
-//! window's first. Symbols outside the window are *listed* with their position.
+//! A pair is the symbols at the same lane of two consecutive tiles of 64 (`pairs.rs`). Where both lie
+//! in a window of 16 consecutive symbols, which holds all but a few in ten thousand, they are two
+//! nibbles, one *pair byte*: the symbol of the first tile in the low one, counted from the window's
+//! first. Symbols outside the window are *listed* with their position.
 //!
 //! Pair bytes are coded by up to three *tiers*, each with fields of its own width, 3 to 6 bits, and
 //! a pair byte for every field value but 0. Field 0 is ESCAPE: the pair is coded in the next tier,
@@ -62,29 +62,20 @@
 //! Every tier escapes as many pairs as the next one has; unused fields and halves are zero; listed
 //! symbols lie in the chunk and have nibble 8; far list and listed bytes of 0 name the same positions.
 
-use std::cmp::Reverse;
-
 use crate::error::{DecodeError, EncodeError, TableError};
-use crate::escape::{Classified, check_symbols, take_u32};
+use crate::escape::{check_symbols, take_u32};
 use crate::histogram::Population;
+use crate::pairs::{LISTED_BYTES, Listed, Nibbles, Placed, TILE, Window, fullest_window, pairs_of, ranked_pairs};
 use crate::{ESCAPE, FAR_BYTES, FarList, Histogram};
 
 /// Most tiers of a table.
 pub const TIERS_MAX: usize = 3;
-/// Fields of a tile.
-const TILE: usize = 64;
 /// Tiles that are packed together.
 const TILES: usize = 8;
 /// Most bits of a field, so lines of eight tiles.
 const BITS_MAX: usize = 6;
 /// Widths of fields.
 const BITS: std::ops::RangeInclusive<u8> = 3..=BITS_MAX as u8;
-/// Symbols of the window.
-const WINDOW: u8 = 16;
-/// The nibble of a symbol that is listed.
-pub const LISTED_NIBBLE: u8 = WINDOW / 2;
-/// Bytes of a listed symbol: its gap and its symbol byte.
-pub const LISTED_BYTES: usize = 3;
 
 /// One tier of a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -134,11 +125,6 @@ impl Tier {
     }
 }
 
-/// Pairs of a chunk of `symbols` symbols.
-pub fn pairs_of(symbols: usize) -> usize {
-    symbols / (2 * TILE) * TILE + (symbols % (2 * TILE)).min(TILE)
-}
-
 /// Where some bits of a tile's fields lie: `width` bits of the field from `from` on, at `shift` of
 /// the bytes of `line`.
 #[derive(Clone, Copy)]
@@ -171,51 +157,9 @@ fn places(bits: u8, tile: usize) -> impl Iterator<Item = Place> {
 /// The tiers of a tensor.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Table {
-    /// Symbol byte of nibble 0.
-    base: u8,
+    /// Without raw bits.
+    window: Window,
     tiers: Vec<Tier>,
-}
-
-/// How often the nibbles of a window occur, and the symbols outside.
-struct Nibbles {
-    /// Listed symbols count as [`LISTED_NIBBLE`].
-    counts: [u64; WINDOW as usize],
-    listed: u64,
-    far: u64,
-}
-
-impl Nibbles {
-    fn new(population: &Population, base: u8) -> Self {
-        let mut nibbles = Self { counts: [0; WINDOW as usize], listed: population.far_total, far: population.far_total };
-        for &(byte, count) in &population.core {
-            match nibble(byte, base) {
-                Some(nibble) => nibbles.counts[usize::from(nibble)] += count,
-                None => nibbles.listed += count,
-            }
-        }
-        nibbles.counts[usize::from(LISTED_NIBBLE)] += nibbles.listed;
-        nibbles
-    }
-
-    /// By pair byte: how many of the pairs it is expected to be, were their symbols independent.
-    fn pair_counts(&self) -> [f64; 256] {
-        let symbols: u64 = self.counts.iter().sum();
-        std::array::from_fn(|pair| {
-            let [a, b] = [pair % 16, pair / 16].map(|nibble| self.counts[nibble] as f64);
-            a * b / (2.0 * symbols.max(1) as f64)
-        })
-    }
-
-    /// Bits of what lies beside the pairs.
-    fn listed_bits(&self) -> f64 {
-        self.listed as f64 * 8.0 * LISTED_BYTES as f64 + self.far as f64 * 8.0 * FAR_BYTES as f64
-    }
-}
-
-/// The nibble of a symbol byte in the window.
-fn nibble(byte: u8, base: u8) -> Option<u8> {
-    let nibble = byte.wrapping_sub(base);
-    (nibble < WINDOW).then_some(nibble)
 }
 
 impl Table {
@@ -226,20 +170,13 @@ impl Table {
         if population.core_total + population.far_total == 0 {
             return Err(TableError::EmptyHistogram);
         }
-        let mut counts = [0u64; 256];
-        for &(byte, count) in &population.core {
-            counts[usize::from(byte)] = count;
-        }
-        let held = |base: u8| counts[usize::from(base)..][..usize::from(WINDOW)].iter().sum::<u64>();
-        let base = (1..=BASE_MAX).max_by_key(|&base| (held(base), Reverse(base.abs_diff(BASE_USUAL)), Reverse(base))).expect("not empty");
-        let nibbles = Nibbles::new(&population, base);
-        let counts = nibbles.pair_counts();
+        let window = fullest_window(&population);
+        let counts = Nibbles::new(&population, window).pair_counts();
         // All pairs, for a tier is full: those that do not occur are the last.
-        let mut ranked: Vec<u8> = (1..=255).collect();
-        ranked.sort_by(|&a, &b| counts[usize::from(b)].total_cmp(&counts[usize::from(a)]).then(a.cmp(&b)));
+        let ranked = ranked_pairs(&counts);
         let mut before = vec![0.0; 256];
-        for (i, &pair) in ranked.iter().enumerate() {
-            before[i + 1] = before[i] + counts[usize::from(pair)];
+        for (i, &(_, count)) in ranked.iter().enumerate() {
+            before[i + 1] = before[i] + count;
         }
         let all = before[255] + counts[0];
         let cost_bits = |widths: &[u8]| {
@@ -262,17 +199,18 @@ impl Table {
                 }
             }
         }
+        let ranked: Vec<u8> = ranked.into_iter().map(|(pair, _)| pair).collect();
         let mut ranked = &ranked[..];
         let tiers = best.1.into_iter().map(|bits| {
             let (own, rest) = ranked.split_at((1 << bits) - 1);
             ranked = rest;
             Tier::new(bits, own)
         });
-        Ok(Self { base, tiers: tiers.collect() })
+        Ok(Self { window, tiers: tiers.collect() })
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
-        out.extend([self.base, self.tiers.len() as u8]);
+        out.extend([self.window.base(), self.tiers.len() as u8]);
         out.extend(self.tiers.iter().map(|tier| tier.bits));
         for tier in &self.tiers {
             out.extend(tier.coded());
@@ -283,9 +221,7 @@ impl Table {
         let available_bytes = bytes.len();
         let truncated = |needed_bytes| TableError::Truncated { needed_bytes, available_bytes };
         let (&[base, count], rest) = bytes.split_first_chunk().ok_or(truncated(2))?;
-        if !(1..=BASE_MAX).contains(&base) {
-            return Err(TableError::TierWindow { base, base_max: BASE_MAX });
-        }
+        let window = Window::new(base, 0)?;
         let count = usize::from(count);
         if count > TIERS_MAX {
             return Err(TableError::Tiers { tiers: count, tiers_max: TIERS_MAX });
@@ -312,12 +248,12 @@ impl Table {
         if !rest.is_empty() {
             return Err(TableError::TrailingBytes { extra_bytes: rest.len() });
         }
-        Ok(Self { base, tiers })
+        Ok(Self { window, tiers })
     }
 
     /// As if the symbols of a pair were independent.
     pub(crate) fn payload_bits(&self, histogram: &Histogram) -> f64 {
-        let nibbles = Nibbles::new(&Population::new(histogram), self.base);
+        let nibbles = Nibbles::new(&Population::new(histogram), self.window);
         let mut bits = 0.0;
         let mut bits_of = [f64::INFINITY; 256];
         for tier in &self.tiers {
@@ -333,27 +269,14 @@ impl Table {
 
     /// Symbol byte of the window's first symbol.
     pub fn base(&self) -> u8 {
-        self.base
+        self.window.base()
     }
 
     /// The tiers, first to last.
     pub fn tiers(&self) -> &[Tier] {
         &self.tiers
     }
-
-    /// By symbol byte: whether it lies in the window; ESCAPE stands for those that do not.
-    fn coded(&self) -> [bool; 256] {
-        let mut coded = [false; 256];
-        coded[usize::from(self.base)..][..usize::from(WINDOW)].fill(true);
-        coded[usize::from(ESCAPE)] = true;
-        coded
-    }
 }
-
-/// The last window ends with symbol byte 255.
-const BASE_MAX: u8 = 255 - (WINDOW - 1);
-/// The window -8..=7.
-const BASE_USUAL: u8 = 120;
 
 /// The parts of a chunk.
 #[derive(Clone, Copy, Debug)]
@@ -362,10 +285,8 @@ pub struct Chunk<'a> {
     pub tiers: [(usize, &'a [u8]); TIERS_MAX],
     /// Pair bytes that no tier has.
     pub escapes: &'a [u8],
-    /// Gaps of the listed symbols, u16 each.
-    gaps: &'a [u8],
-    /// Their symbol bytes, 0 for a far one.
-    pub listed_bytes: &'a [u8],
+    /// Symbols outside the window.
+    pub listed: Listed<'a>,
     /// Far symbols.
     pub far: FarList<'a>,
 }
@@ -408,33 +329,17 @@ impl<'a> Chunk<'a> {
             rest = after;
             part
         };
-        let (gaps, listed_bytes, escapes) = (take(2 * listed as usize), take(listed as usize), take(escape_bytes as usize));
+        let (listed, escapes) = (take(LISTED_BYTES * listed as usize), take(escape_bytes as usize));
         for (tier, (pairs, fields)) in table.tiers.iter().zip(&mut tiers).rev() {
             *fields = take(tier.field_bytes(*pairs));
         }
-        let chunk = Self { tiers, escapes, gaps, listed_bytes, far: FarList::parse(rest, symbols)? };
-        match chunk.listed().last() {
-            Some((position, _)) if position >= symbols => Err(DecodeError::ListedOutside { position, symbols }),
-            _ => Ok(chunk),
-        }
-    }
-
-    /// Listed symbols: position in the chunk, ascending, and symbol byte.
-    pub fn listed(&self) -> impl Iterator<Item = (usize, u8)> + use<'a> {
-        let gaps = self.gaps.as_chunks().0.iter().map(|gap| usize::from(u16::from_le_bytes(*gap)));
-        let positions = gaps.scan(0, |next, gap| {
-            let position = *next + gap;
-            *next = position + 1;
-            Some(position)
-        });
-        positions.zip(self.listed_bytes.iter().copied())
+        Ok(Self { tiers, escapes, listed: Listed::parse(listed, symbols)?, far: FarList::parse(rest, symbols)? })
     }
 }
 
 pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let mut classified = Classified::new(symbols, &table.coded())?;
-    let (gaps, listed_bytes) = list(&mut classified);
-    let mut pairs = pair_bytes(&classified.codes, table.base);
+    let placed = Placed::new(symbols, table.window)?;
+    let mut pairs = table.window.pair_bytes(&placed.codes);
     let mut counts = Vec::with_capacity(table.tiers.len());
     let mut packed = Vec::with_capacity(table.tiers.len());
     for tier in &table.tiers {
@@ -447,55 +352,16 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
         packed.push(pack(tier.bits, &fields));
         pairs.retain(|&pair| field_of[usize::from(pair)] == 0);
     }
-    out.extend((listed_bytes.len() as u32).to_le_bytes());
-    classified.write_far_count(out);
+    placed.write_counts(out);
     out.extend((pairs.len() as u32).to_le_bytes());
     out.extend(counts.iter().skip(1).flat_map(|count| count.to_le_bytes()));
-    out.extend(gaps.iter().flat_map(|gap| gap.to_le_bytes()));
-    out.extend(listed_bytes);
+    placed.write_listed(out);
     out.extend(pairs);
     for fields in packed.iter().rev() {
         out.extend(fields);
     }
-    classified.write_far(out);
+    placed.write_far(out);
     Ok(())
-}
-
-/// Gaps and symbol bytes of the symbols outside the window, whose codes are ESCAPE. Where a gap would
-/// not fit, a symbol on the way is listed too, and its code made ESCAPE.
-fn list(classified: &mut Classified) -> (Vec<u16>, Vec<u8>) {
-    let (mut gaps, mut bytes) = (Vec::new(), Vec::new());
-    let mut next = 0;
-    let mut escapes = classified.escapes.iter();
-    for position in 0..classified.codes.len() {
-        let code = &mut classified.codes[position];
-        let gap = u16::try_from(position - next).expect("bridged below");
-        if *code == ESCAPE {
-            bytes.push(*escapes.next().expect("one for each ESCAPE"));
-        } else if gap == u16::MAX {
-            bytes.push(std::mem::replace(code, ESCAPE));
-        } else {
-            continue;
-        }
-        gaps.push(gap);
-        next = position + 1;
-    }
-    (gaps, bytes)
-}
-
-/// `codes`: symbol bytes in the window, or ESCAPE for a listed symbol.
-fn pair_bytes(codes: &[u8], base: u8) -> Vec<u8> {
-    let nibble = |code: u8| if code == ESCAPE { LISTED_NIBBLE } else { code - base };
-    let mut pairs = Vec::with_capacity(pairs_of(codes.len()));
-    for codes in codes.chunks(2 * TILE) {
-        let (first, second) = codes.split_at(codes.len().min(TILE));
-        let start = pairs.len();
-        pairs.extend(first.iter().map(|&code| nibble(code)));
-        for (pair, &code) in pairs[start..].iter_mut().zip(second) {
-            *pair |= nibble(code) << 4;
-        }
-    }
-    pairs
 }
 
 fn pack(bits: u8, fields: &[u8]) -> Vec<u8> {
@@ -527,32 +393,9 @@ pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Resu
         pairs = vec![0; chunk.tiers[index].0];
         decode_tier(table, &chunk, index, &escaped, &mut pairs)?;
     }
-    for (pairs, out) in pairs.chunks(TILE).zip(out.chunks_mut(2 * TILE)) {
-        let (first, second) = out.split_at_mut(pairs.len());
-        if pairs[second.len()..].iter().any(|pair| pair >> 4 != 0) {
-            return Err(DecodeError::PaddingNotZero);
-        }
-        for (out, pair) in first.iter_mut().zip(pairs) {
-            *out = table.base + pair % WINDOW;
-        }
-        for (out, pair) in second.iter_mut().zip(pairs) {
-            *out = table.base + pair / WINDOW;
-        }
-    }
-    let mut far = chunk.far.iter();
-    for (position, byte) in chunk.listed() {
-        if out[position] != table.base + LISTED_NIBBLE {
-            return Err(DecodeError::ListedNibble { position });
-        }
-        out[position] = byte;
-        if byte == ESCAPE && far.next().is_none_or(|far| far.position as usize != position) {
-            return Err(DecodeError::FarMismatch { position });
-        }
-    }
-    match far.next() {
-        Some(far) => Err(DecodeError::FarMismatch { position: far.position as usize }),
-        None => Ok(chunk.far),
-    }
+    table.window.join(&pairs, &[], out)?;
+    chunk.listed.put(table.window, chunk.far, out)?;
+    Ok(chunk.far)
 }
 
 /// The pair bytes of one tier; `escaped` are those of the next.
@@ -613,7 +456,7 @@ mod tests {
             next += own.len() as u8;
             Tier::new(bits, &own)
         });
-        Table { base: BASE_USUAL, tiers: tiers.collect() }
+        Table { window: Window::new(120, 0).unwrap(), tiers: tiers.collect() }
     }
 
     #[test]
@@ -621,19 +464,9 @@ mod tests {
         let mut symbols = vec![0; 5000];
         symbols.extend([1; 3000].iter().chain(&[-1; 2900]).chain(&[5; 200]).chain(&[100; 10]));
         let built = Table::build(&histogram(&symbols)).unwrap();
-        assert_eq!(built.base, 120);
+        assert_eq!(built.base(), 120);
         // Seven of the nine pairs of -1, 0 and 1: without (-1, -1), and of the equals (1, -1) and (-1, 1) the smaller byte.
         assert_eq!(built.tiers[0], Tier::new(3, &[0x78, 0x79, 0x87, 0x88, 0x89, 0x98, 0x99]));
-    }
-
-    #[test]
-    fn the_window_follows_the_symbols() {
-        let base = |symbols: &[i16]| Table::build(&histogram(symbols)).unwrap().base;
-        assert_eq!(base(&[0, 0, 1]), 120, "-8..=7 if that will do");
-        assert_eq!(base(&[0, 12]), 125, "as near to it as possible");
-        assert_eq!(base(&[-127; 3]), 1);
-        assert_eq!(base(&[127, 200]), 240);
-        assert_eq!(base(&[300]), 120);
     }
 
     #[test]
@@ -690,7 +523,7 @@ mod tests {
     fn where_no_pair_is_frequent_nibbles_stay_plain() {
         let symbols: Vec<i16> = (0..4096).map(|i| (i * 7 + i / 16) % 16 - 8).collect();
         let table = Table::build(&histogram(&symbols)).unwrap();
-        assert_eq!(table, Table { base: 120, tiers: vec![] });
+        assert_eq!(table, Table { window: Window::new(120, 0).unwrap(), tiers: vec![] });
         let mut out = Vec::new();
         encode(&table, &symbols[..65], &mut out).unwrap();
         assert_eq!(out[..12], [0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0, 0]);
@@ -701,20 +534,6 @@ mod tests {
         out[8] = 63;
         out.pop();
         assert_eq!(decode(&table, &out, &mut bytes), Err(DecodeError::TierCount { tier: 0, escapes: 64, pairs: 63 }));
-    }
-
-    #[test]
-    fn long_gaps_are_bridged() {
-        let mut symbols = vec![0; 3 * 65536];
-        *symbols.last_mut().unwrap() = 100;
-        let table = Table::build(&histogram(&symbols)).unwrap();
-        let mut out = Vec::new();
-        encode(&table, &symbols, &mut out).unwrap();
-        let listed: Vec<_> = Chunk::parse(&table, symbols.len(), &out).unwrap().listed().collect();
-        assert_eq!(listed, [(65535, 128), (131_071, 128), (196_607, 228)]);
-        let mut bytes = vec![0; symbols.len()];
-        decode(&table, &out, &mut bytes).unwrap();
-        assert!(bytes[..196_607].iter().all(|&byte| byte == 128));
     }
 
     #[test]
@@ -749,8 +568,8 @@ mod tests {
         assert_eq!(refused(&[1]), TableError::Truncated { needed_bytes: 2, available_bytes: 1 });
         assert_eq!(refused(&good[..17]), TableError::Truncated { needed_bytes: 18, available_bytes: 17 });
         assert_eq!(refused(&[&good[..], &[0]].concat()), TableError::TrailingBytes { extra_bytes: 1 });
-        assert_eq!(refused(&[0, 1]), TableError::TierWindow { base: 0, base_max: 240 });
-        assert_eq!(refused(&[241, 1]), TableError::TierWindow { base: 241, base_max: 240 });
+        assert_eq!(refused(&[0, 1]), TableError::PairWindow { base: 0, base_max: 240 });
+        assert_eq!(refused(&[241, 1]), TableError::PairWindow { base: 241, base_max: 240 });
         assert_eq!(refused(&[120, 4, 3, 3, 3, 3]), TableError::Tiers { tiers: 4, tiers_max: 3 });
         assert_eq!(Table::read(&[120, 0]).unwrap().tiers.len(), 0);
         assert_eq!(refused(&[120, 1, 7]), TableError::TierBits { tier: 0, bits: 7 });

@@ -7,7 +7,7 @@ use tersor_codec::{
 };
 
 /// Every kind, both state widths, the extremes of every parameter.
-const IDS: [&str; 29] = [
+const IDS: [&str; 30] = [
     "fixed/b2",
     "fixed/b3",
     "fixed/b4",
@@ -37,6 +37,7 @@ const IDS: [&str; 29] = [
     "block-ans/s16-w8-p1-n64",
     "block-ans/s16-w8-p7-n16384",
     "tiered",
+    "rans-pairs",
 ];
 
 fn codecs() -> impl Iterator<Item = Codec> {
@@ -239,8 +240,8 @@ fn payload_bits_predict_the_size() {
             Codec::BlockAns(params) => params.blocks(symbols.len()) as f64,
             _ => 64.0,
         };
-        // `tiered` takes the symbols of a pair for independent, which those of a sample are not quite.
-        let sampling = if codec == Codec::Tiered { expected * 0.002 } else { 0.0 };
+        // The codecs of pairs take their symbols for independent, which those of a sample are not quite.
+        let sampling = if matches!(codec, Codec::Tiered | Codec::RansPairs) { expected * 0.002 } else { 0.0 };
         assert!(bits > expected - sampling - 64.0, "{codec}: {bits} bits, at least {expected} expected");
         assert!(bits < expected * 1.012 + 64.0 + blocks * 48.0, "{codec}: {bits} bits, about {expected} expected");
         assert!(expected > histogram.entropy_bits() * symbols.len() as f64, "{codec} beats the entropy");
@@ -269,6 +270,8 @@ fn rans_keeps_its_promises() {
         let (precise, default) = (overhead_bits("rans-precise"), overhead_bits("rans"));
         assert!(precise < 0.02, "rans-precise at step {step}: {precise} bits above {entropy_bits}");
         assert!(default < 0.02 * entropy_bits, "rans at step {step}: {default} bits above {entropy_bits}");
+        let pairs = overhead_bits("rans-pairs");
+        assert!(pairs < 0.021 * entropy_bits, "rans-pairs at step {step}: {pairs} bits above {entropy_bits}");
     }
 }
 

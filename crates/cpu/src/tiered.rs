@@ -28,7 +28,8 @@
 
 use std::ops::Range;
 
-use tersor_codec::tiered::{Chunk, LISTED_NIBBLE, TIERS_MAX, Table, Tier};
+use tersor_codec::pairs::LISTED_NIBBLE;
+use tersor_codec::tiered::{Chunk, TIERS_MAX, Table, Tier};
 use tersor_codec::{PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
@@ -82,14 +83,14 @@ pub(crate) fn decode(
     if !split(level, table.base(), pairs, out.as_chunks_mut().0) {
         return false;
     }
-    for (position, byte) in parts.listed() {
+    for (position, byte) in parts.listed.iter() {
         if out[position] != table.base() + LISTED_NIBBLE {
             return false;
         }
         out[position] = byte;
     }
     let known = far.len();
-    let valid = take_far(tensor, chunk, parts.far, parts.listed_bytes, out, far);
+    let valid = take_far(tensor, chunk, parts.far, parts.listed.bytes(), out, far);
     if !valid {
         far.truncate(known);
     }
@@ -118,7 +119,7 @@ pub(crate) fn dot(
         let Some((table, parts)) = parse(tensor, chunk) else {
             return false;
         };
-        if !parts.far.is_empty() || count_zeros(parts.listed_bytes) > 0 {
+        if !parts.far.is_empty() || count_zeros(parts.listed.bytes()) > 0 {
             return false;
         }
         let [behind @ .., _] = &mut buffers.0;
@@ -354,7 +355,7 @@ fn dot_bits<I: Isa, const B: usize>(
     let (xscales, xsums) = (x.scales(0), x.sums(0));
     let lines: &[TileBytes] = if bytes { parts.escapes } else { parts.tiers[0].1 }.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
-    let mut listed = Listed::new(parts.listed(), base);
+    let mut listed = Listed::new(parts.listed.iter(), base);
     let mut pairs = [[0; TILE_SYMBOLS]; TILES];
     for (i, acc) in sums.iter_mut().enumerate() {
         let tile_scales = scales.tile(first + i);

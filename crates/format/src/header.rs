@@ -402,7 +402,7 @@ impl CodecFields {
             Codec::BlockAns(p) => {
                 Self { state_bits: p.state_bits, word_bits: p.word_bits, prob_bits: p.prob_bits, block_symbols: p.block_symbols, ..none }
             }
-            Codec::Tiered => none,
+            Codec::Tiered | Codec::RansPairs => none,
             other => unreachable!("codec {other} has no header fields: this crate is older than the codec crate"),
         }
     }
@@ -416,6 +416,7 @@ impl CodecFields {
             CodecKind::Rans => Codec::Rans(rans::Params { state_bits, word_bits, prob_bits, lanes }),
             CodecKind::BlockAns => Codec::BlockAns(block_ans::Params { state_bits, word_bits, prob_bits, block_symbols }),
             CodecKind::Tiered => Codec::Tiered,
+            CodecKind::RansPairs => Codec::RansPairs,
             other => {
                 return Err(TensorError::Codec { found: other.code() });
             }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Kind, Random, codecs, tensor};
-use tersor_codec::{CodecKind, FAR_BYTES, Table, block_ans, fixed, huffman, rans, tiered};
+use tersor_codec::{CodecKind, FAR_BYTES, Table, block_ans, fixed, huffman, rans, rans_pairs, tiered};
 use tersor_format::{
     BLOB_ALIGN, CHUNK_ALIGN, CHUNK_SYMBOLS_TARGET, FIELDS, HEADER_BYTES, INDEX_ENTRY_BYTES, MAGIC, ScaleScheme, TILE_COLS, TILE_ROWS,
     VERSION, encode_tensor, limits,
@@ -157,17 +157,28 @@ fn widths_of_tables_and_chunks() {
                         assert_eq!(fields.len(), (tiles / 8 * bits + last) * 64, "{bits} bits, {tiles} tiles");
                         fields.len()
                     });
-                    let counts = width("tiered listed")
-                        + width("far_count")
-                        + width("escape_bytes")
-                        + tiers.saturating_sub(1) * width("tiered pairs");
-                    let listed = parts.listed_bytes.len() * (width("tiered gap") + width("tiered listed byte"));
+                    let counts =
+                        width("listed") + width("far_count") + width("escape_bytes") + tiers.saturating_sub(1) * width("tiered pairs");
+                    let listed = parts.listed.bytes().len() * (width("listed gap") + width("listed byte"));
                     let sum = counts + listed + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
                     let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
                     let front = width("tiered table, base") + width("tiered table, tiers") + tiers * width("tiered table, bits");
                     (front + entries * width("tiered table, entry"), sum)
                 }
-                _ => unreachable!("five codecs"),
+                Table::RansPairs(table) => {
+                    let parts = rans_pairs::Chunk::parse(table, n, bytes).unwrap();
+                    let tiles_per_line = 8usize.checked_div(table.window().raw_bits().into());
+                    let tiles = n.div_ceil(64).next_multiple_of(2);
+                    assert_eq!(parts.raw_lines.len(), tiles_per_line.map_or(0, |tiles_per_line| tiles.div_ceil(tiles_per_line) * 64));
+                    assert_eq!(parts.states.len(), width("rans-pairs states"));
+                    let front = width("listed") + width("far_count") + width("escape_bytes") + width("rans-pairs states");
+                    let listed = parts.listed.bytes().len() * (width("listed gap") + width("listed byte"));
+                    let sum = front + listed + parts.escapes.len() + parts.raw_lines.len() + parts.words.len() + far(parts.far.len());
+                    let table_front =
+                        width("rans-pairs table, base") + width("rans-pairs table, raw_bits") + width("rans-pairs table, count");
+                    (table_front + table.entries().len() * width("rans-pairs table, entry"), sum)
+                }
+                _ => unreachable!("six codecs"),
             };
             assert_eq!(table_bytes, table_expected, "{codec}");
             assert_eq!(bytes.len(), chunk_expected, "{codec}");

@@ -196,7 +196,7 @@ fn forged_headers_are_refused_by_name() {
     refused(0, b"TRSS", "bad magic");
     refused(4, &[2, 0], "unsupported blob version 2");
     refused(6, &[4], "unsupported quantization scheme id 4");
-    refused(7, &[5], "unsupported codec id 5");
+    refused(7, &[6], "unsupported codec id 6");
     refused(8, &u32s(0), "field rows");
     refused(8, &u32s((1 << 24) + 1), "rows is 16777217; the limit is 16777216");
     refused(8, &[0xff; 8], "rows is 4294967295");

@@ -34,7 +34,7 @@ fn encode_symbols<'py>(py: Python<'py>, rows: usize, cols: usize, symbols: Vec<i
 
 /// Codes symbols, (rows, cols), to a blob: (bytes). The blob says scheme ``tensor`` with scale 1: scales are the caller's business.
 ///
-/// ``codec``: rans, rans-precise, huffman, block-ans, tiered, fixed, or a full id such as ``rans/s16-w8-p7-l64``.
+/// ``codec``: rans, rans-precise, huffman, block-ans, tiered, rans-pairs, fixed, or a full id such as ``rans/s16-w8-p7-l64``.
 #[pyfunction]
 #[pyo3(signature = (symbols, *, codec = "rans"))]
 pub fn encode<'py>(py: Python<'py>, symbols: &Bound<'py, PyAny>, codec: &str) -> PyResult<Bound<'py, PyArray1<u8>>> {

@@ -38,7 +38,7 @@ pub struct Options {
     /// Directory to write
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), rans-pairs, fixed, or a full id
     #[arg(long, default_value = "rans-precise")]
     pub codec: Codec,
     /// Threads [default: all cores]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use tersor_codec::{Codec, Histogram};
+use tersor_codec::{Codec, Histogram, rans_pairs};
 use tersor_format::{
     CHUNK_SYMBOLS_TARGET, DirWriter, MlxDir, ModelDir, RawRows, RawTensor, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, Tensor, encode_tensor,
 };
@@ -64,7 +64,7 @@ pub struct Options {
     /// Weights that share a scale: 32, 64 or 128; affine4 only [default: 64]
     #[arg(long, value_name = "N", value_parser = group_size)]
     pub group_size: Option<u32>,
-    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), fixed, or a full id such as rans/s16-w8-p7-l64
+    /// rans (fast), rans-precise (smallest), huffman, block-ans, tiered (fastest fused), rans-pairs, fixed, or a full id such as rans/s16-w8-p7-l64
     #[arg(long, default_value = "rans")]
     pub codec: Codec,
     /// Threads [default: all cores]
@@ -446,6 +446,8 @@ fn side_bits(codec: Codec, linear: &LinearInfo) -> f64 {
         }
         // Three more counts, and on average half of the last line of two tiers.
         Codec::Tiered => 64.0 + 32.0 + 2.0 * (32.0 + 256.0),
+        // As for `rans`, and one more count. Chunks of 64 Ki symbols fill their raw lines.
+        Codec::RansPairs => 64.0 + 32.0 + rans_pairs::LANES as f64 * 12.0,
         _ => 64.0,
     };
     // Chunks start at multiples of 16 bytes: 7.5 bytes are lost on average. The blob ends with 64 to 128 zeros.

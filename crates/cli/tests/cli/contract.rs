@@ -7,9 +7,15 @@ use serde_json::Value;
 fn quantize_inspect_verify_agree() {
     let scratch = Scratch::new();
     scratch.llama("src", SMALL);
-    for (codec, target) in
-        [("rans", "3.3"), ("rans-precise", "2.4"), ("huffman", "3.7"), ("block-ans", "3.0"), ("tiered", "3.2"), ("fixed", "4.6")]
-    {
+    for (codec, target) in [
+        ("rans", "3.3"),
+        ("rans-precise", "2.4"),
+        ("huffman", "3.7"),
+        ("block-ans", "3.0"),
+        ("tiered", "3.2"),
+        ("rans-pairs", "3.1"),
+        ("fixed", "4.6"),
+    ] {
         let out = format!("out-{codec}");
         let report = scratch.json(&["quantize", "src", "-o", &out, "--bpw", target, "--codec", codec, "--json"]);
         let (bpw, target) = (report["bpw"].as_f64().unwrap(), target.parse::<f64>().unwrap());

@@ -132,6 +132,7 @@ fn table_bytes(table: &Table) -> u64 {
         Table::Rans(table) => SLOT_BYTES * table.slots().freq.len(),
         Table::BlockAns(table) => SLOT_BYTES * table.slots().freq.len(),
         Table::Huffman(table) => size_of_val(table.lookup()),
+        Table::RansPairs(table) => size_of_val(table.slots()),
         _ => 0,
     };
     bytes as u64
