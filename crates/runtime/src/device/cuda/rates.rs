@@ -170,13 +170,7 @@ impl Bench<'_> {
     }
 
     /// Seconds in which the coded bytes of the file cross PCIe, in which the device decodes them, and in which both are done beside each other.
-    fn load(
-        &self,
-        tensor: &CodedTensor,
-        table: RansTable<'_>,
-        quad: &QuadMatrix,
-        symbols: &Symbols<'_>,
-    ) -> Result<[f64; 3], OpenError> {
+    fn load(&self, tensor: &CodedTensor, table: RansTable<'_>, quad: &QuadMatrix, symbols: &Symbols<'_>) -> Result<[f64; 3], OpenError> {
         let device = self.kernels.device();
         let bytes = tensor.coded_bytes() as usize;
         let (pinned, buffer) = (device.pin(bytes)?, device.allocate(bytes, "coded bytes")?);
