@@ -24,7 +24,7 @@ const CHUNK_PADDING: usize = 64;
 const CHUNK_ALIGN: usize = 16;
 /// Slots of the largest table.
 const SLOTS_MAX: usize = 256;
-/// Warps of a block.
+/// Warps of a block of `rans_decode`, `RANS_WARPS` in rans.cu.
 const WARPS: usize = 4;
 
 /// A table of a codec whose chunks the device decodes.
@@ -67,6 +67,12 @@ pub struct RansPart<'a> {
     pub far_max: usize,
 }
 
+/// The kernel for a table, and how many warps, of a chunk each, its blocks have.
+struct Launch<'a> {
+    kernel: &'a Function,
+    warps: usize,
+}
+
 /// What the device gets of a chunk, and how much of it are words and escapes.
 struct Sent<'a> {
     bytes: &'a [u8],
@@ -85,10 +91,11 @@ impl Coder<'_> {
             }
             Self::Pairs(table) => {
                 let slots = table.slots();
-                (0..=255u8)
-                    .map(|slot| (slot, usize::from(slot)))
-                    .map(|(slot, i)| u32::from_le_bytes([slots.freq[i], slots.offset[i], slots.pair_byte[i], slot]))
-                    .collect()
+                let entry = |slot: u8| {
+                    let i = usize::from(slot);
+                    u32::from_le_bytes([slots.freq[i], slots.offset[i], slots.pair_byte[i], slot])
+                };
+                (0..=255).map(entry).collect()
             }
         }
     }
@@ -124,6 +131,9 @@ impl Coder<'_> {
                     if symbol != decoded {
                         correct(position, symbol - decoded);
                     }
+                }
+                if let Some(far) = far.next() {
+                    return Err(DecodeError::FarMismatch { position: far.position as usize });
                 }
                 // States, escapes, raw lines and words lie before the far entries.
                 let sent = chunk.states.len() + chunk.escapes.len() + chunk.raw_lines.len() + chunk.words.len();
@@ -313,9 +323,11 @@ impl RansDecoder {
     ) -> Result<(), CudaError> {
         let coder = part.table.0;
         self.table.write(0, &coder.packed())?;
-        let (kernel, prob_bits, (raw_bits, base)) = match coder {
-            Coder::Singles(table) => (&kernels.rans_decode, table.params().prob_bits, (0, 0)),
-            Coder::Pairs(table) => (&kernels.rans_pairs_decode, 8, (table.window().raw_bits(), table.window().base())),
+        let (launch, prob_bits, (raw_bits, base)) = match coder {
+            Coder::Singles(table) => (Launch { kernel: &kernels.rans_decode, warps: WARPS }, table.params().prob_bits, (0, 0)),
+            Coder::Pairs(table) => {
+                (Launch { kernel: &kernels.rans_pairs_decode, warps: 1 }, 8, (table.window().raw_bits(), table.window().base()))
+            }
         };
         let col_steps = part.cols.div_ceil(4);
         let mut job = RansJob {
@@ -351,7 +363,7 @@ impl RansDecoder {
             if batch.bytes + room > BATCH_BYTES
                 || batch.chunks.len() * size_of::<RansChunk>() + size_of::<RansChunk>() > self.descriptors[0].bytes().len()
             {
-                self.send(kernel, &mut job, &mut batch)?;
+                self.send(&launch, &mut job, &mut batch)?;
             }
             if batch.chunks.is_empty() {
                 batch.first_chunk = number;
@@ -367,13 +379,13 @@ impl RansDecoder {
             batch.bytes = (batch.bytes + room).next_multiple_of(CHUNK_ALIGN);
             row_tile += row_tiles;
         }
-        self.send(kernel, &mut job, &mut batch)?;
+        self.send(&launch, &mut job, &mut batch)?;
         // The table is written anew for the next part.
         self.device.synchronize_stream(Stream::Compute)
     }
 
     /// Copies the batch on the side stream and decodes it on the compute stream.
-    fn send(&mut self, kernel: &Function, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
+    fn send(&mut self, launch: &Launch<'_>, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
         if batch.chunks.is_empty() {
             return Ok(());
         }
@@ -397,8 +409,8 @@ impl RansDecoder {
         (job.payload, job.chunks) = (self.coded[i].address(), self.chunks[i].address());
         (job.chunk_count, job.first_chunk) = (batch.chunks.len() as u32, batch.first_chunk as u32);
         let shape = Shape {
-            grid: (batch.chunks.len().div_ceil(WARPS) as u32, 1),
-            threads: (WARPS * LANES) as u32,
+            grid: (batch.chunks.len().div_ceil(launch.warps) as u32, 1),
+            threads: (launch.warps * LANES) as u32,
             shared_bytes: 0,
             cluster: 1,
             programmatic: false,
@@ -409,7 +421,7 @@ impl RansDecoder {
             device.record(start, Stream::Compute)?;
         }
         // SAFETY: RansJob is the parameter of both kernels; its addresses are buffers that live until the stream was synchronized.
-        unsafe { device.launch(kernel, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
+        unsafe { device.launch(launch.kernel, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
         if let Some((_, end)) = &events {
             device.record(end, Stream::Compute)?;
         }
