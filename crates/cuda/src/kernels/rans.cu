@@ -17,6 +17,8 @@
 // Cost: 88 instructions for 64 symbols, 413 cycles where a warp is alone on its scheduler (H200). It only has to keep up with PCIe: it
 // takes half of the copy's time where there are 1,792 chunks, 1.2 times as long where there are 512.  Measured: bench/RESULTS.md, "CUDA".
 
+constexpr int RANS_WARPS = 4;
+
 extern "C" __global__ void __launch_bounds__(RANS_WARPS * 32) rans_decode(RansJob J) {
   __shared__ u32 table[256];
   __shared__ __align__(16) u8 rings[RANS_WARPS][2][Ring::BYTES];

@@ -106,5 +106,3 @@ struct Ring {
     return v;
   }
 };
-
-constexpr int RANS_WARPS = 4; // of a block
