@@ -154,6 +154,8 @@ pub(crate) struct StepProduct {
     pub matrix: Plain,
     pub scale: u64,
     pub bias: u64,
+    pub sums: u64,
+    pub arrivals: u64,
 }
 
 /// `StepLayer`.
@@ -177,15 +179,15 @@ pub(crate) struct Step {
     pub head: StepProduct,
     pub final_norm: u64,
     pub x: u64,
-    pub stream: [u64; 2],
     pub turn: u64,
     pub place: u64,
-    pub sums: [u64; 5],
     pub parts: u64,
     pub stats: u64,
     pub mixed: u64,
     pub active: u64,
-    pub control: u64,
+    pub crews: u64,
+    pub mixed_flags: u64,
+    pub active_flags: u64,
     pub logits: u64,
     pub eps: f32,
     pub scale: f32,
@@ -201,6 +203,7 @@ pub(crate) struct Step {
     pub up_row: i32,
     pub vocab: i32,
     pub frag_bytes: i32,
+    pub slots: i32,
     pub unused: i32,
 }
 
@@ -257,13 +260,12 @@ mod tests {
 
     #[test]
     fn structures_are_as_large_as_the_kernels_think() {
-        let [quad, plain, rans, rans_pairs, ops, step] = [
+        let [quad, plain, rans, rans_pairs, ops] = [
             include_str!("kernels/ptx/quad.ptx"),
             include_str!("kernels/ptx/plain.ptx"),
             include_str!("kernels/ptx/rans.ptx"),
             include_str!("kernels/ptx/rans_pairs.ptx"),
             include_str!("kernels/ptx/ops.ptx"),
-            include_str!("kernels/ptx/step.ptx"),
         ];
         let act = size_of::<Act>();
         assert_eq!(parameters(quad, "quad_r1_t8"), [size_of::<Quad>(), act, 8]);
@@ -278,8 +280,8 @@ mod tests {
         assert_eq!(parameters(ops, "attention_128"), [size_of::<Attention>()]);
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
-        assert_eq!(parameters(step, "step_128"), [size_of::<Step>()]);
-        assert_eq!(size_of::<StepLayer>(), 328);
+        // step.cu, of which there is no PTX for old GPUs, asserts the same.
+        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 256));
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

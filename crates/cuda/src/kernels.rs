@@ -50,7 +50,8 @@ pub struct Kernels {
     attend: [Function; 3],
     logits: Function,
     read_all: Function,
-    pub(crate) step: [Function; 3],
+    /// For heads of at most 64, 128 and 256 numbers, where `hopper`.
+    pub(crate) step: Option<[Function; 3]>,
 }
 
 impl Kernels {
@@ -86,6 +87,7 @@ impl Kernels {
     /// `native`: compiled for the GPU's own architecture.
     fn of(device: &Arc<Device>, modules: [Module; 6], native: bool) -> Result<Self, CudaError> {
         let [quad, plain, rans, rans_pairs, ops, step] = &modules;
+        let hopper = native && device.properties().capability.0 >= 9;
         Ok(Self {
             quad: functions(
                 quad,
@@ -115,9 +117,12 @@ impl Kernels {
             attend: [ops.function("attend_64")?, ops.function("attend_128")?, ops.function("attend_256")?],
             logits: ops.function("logits")?,
             read_all: ops.function("read_all")?,
-            step: [step.function("step_64")?, step.function("step_128")?, step.function("step_256")?],
+            step: match hopper {
+                true => Some([step.function("step_64")?, step.function("step_128")?, step.function("step_256")?]),
+                false => None,
+            },
             device: Arc::clone(device),
-            hopper: native && device.properties().capability.0 >= 9,
+            hopper,
             _modules: modules,
         })
     }
@@ -643,11 +648,10 @@ impl<'a> Queue<'a> {
         launch!(self, function, shape, Stream::Compute, args)
     }
 
-    /// Launches a step. `kernel`: which of those for heads of at most 64, 128 and 256 numbers.
-    pub(crate) fn launch_step(&mut self, kernel: usize, shared_bytes: usize, mut args: abi::Step) -> Result<(), CudaError> {
+    pub(crate) fn launch_step(&mut self, function: &Function, shared_bytes: usize, mut args: abi::Step) -> Result<(), CudaError> {
         self.after_kernel = true;
         let shape = step::shape(&self.kernels.device, shared_bytes);
-        launch!(self, &self.kernels.step[kernel], shape, Stream::Compute, args)
+        launch!(self, function, shape, Stream::Compute, args)
     }
 
     /// Reads a buffer and keeps nothing, as a measure of bandwidth. `out`: 4 bytes.

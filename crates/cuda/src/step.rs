@@ -3,14 +3,17 @@
 use std::sync::Arc;
 
 use crate::abi;
-use crate::driver::{Buffer, Device, Shape, Stream};
+use crate::driver::{Buffer, Device, Function, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
-use crate::layout::{STEP_HIDDEN_MAX, STEP_RING, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
+use crate::layout::{Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
 use crate::matrix::Form;
 use crate::{CudaError, Mixed};
 
 /// Matrices of a layer: q, k and v; o; gate and up; down.
 const PRODUCTS: usize = 4;
+/// Fewest slots of a warp's ring that hide the memory's latency, and the most that are of use.
+const SLOTS_MIN: usize = 3;
+const SLOTS_MAX: usize = 6;
 /// Warps of a crew of attention, as `ATTENTION_WARPS` in transformer.cuh.
 const ATTENTION_WARPS: usize = 8;
 
@@ -83,14 +86,16 @@ pub struct StepInput<'a> {
 #[derive(Debug)]
 pub struct Step {
     args: abi::Step,
-    heads: Heads,
+    function: Function,
     shared_bytes: usize,
-    /// Matrices and vectors of the layers, as the kernel reads them.
+    /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
-    /// Residual streams, sums, what attention and silu leave.
+    _arrivals: Buffer,
+    /// What attention and silu leave.
     _work: Buffer,
     _mixed: Mixed,
-    control: Buffer,
+    /// Sums, flags and arrivals of crews, which a step begins by clearing.
+    cleared: Buffer,
 }
 
 /// Places of parts of a buffer, in bytes.
@@ -106,62 +111,103 @@ impl Places {
 }
 
 impl Step {
-    /// Prepares steps of a model; `None` where this kernel was not made for it: a matrix that is coded or has raw low bits, activations beyond a
-    /// multiprocessor's shared memory, a residual stream of more than 8192 columns, heads that are too long.
+    /// Prepares steps of a model; `None` where this kernel was not made for it: a GPU older than Hopper, a matrix that is coded or has raw low bits,
+    /// activations beyond a multiprocessor's shared memory, a residual stream of more than 8192 columns, heads that are too long.
     ///
     /// # Errors
     /// Out of memory.
     pub fn new(kernels: &Kernels, model: &StepModel<'_>) -> Result<Option<Self>, CudaError> {
-        let matrices = || model.layers.iter().flat_map(|layer| &layer.matrices).chain([&model.head]);
-        if matrices().any(|m| !matches!(m.form, Form::Plain(_)) || m.form.low_bits() > 0) {
+        let matrices: Vec<&StepMatrix<'_>> = model.layers.iter().flat_map(|layer| &layer.matrices).chain([&model.head]).collect();
+        if matrices.iter().any(|m| !matches!(m.form, Form::Plain(_)) || m.form.low_bits() > 0) {
             return Ok(None);
         }
-        let Ok(kernel) = model.heads.kernel() else { return Ok(None) };
+        let (Some(functions), Ok(kernel)) = (&kernels.step, model.heads.kernel()) else { return Ok(None) };
+        let function = functions[kernel];
         let padded_hidden = model.head.form.geometry().padded_cols();
-        let frag_bytes = matrices().map(|m| m.form.geometry().padded_cols()).max().unwrap_or(0);
-        let shared_bytes = shared_bytes(64 << kernel, frag_bytes, PRODUCTS * model.layers.len() + 1);
-        if shared_bytes > kernels.step[kernel].shared_bytes as usize || padded_hidden > STEP_HIDDEN_MAX {
-            return Ok(None);
-        }
+        let frag_bytes = matrices.iter().map(|m| m.form.geometry().padded_cols()).max().unwrap_or(0);
+        let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len());
+        let slots = (SLOTS_MIN..=SLOTS_MAX).rev().find(|&slots| room(slots) <= function.shared_bytes as usize);
+        let (Some(slots), true) = (slots, padded_hidden <= STEP_HIDDEN_MAX) else { return Ok(None) };
         let device = kernels.device();
-        let layers: Vec<u8> = model.layers.iter().flat_map(|layer| layer_bytes(&layer_args(layer))).collect();
+
+        let blocks = device.properties().multiprocessors as usize;
+        let mut known: Vec<(Geometry, u64)> = Vec::new();
+        let mut arrivals: Vec<u8> = Vec::new();
+        for m in &matrices {
+            let g = *m.form.geometry();
+            if known.iter().all(|(of, _)| *of != g) {
+                known.push((g, arrivals.len() as u64));
+                let Some(counts) = warps_of_rows(&g, blocks) else { return Ok(None) };
+                arrivals.extend(counts);
+            }
+        }
+        let arrivals = device.upload(&arrivals, "a step's arrivals")?;
+        let (layer_count, heads) = (model.layers.len(), model.heads.heads);
+        let mut places = Places::default();
+        let sums: Vec<u64> = matrices.iter().map(|m| places.place(m.form.geometry().padded_rows() * size_of::<i64>())).collect();
+        let mut flags = |per_layer: usize| places.place(layer_count * per_layer * size_of::<u32>());
+        let crews = flags(heads);
+        let mixed_flags = flags(heads * model.heads.head_dim.div_ceil(LANES));
+        let active_flags = flags(model.intermediate.div_ceil(SUPERSTEP_COLS));
+        let cleared = device.allocate(places.0, "a step's sums")?;
+
+        let product = |index: usize| {
+            let m = matrices[index];
+            let Form::Plain(plain) = m.form else { unreachable!("checked above") };
+            let (_, at) = known.iter().find(|(of, _)| of == m.form.geometry()).expect("found above");
+            abi::StepProduct {
+                matrix: plain.args(1),
+                scale: m.scale.address(),
+                bias: m.bias.map_or(0, Buffer::address),
+                sums: cleared.address() + sums[index],
+                arrivals: arrivals.address() + at,
+            }
+        };
+        let layers: Vec<u8> = (0..layer_count)
+            .flat_map(|layer| {
+                let of = &model.layers[layer];
+                layer_bytes(&abi::StepLayer {
+                    products: std::array::from_fn(|index| product(layer * PRODUCTS + index)),
+                    input_norm: of.input_norm.address(),
+                    post_norm: of.post_norm.address(),
+                    q_norm: of.head_norms.map_or(0, |norms| norms[0].address()),
+                    k_norm: of.head_norms.map_or(0, |norms| norms[1].address()),
+                    window: of.window.map_or(0, |w| w.min(i32::MAX as usize) as i32),
+                    unused: 0,
+                })
+            })
+            .collect();
         let layers = device.upload(&layers, "a model's layers")?;
-        let rows = |index: usize| model.layers.iter().map(|layer| layer.matrices[index].form.geometry().padded_rows()).max().unwrap_or(0);
         let cols = |index: usize| model.layers.iter().map(|layer| layer.matrices[index].form.geometry().padded_cols()).max().unwrap_or(0);
         let mut places = Places::default();
-        let sums =
-            [rows(0), rows(1), rows(2), rows(3), model.head.form.geometry().padded_rows()].map(|n| places.place(n * size_of::<i64>()));
-        let stream = [(); 2].map(|()| places.place(padded_hidden * size_of::<f32>()));
         let (mixed, active) = (places.place(cols(1) * size_of::<f32>()), places.place(cols(3) * size_of::<f32>()));
-        let work = device.allocate(places.0, "a step's sums")?;
-        // The sums begin at 0 and so does every step leave them; and what pads vectors is 0.
+        let work = device.allocate(places.0, "activations")?;
+        // What pads them stays 0.
         work.fill_range(0, work.bytes(), 0, Stream::Compute)?;
-        let room = Mixed::new(device, 1, model.heads.heads, model.heads.head_dim)?;
-        let (parts, stats) = room.addresses();
-        let control = device.allocate((1 + model.heads.heads + 2 * model.layers.len()) * size_of::<u32>(), "a step's barriers")?;
-        let of_work = |at: u64| work.address() + at;
+        let parts_of_heads = Mixed::new(device, 1, heads, model.heads.head_dim)?;
+        let (parts, stats) = parts_of_heads.addresses();
         let args = abi::Step {
             layers: layers.address(),
-            head: product_args(&model.head),
+            head: product(matrices.len() - 1),
             final_norm: model.final_norm.address(),
             x: 0,
-            stream: stream.map(of_work),
             turn: 0,
             place: 0,
-            sums: sums.map(of_work),
             parts,
             stats,
-            mixed: of_work(mixed),
-            active: of_work(active),
-            control: control.address(),
+            mixed: work.address() + mixed,
+            active: work.address() + active,
+            crews: cleared.address() + crews,
+            mixed_flags: cleared.address() + mixed_flags,
+            active_flags: cleared.address() + active_flags,
             logits: 0,
             eps: model.eps,
             scale: 1.0 / (model.heads.head_dim as f32).sqrt(),
-            layer_count: model.layers.len() as i32,
+            layer_count: layer_count as i32,
             hidden: model.hidden as i32,
             padded_hidden: padded_hidden as i32,
             intermediate: model.intermediate as i32,
-            heads: model.heads.heads as i32,
+            heads: heads as i32,
             kv_heads: model.heads.kv_heads as i32,
             head_dim: model.heads.head_dim as i32,
             k_row: model.heads.k_row as i32,
@@ -169,9 +215,19 @@ impl Step {
             up_row: model.up_row as i32,
             vocab: model.vocab as i32,
             frag_bytes: frag_bytes as i32,
+            slots: slots as i32,
             unused: 0,
         };
-        Ok(Some(Self { args, heads: model.heads, shared_bytes, _layers: layers, _work: work, _mixed: room, control }))
+        Ok(Some(Self {
+            args,
+            function,
+            shared_bytes: room(slots),
+            _layers: layers,
+            _arrivals: arrivals,
+            _work: work,
+            _mixed: parts_of_heads,
+            cleared,
+        }))
     }
 }
 
@@ -194,8 +250,8 @@ impl Queue<'_> {
         assert!(args.vocab as usize * size_of::<f32>() <= at.logits.bytes(), "room for the logits");
         let address = |offset: usize| at.input.address() + offset as u64;
         (args.x, args.turn, args.place, args.logits) = (address(at.x), address(at.turn), address(at.place), at.logits.address());
-        step.control.fill_range(0, step.control.bytes(), 0, Stream::Compute)?;
-        self.launch_step(step.heads.kernel()?, step.shared_bytes, args)
+        step.cleared.fill_range(0, step.cleared.bytes(), 0, Stream::Compute)?;
+        self.launch_step(&step.function, step.shared_bytes, args)
     }
 }
 
@@ -203,12 +259,33 @@ impl Queue<'_> {
 pub(crate) fn shape(device: &Arc<Device>, shared_bytes: usize) -> Shape {
     Shape {
         grid: (device.properties().multiprocessors, 1),
-        threads: STEP_WARPS as u32 * 32,
+        threads: (STEP_WARPS * LANES) as u32,
         shared_bytes: shared_bytes as u32,
         cluster: 1,
         programmatic: false,
         cooperative: true,
     }
+}
+
+/// How many warps add to the sums of each row tile, when `blocks` blocks of [`STEP_WARPS`] warps share the supersteps of a matrix (`share_out` in step.cu);
+/// `None` if a byte cannot say it.
+fn warps_of_rows(g: &Geometry, blocks: usize) -> Option<Vec<u8>> {
+    let (supersteps, total) = (g.supersteps(), g.tiles() * g.supersteps());
+    let mut counts = vec![0u8; g.row_tiles()];
+    for block in 0..blocks {
+        let (first, end) = (total * block / blocks, total * (block + 1) / blocks);
+        for warp in 0..STEP_WARPS {
+            let at = |part: usize| first + (end - first) * part / STEP_WARPS;
+            let (at, end) = (at(warp), at(warp + 1));
+            if at < end {
+                for tile in at / supersteps..=(end - 1) / supersteps {
+                    let count = &mut counts[tile % g.row_tiles()];
+                    *count = count.checked_add(1)?;
+                }
+            }
+        }
+    }
+    Some(counts)
 }
 
 /// Bytes of `AttendRoom` in transformer.cuh, for heads of `dim` numbers.
@@ -217,12 +294,13 @@ const fn attend_room_bytes(dim: usize) -> usize {
 }
 
 /// What `Room` in step.cu takes, for heads of at most `dim` numbers.
-fn shared_bytes(dim: usize, frag_bytes: usize, products: usize) -> usize {
-    let ring = STEP_WARPS * STEP_RING * SUPERSTEP_COLS * TILE_ROWS / 2;
+fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize) -> usize {
+    let slot = STEP_SLOT * SUPERSTEP_COLS * TILE_ROWS / 2;
     let parts = [
-        ring,
-        STEP_WARPS * STEP_RING * 8,
+        STEP_WARPS * slots * slot,
+        STEP_WARPS * slots * 8,
         2 * attend_room_bytes(dim),
+        padded_hidden * size_of::<f32>(),
         frag_bytes,
         frag_bytes / SUPERSTEP_COLS * 8,
         STEP_WARPS * TILE_ROWS * 8,
@@ -233,23 +311,6 @@ fn shared_bytes(dim: usize, frag_bytes: usize, products: usize) -> usize {
     parts.iter().map(|bytes| bytes.next_multiple_of(128)).sum()
 }
 
-fn product_args(m: &StepMatrix<'_>) -> abi::StepProduct {
-    let Form::Plain(plain) = m.form else { unreachable!("Step::new takes plain matrices only") };
-    abi::StepProduct { matrix: plain.args(1), scale: m.scale.address(), bias: m.bias.map_or(0, Buffer::address) }
-}
-
-fn layer_args(layer: &StepLayer<'_>) -> abi::StepLayer {
-    abi::StepLayer {
-        products: [0, 1, 2, 3].map(|index| product_args(&layer.matrices[index])),
-        input_norm: layer.input_norm.address(),
-        post_norm: layer.post_norm.address(),
-        q_norm: layer.head_norms.map_or(0, |norms| norms[0].address()),
-        k_norm: layer.head_norms.map_or(0, |norms| norms[1].address()),
-        window: layer.window.map_or(0, |w| w.min(i32::MAX as usize) as i32),
-        unused: 0,
-    }
-}
-
 /// The bytes of a layer's arguments, field by field.
 fn layer_bytes(layer: &abi::StepLayer) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of::<abi::StepLayer>());
@@ -257,7 +318,7 @@ fn layer_bytes(layer: &abi::StepLayer) -> Vec<u8> {
         let m = &product.matrix;
         bytes.extend([m.nibbles, m.planes, m.far_off, m.far].iter().flat_map(|v| v.to_le_bytes()));
         bytes.extend([m.row_tiles, m.segs, m.tc, m.n, m.k, m.split].iter().flat_map(|v| v.to_le_bytes()));
-        bytes.extend([product.scale, product.bias].iter().flat_map(|v| v.to_le_bytes()));
+        bytes.extend([product.scale, product.bias, product.sums, product.arrivals].iter().flat_map(|v| v.to_le_bytes()));
     }
     bytes.extend([layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm].iter().flat_map(|v| v.to_le_bytes()));
     bytes.extend([layer.window, layer.unused].iter().flat_map(|v| v.to_le_bytes()));
@@ -271,16 +332,32 @@ mod tests {
     #[test]
     fn a_layer_is_as_long_as_its_structure() {
         let plain = abi::Plain { nibbles: 1, planes: 2, far_off: 3, far: 4, row_tiles: 5, segs: 6, tc: 7, n: 8, k: 9, split: 10 };
-        let product = abi::StepProduct { matrix: plain, scale: 11, bias: 12 };
-        let layer = abi::StepLayer { products: [product; 4], input_norm: 13, post_norm: 14, q_norm: 15, k_norm: 16, window: 17, unused: 0 };
+        let product = abi::StepProduct { matrix: plain, scale: 11, bias: 12, sums: 13, arrivals: 14 };
+        let layer = abi::StepLayer { products: [product; 4], input_norm: 15, post_norm: 16, q_norm: 17, k_norm: 18, window: 19, unused: 0 };
         let bytes = layer_bytes(&layer);
         assert_eq!(bytes.len(), size_of::<abi::StepLayer>());
-        assert_eq!(bytes[size_of::<abi::StepProduct>() - 8..][..8], 12u64.to_le_bytes());
+        assert_eq!(bytes[size_of::<abi::StepProduct>() - 8..][..8], 14u64.to_le_bytes());
     }
 
     #[test]
     fn a_large_model_fits_a_hopper() {
         // 70 B: 8192 columns, 28,672 in the middle, 80 layers, heads of 128; 227 KiB a block.
-        assert!(shared_bytes(128, 28_672, 321) <= 227 * 1024);
+        assert!(shared_bytes(SLOTS_MIN, 128, 8192, 28_672, 321) <= 227 * 1024);
+    }
+
+    #[test]
+    fn warps_of_rows_by_hand() {
+        // Two row tiles of one tile of 4 supersteps each: 8 supersteps for 16 warps of one block, so one for every second warp.
+        let g = Geometry::new(32, 512).unwrap();
+        assert_eq!(warps_of_rows(&g, 1), Some(vec![4, 4]));
+        // 64 supersteps a tile: a warp has 4 of the first tile or 4 of the second.
+        let g = Geometry::with_supersteps_max(32, 4096, 32).unwrap();
+        assert_eq!(warps_of_rows(&g, 1), Some(vec![8, 8]));
+        // Two column segments: each row tile is met twice.
+        let g = Geometry::with_supersteps_max(16, 4096, 16).unwrap();
+        assert_eq!((g.segs(), warps_of_rows(&g, 1)), (2, Some(vec![16])));
+        // A superstep for every warp of a large grid: more than a byte can count.
+        let g = Geometry::new(16, 1 << 16).unwrap();
+        assert_eq!(warps_of_rows(&g, 132), None);
     }
 }

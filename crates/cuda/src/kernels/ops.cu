@@ -208,7 +208,8 @@ __device__ __forceinline__ void attend_of_grid(const Attend& P) {
   const Angle angle = angle_of(crew, R, 0);
   fetch_positions(crew, P.attention, place, kv_head, blockIdx.x - kv_head * group * SPLITS);
   wait_for_kernel_before();
-  attend<PAIRS>(crew, room, P, place, angle, head, split);
+  const float2 q = pair_of(crew, R, 0, rows.of[Q]), k = pair_of(crew, R, 0, rows.of[K]), v = pair_of(crew, R, 0, rows.of[V]);
+  attend<PAIRS>(crew, room, P, place, angle, head, split, q, k, v);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend_of_grid<1>(P); }

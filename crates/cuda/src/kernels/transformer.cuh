@@ -378,12 +378,11 @@ __device__ __forceinline__ Rows rows_of(const Rope& R, int head) {
   return {{head * R.head_dim, R.k_row + kv_head * R.head_dim, R.v_row + kv_head * R.head_dim}};
 }
 
+// `q`, `k`, `v`: of the crew's threads, as `pair_of` has them.
 template <int PAIRS>
-__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split) {
+__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split, float2 q, float2 k, float2 v) {
   const Rope& R = P.rope;
   const int kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = crew.index;
-  const Rows rows = rows_of(R, head);
-  float2 q = pair_of(crew, R, 0, rows.of[Q]), k = pair_of(crew, R, 0, rows.of[K]), v = pair_of(crew, R, 0, rows.of[V]); // loads in flight together
   q = turned(crew, R, angle, Q, q, room.slots);
   k = turned(crew, R, angle, K, k, room.slots);
   if (i < half) {

@@ -61,8 +61,8 @@ pub const ATTENTION_SPLITS: usize = 8;
 pub const STEP_WARPS: usize = 16;
 /// Widest residual stream that its registers hold, in columns.
 pub const STEP_HIDDEN_MAX: usize = 8192;
-/// Supersteps of weights that each of these warps has under way or at hand, 1 KiB each.
-pub const STEP_RING: usize = 10;
+/// Supersteps of weights, 1 KiB each, in a slot of a warp's ring.
+pub const STEP_SLOT: usize = 2;
 /// Bit streams of a tile: two per lane, one for each of its rows. Stream = lane + 32 · (row >= 8).
 pub const STREAMS: usize = 2 * LANES;
 /// Words of each stream in a group of the ring ("rows" of words).

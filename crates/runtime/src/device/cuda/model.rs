@@ -4,7 +4,7 @@
 //! A step of one token with all matrices decoded for good is one kernel (`tersor_cuda::Step`). Else, per layer ten kernels: prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
 //! Products leave exact integer sums; the kernel behind them makes numbers of them. So every strategy gives the same bits.
 
-use super::groups::{Groups, Kind, PER_LAYER};
+use super::groups::{Groups, Kind};
 use super::residency::Residency;
 use crate::model::Runner;
 use crate::model::config::Config;
@@ -136,9 +136,7 @@ impl CudaRunner {
         let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
         let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
         let norms = (2 * config.layers as u64 + 1) * hidden * 4;
-        let of_layer = groups.all.iter().take(PER_LAYER);
-        let rows = of_layer.chain(groups.all.last()).map(|group| group.n() as u64).sum::<u64>();
-        let step = 8 * rows + 4 * (2 * hidden + 2 * cols) + mixed;
+        let step = 8 * groups.all.iter().map(|group| group.n() as u64).sum::<u64>() + 4 * 2 * cols + mixed;
         input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + step + groups.scale_bytes()
     }
 
