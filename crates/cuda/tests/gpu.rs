@@ -8,7 +8,7 @@ use tersor_codec::{Codec, Histogram, Table, encode_chunk, rans};
 use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Stack, Statistics, TILE_ROWS};
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Form, Heads, Input, Kernels, Mixed, Place, PlainMatrix, Prepared, QuadAt,
-    QuadPlaces, Queue, RansDecoder, RansPart, RansTable, Stream, SumsAt,
+    QuadPlaces, Queue, RansDecoder, RansPart, RansTable, Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt,
 };
 
 struct Gpu {
@@ -333,7 +333,7 @@ fn a_damaged_chunk_is_refused() {
 #[test]
 fn damage_of_any_kind_harms_nothing() {
     let Some(gpu) = gpu() else { return };
-    let mut rng = Rng::new(9);
+    let mut rng = Rng::new(10);
     let (rows, cols) = (48, 260);
     let mut decoder = RansDecoder::new(&gpu.device).unwrap();
     for deviation in [1.1, 2.4, 6.0] {
@@ -600,6 +600,180 @@ fn attention_is_softmax_of_what_rope_kept() {
 }
 
 /// f16 of a number that f16 holds exactly.
+/// A small model on the device, as a step and the launches behind each other see it.
+struct Tiny {
+    heads: Heads,
+    hidden: usize,
+    ffn: usize,
+    vocab: usize,
+    /// q, k, v; o; gate, up; down, of each layer; then the head: matrix, scales, biases.
+    matrices: Vec<(PlainMatrix, Buffer, Option<Buffer>)>,
+    /// Of all norms, (hidden), and those of the heads.
+    norm: Buffer,
+    head_norms: Option<[Buffer; 2]>,
+    window: Option<usize>,
+}
+
+impl Tiny {
+    const LAYERS: usize = 2;
+    const EPS: f32 = 1e-5;
+
+    fn new(gpu: &Gpu, rng: &mut Rng, hidden: usize, ffn: usize, heads: (usize, usize, usize), special: bool) -> Self {
+        let (heads, kv_heads, head_dim) = heads;
+        let (k_row, v_row) = ((heads * head_dim).next_multiple_of(16), ((heads + kv_heads) * head_dim).next_multiple_of(16));
+        let vocab = 1003;
+        let up_row = ffn.next_multiple_of(16);
+        let shapes = [(v_row + kv_heads * head_dim, hidden), (hidden, heads * head_dim), (up_row + ffn, hidden), (hidden, ffn)];
+        let matrix = |rng: &mut Rng, (rows, cols): (usize, usize), biased: bool| {
+            let supersteps = 1 + rng.next() as usize % 32;
+            let case = Case::new(gpu, rng, rows, cols, (1.1, 0), supersteps);
+            let n = case.geometry.padded_rows();
+            let scale: Vec<f32> = (0..n).map(|_| (0.5 + rng.unit() as f32) / (cols as f32).sqrt()).collect();
+            let bias = biased.then(|| gpu.device.upload(&rng.floats(n), "bias").unwrap());
+            (PlainMatrix::upload(&gpu.device, &case.plain).unwrap(), gpu.device.upload(&scale, "scale").unwrap(), bias)
+        };
+        let mut matrices: Vec<_> =
+            (0..Self::LAYERS).flat_map(|_| shapes).enumerate().map(|(i, shape)| matrix(rng, shape, special && i % 4 < 2)).collect();
+        matrices.push(matrix(rng, (vocab, hidden), false));
+        let vector = |rng: &mut Rng, n| gpu.device.upload(&rng.floats(n), "norm").unwrap();
+        Self {
+            heads: Heads { heads, kv_heads, head_dim, k_row, v_row },
+            hidden,
+            ffn,
+            vocab,
+            matrices,
+            norm: vector(rng, hidden),
+            head_norms: special.then(|| [vector(rng, head_dim), vector(rng, head_dim)]),
+            window: special.then_some(20),
+        }
+    }
+
+    fn step_matrix(&self, index: usize) -> StepMatrix<'_> {
+        let (matrix, scale, bias) = &self.matrices[index];
+        StepMatrix { form: matrix.form(), scale, bias: bias.as_ref() }
+    }
+
+    fn model(&self) -> StepModel<'_> {
+        let layer = |layer: usize| StepLayer {
+            matrices: [0, 1, 2, 3].map(|index| self.step_matrix(layer * 4 + index)),
+            input_norm: &self.norm,
+            post_norm: &self.norm,
+            head_norms: self.head_norms.as_ref().map(|[q, k]| [q, k]),
+            window: self.window,
+        };
+        StepModel {
+            layers: (0..Self::LAYERS).map(layer).collect(),
+            head: self.step_matrix(Self::LAYERS * 4),
+            final_norm: &self.norm,
+            eps: Self::EPS,
+            heads: self.heads,
+            hidden: self.hidden,
+            intermediate: self.ffn,
+            up_row: self.ffn.next_multiple_of(16),
+            vocab: self.vocab,
+        }
+    }
+
+    /// The same by launches, as the runtime puts them behind each other. `input`: as for the step.
+    fn launches(&self, gpu: &Gpu, input: &StepInput<'_>) {
+        let cols = self.matrices.iter().map(|(m, ..)| m.form().geometry().padded_cols()).max().unwrap();
+        let rows = self.matrices.iter().map(|(m, ..)| m.form().geometry().padded_rows()).max().unwrap();
+        let activations = [(); 2].map(|()| Activations::new(&gpu.device, 1, cols).unwrap());
+        let sums = [(); 2].map(|()| gpu.device.allocate(rows * 8, "sums").unwrap());
+        let q = gpu.device.allocate(self.heads.heads * self.heads.head_dim * 4, "q").unwrap();
+        let mixed = Mixed::new(&gpu.device, 1, self.heads.heads, self.heads.head_dim).unwrap();
+        let x = input.input;
+        let mut queue = Queue::new(&gpu.kernels);
+        let at = |index: usize, turn: usize| {
+            let (matrix, scale, bias) = &self.matrices[index];
+            SumsAt {
+                sum: &sums[turn],
+                unit: activations[turn].unit(),
+                scale,
+                bias: bias.as_ref(),
+                n: matrix.form().geometry().padded_rows(),
+            }
+        };
+        let multiply = |queue: &mut Queue<'_>, of: Input<'_>, index: usize, turn: usize| {
+            let form = self.matrices[index].0.form();
+            queue.prepare(of, &activations[turn], 1, form.geometry().cols(), &form, &sums[turn]).unwrap();
+            queue.product(&form, &activations[turn], 1, &sums[turn]).unwrap();
+        };
+        let norm = |add| Input::Norm { x, weight: &self.norm, eps: Self::EPS, add, rows: None };
+        for layer in 0..Self::LAYERS {
+            let of = layer * 4;
+            multiply(&mut queue, norm((layer > 0).then(|| at(of - 1, 1))), of, 0);
+            let attention = AttentionAt {
+                sums: at(of, 0),
+                norms: self.head_norms.as_ref().map(|[q, k]| [q, k]),
+                eps: Self::EPS,
+                heads: self.heads,
+                layer,
+                window: self.window,
+                turn: (x, input.turn),
+                places: (x, input.place),
+                q: &q,
+                out: &mixed,
+            };
+            queue.attend(&attention, 1).unwrap();
+            multiply(&mut queue, Input::Mix(&mixed, self.heads), of + 1, 1);
+            multiply(&mut queue, norm(Some(at(of + 1, 1))), of + 2, 0);
+            multiply(&mut queue, Input::Silu { sums: at(of + 2, 0), up_row: self.ffn.next_multiple_of(16) }, of + 3, 1);
+        }
+        multiply(&mut queue, norm(Some(at(Self::LAYERS * 4 - 1, 1))), Self::LAYERS * 4, 0);
+        queue.logits(at(Self::LAYERS * 4, 0), 1, self.vocab, input.logits).unwrap();
+        gpu.device.synchronize().unwrap();
+    }
+}
+
+#[test]
+fn a_step_in_one_kernel_is_what_its_launches_are() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(9);
+    let shapes =
+        [(256, 640, (4, 2, 64), false), (192, 1000, (6, 2, 96), true), (640, 256, (2, 1, 256), false), (4096, 1536, (32, 8, 128), true)];
+    for (hidden, ffn, heads, special) in shapes {
+        let what = format!("{hidden} columns, {ffn} inside, heads {heads:?}");
+        let model = Tiny::new(&gpu, &mut rng, hidden, ffn, heads, special);
+        let Some(step) = Step::new(&gpu.kernels, &model.model()).unwrap() else {
+            eprintln!("SKIPPED: a step in one kernel needs a Hopper GPU or a newer one, and a compiler for it");
+            assert!(gpu.device.properties().capability.0 < 9, "{what}: refused");
+            return;
+        };
+        let (capacity, head_dim) = (70, model.heads.head_dim);
+        let kv = Tiny::LAYERS * model.heads.kv_heads * capacity * head_dim * 2;
+        let (turn, place) = ((hidden * 4).next_multiple_of(256), (hidden * 4).next_multiple_of(256) + 1024);
+        let caches: [[Buffer; 2]; 2] = [(); 2].map(|()| [(); 2].map(|()| gpu.device.allocate(kv, "keys or values").unwrap()));
+        let [input, again] = [(); 2].map(|()| gpu.device.allocate(place + 24, "input").unwrap());
+        let logits = [(); 2].map(|()| gpu.device.allocate(model.vocab * 4, "logits").unwrap());
+        // Positions one after another: the caches fill alike.
+        for position in 0..capacity as u32 {
+            let x = rng.floats(hidden);
+            let angle = |i: usize| f64::from(position) * 10000f64.powf(-2.0 * i as f64 / head_dim as f64);
+            let half = 0..head_dim / 2;
+            let angles: Vec<f32> = half.clone().map(|i| angle(i).cos() as f32).chain(half.map(|i| angle(i).sin() as f32)).collect();
+            for (input, [keys, values]) in [&input, &again].into_iter().zip(&caches) {
+                input.write(0, &x).unwrap();
+                input.write(turn, &angles).unwrap();
+                input.write(place, &[keys.address(), values.address(), u64::from(position) | (capacity as u64) << 32]).unwrap();
+            }
+            logits.iter().for_each(|b| b.fill_range(0, b.bytes(), 0xab, Stream::Compute).unwrap());
+            let at = |input, logits| StepInput { input, x: 0, turn, place, logits };
+            Queue::new(&gpu.kernels).step(&step, &at(&input, &logits[0])).unwrap();
+            model.launches(&gpu, &at(&again, &logits[1]));
+            let [found, expected] = [0, 1].map(|i| logits[i].read::<u32>(0, model.vocab).unwrap());
+            assert!(
+                expected.iter().all(|&x| f32::from_bits(x).is_finite()),
+                "{what}, position {position}: the launches' logits are numbers"
+            );
+            let wrong = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            assert_eq!(wrong, 0, "{what}, position {position}: logits that differ");
+        }
+        let kept = |of: usize| caches[of].each_ref().map(|b| b.read::<u16>(0, kv / 2).unwrap());
+        assert!(kept(0) == kept(1), "{what}: keys or values differ");
+    }
+}
+
 fn half_bits(x: f32) -> u16 {
     if x == 0.0 {
         return 0;

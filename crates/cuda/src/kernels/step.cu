@@ -361,29 +361,27 @@ __device__ __forceinline__ float normed(int hidden, float eps, const Room& room,
 // The unit of what all blocks have left, when all of it is there; and all warps of this one are done with the activations before these.
 __device__ __forceinline__ float unit_of_parts(const u32* flags, int count) {
   constexpr int AT_ONCE = 4;
-  __shared__ u32 of_all;
-  if (threadIdx.x >= 32) {
-    __syncthreads();
-    return unit_of(__uint_as_float(of_all));
+  __shared__ u32 most_of_all;
+  if (threadIdx.x < 32) {
+    u32 most = 0;
+    for (int i = threadIdx.x; i < count; i += 32 * AT_ONCE) {
+      u32 v[AT_ONCE];
+      u32 all;
+      do {
+        all = READY;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) v[u] = load_now(flags + min(i + 32 * u, count - 1));
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) all &= v[u];
+      } while (!all);
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) most = max(most, v[u] & ~READY);
+    }
+    most = most_of_warp(most);
+    if (threadIdx.x == 0) most_of_all = most;
   }
-  u32 most = 0;
-  for (int i = threadIdx.x & 31; i < count; i += 32 * AT_ONCE) {
-    u32 v[AT_ONCE];
-    u32 all;
-    do {
-      all = READY;
-#pragma unroll
-      for (int u = 0; u < AT_ONCE; u++) v[u] = load_now(flags + min(i + 32 * u, count - 1));
-#pragma unroll
-      for (int u = 0; u < AT_ONCE; u++) all &= v[u];
-    } while (!all);
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) most = max(most, v[u] & ~READY);
-  }
-  most = most_of_warp(most);
-  if (threadIdx.x == 0) of_all = most;
   __syncthreads();
-  return unit_of(__uint_as_float(most));
+  return unit_of(__uint_as_float(most_of_all));
 }
 
 // int8 activations of the supersteps in `range`, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.

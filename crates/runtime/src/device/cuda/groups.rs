@@ -118,6 +118,9 @@ fn coded<'a>(dir: &ModelDir, linear: &'a Linear) -> Result<&'a CodedTensor, Open
         cause: format!("{}: {what} is not supported on a GPU; use --device cpu", dir.place(&linear.name)),
     };
     let Some(tensor) = linear.coded() else { return Err(unsupported("a matrix that is not coded")) };
+    if !tensor.cols().is_multiple_of(4) {
+        return Err(unsupported(&format!("a matrix of {} columns, which is no multiple of 4,", tensor.cols())));
+    }
     match tensor.scales().scheme() {
         ScaleScheme::Tensor | ScaleScheme::Row => Ok(tensor),
         _ => Err(unsupported("a matrix with a scale for each group of columns")),
