@@ -35,9 +35,9 @@ class Results:
             print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip())
 
 
-def kernels(results, shape, entropy):
-    """Rates of `tersor kernels`, weights/s by kernel, and its read bandwidth in bytes/s."""
-    document = results.load(f"kernels-{shape}-{entropy}")
+def kernels(results, shape, kind):
+    """Rates of `tersor kernels`, weights/s by kernel, and its read bandwidth in bytes/s. `kind`: entropy, and codec if it is not `rans`."""
+    document = results.load(f"kernels-{shape}-{kind}")
     if document is None:
         return {}, None
     rates = {row["kernel"]: row["weights_per_second"] for row in document["rows"]}
@@ -52,6 +52,17 @@ def ratio(a, b):
 
 def tera(x):
     return f"{x / 1e12:.2f} T/s" if x else "-"
+
+
+def load_row(results, name, rates, asked):
+    get = rates.get
+    results.row(
+        name + "load: PCIe copy time / decode time",
+        1 / 1.05 if asked else None,
+        ratio(get("file-decode"), get("copy")),
+        f"copy {(get('copy') or 0) / 1e9:.0f}, decode {(get('file-decode') or 0) / 1e9:.0f}, with gathering from the file, one after the other: "
+        f"{(get('copy+decode') or 0) / 1e9:.0f} G weights/s",
+    )
 
 
 def kernel_rows(results):
@@ -73,13 +84,10 @@ def kernel_rows(results):
         results.row(name + "bulk decode, T weights/s", 2.5 if asked else None, ratio(get("decode"), 1e12))
         results.row(name + "fused, batch 4, per token / batch 1", 2.0 if asked else None, ratio(get("fused-gemv/4"), fused))
         results.row(name + "fused, batch 16, per token / batch 1", 4.0 if asked else None, ratio(get("fused-gemv/16"), fused))
-        results.row(
-            name + "load: PCIe copy time / decode time",
-            1 / 1.05 if asked else None,
-            ratio(get("file-decode"), get("copy")),
-            f"copy {(get('copy') or 0) / 1e9:.0f}, decode {(get('file-decode') or 0) / 1e9:.0f}, with gathering from the file, one after the other: "
-            f"{(get('copy+decode') or 0) / 1e9:.0f} G weights/s",
-        )
+        load_row(results, name, rates, asked)
+        if asked:
+            pairs, _ = kernels(results, shape, f"{entropy}-pairs")
+            load_row(results, f"{shape}, H {entropy}, rans-pairs: ", pairs.get("rates", {}), asked)
     return bandwidth
 
 

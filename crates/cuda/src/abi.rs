@@ -1,4 +1,4 @@
-//! Argument structures of the kernels, field for field as `kernels/common.cuh`, `kernels/transformer.cuh`, `rans.cu`, `ops.cu` and `step.cu` declare them. Addresses
+//! Argument structures of the kernels, field for field as `kernels/common.cuh`, `kernels/transformer.cuh`, `rans.cuh`, `ops.cu` and `step.cu` declare them. Addresses
 //! are on the device. A test compares the sizes with what the CUDA compiler says.
 
 /// `Quad`.
@@ -238,6 +238,8 @@ pub(crate) struct RansJob {
     pub r: u32,
     pub far_capacity: u32,
     pub first_chunk: u32,
+    pub raw_bits: u32,
+    pub base: u32,
 }
 
 #[cfg(test)]
@@ -258,10 +260,11 @@ mod tests {
 
     #[test]
     fn structures_are_as_large_as_the_kernels_think() {
-        let [quad, plain, rans, ops] = [
+        let [quad, plain, rans, rans_pairs, ops] = [
             include_str!("kernels/ptx/quad.ptx"),
             include_str!("kernels/ptx/plain.ptx"),
             include_str!("kernels/ptx/rans.ptx"),
+            include_str!("kernels/ptx/rans_pairs.ptx"),
             include_str!("kernels/ptx/ops.ptx"),
         ];
         let act = size_of::<Act>();
@@ -269,6 +272,7 @@ mod tests {
         assert_eq!(parameters(quad, "quad_store"), [size_of::<Quad>(), 8]);
         assert_eq!(parameters(plain, "plain_r2_t32"), [size_of::<Plain>(), act, 8]);
         assert_eq!(parameters(rans, "rans_decode"), [size_of::<RansJob>()]);
+        assert_eq!(parameters(rans_pairs, "rans_pairs_decode"), [size_of::<RansJob>()]);
         for kernel in ["prepare_norm", "prepare_copy", "prepare_silu", "prepare_mix"] {
             assert_eq!(parameters(ops, kernel), [size_of::<Prepare>()], "{kernel}");
         }

@@ -36,11 +36,18 @@ macro_rules! source {
     };
 }
 
+const RANS: &str = include_str!("kernels/rans.cuh");
 const TRANSFORMER: &str = include_str!("kernels/transformer.cuh");
 
 /// All kernels.
-pub const SOURCES: [Source; 5] =
-    [source!("quad", ""), source!("plain", ""), source!("rans", ""), source!("ops", TRANSFORMER), source!("step", TRANSFORMER)];
+pub const SOURCES: [Source; 6] = [
+    source!("quad", ""),
+    source!("plain", ""),
+    source!("rans", RANS),
+    source!("rans_pairs", RANS),
+    source!("ops", TRANSFORMER),
+    source!("step", TRANSFORMER),
+];
 
 impl Source {
     /// What the compiler sees: the constants of the layouts, what the kernels share, the kernels.

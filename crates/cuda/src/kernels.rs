@@ -33,13 +33,14 @@ pub struct Kernels {
     device: Arc<Device>,
     /// The kernels know clusters and programmatic launches: what `HOPPER` is to them.
     hopper: bool,
-    _modules: [Module; 5],
+    _modules: [Module; 6],
     /// (low bits, batch of 1, 8, 16)
     quad: [[Function; 3]; 3],
     quad_store: Function,
     /// (low bits, batch of 1, 8, 16, 32)
     plain: [[Function; 4]; 3],
     pub(crate) rans_decode: Function,
+    pub(crate) rans_pairs_decode: Function,
     prepare_norm: Function,
     prepare_copy: Function,
     prepare_silu: Function,
@@ -69,7 +70,7 @@ impl Kernels {
         .into_iter()
         .collect::<Result<Vec<_>, _>>()?;
         let native = modules.iter().all(|(_, native)| *native);
-        let modules: [Module; 5] =
+        let modules: [Module; 6] =
             modules.into_iter().map(|(module, _)| module).collect::<Vec<_>>().try_into().expect("one for each source");
         Self::of(device, modules, native)
     }
@@ -84,8 +85,8 @@ impl Kernels {
     }
 
     /// `native`: compiled for the GPU's own architecture.
-    fn of(device: &Arc<Device>, modules: [Module; 5], native: bool) -> Result<Self, CudaError> {
-        let [quad, plain, rans, ops, step] = &modules;
+    fn of(device: &Arc<Device>, modules: [Module; 6], native: bool) -> Result<Self, CudaError> {
+        let [quad, plain, rans, rans_pairs, ops, step] = &modules;
         let hopper = native && device.properties().capability.0 >= 9;
         Ok(Self {
             quad: functions(
@@ -106,6 +107,7 @@ impl Kernels {
                 ],
             )?,
             rans_decode: rans.function("rans_decode")?,
+            rans_pairs_decode: rans_pairs.function("rans_pairs_decode")?,
             prepare_norm: ops.function("prepare_norm")?,
             prepare_copy: ops.function("prepare_copy")?,
             prepare_silu: ops.function("prepare_silu")?,

@@ -23,5 +23,5 @@ pub use driver::{Buffer, Device, Event, Graph, Pinned, Plain as PlainData, Prope
 pub use error::CudaError;
 pub use kernels::{Activations, AttentionAt, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Prepared, Queue, SumsAt};
 pub use matrix::{Form, PlainAt, PlainMatrix, QuadAt, QuadPlaces, nibble_bytes};
-pub use rans::{RansDecoder, RansPart, supports as supports_rans};
+pub use rans::{RansDecoder, RansPart, RansTable};
 pub use step::{Step, StepInput, StepLayer, StepMatrix, StepModel};

@@ -1,15 +1,15 @@
-//! The file's `rans` chunks, decoded on the device into the plain layout: coded bytes cross PCIe, not decoded ones.
+//! The file's `rans` and `rans-pairs` chunks, decoded on the device into the plain layout: coded bytes cross PCIe, not decoded ones.
 //!
 //! Chunks are gathered in pinned memory, two batches in turn, so that gathering, copying and decoding overlap.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use tersor_codec::rans;
+use tersor_codec::{DecodeError, ESCAPE, FAR_BYTES, Table, rans, rans_pairs};
 
 use crate::CudaError;
 use crate::abi::{RansChunk, RansJob};
-use crate::driver::{Buffer, Device, Event, Pinned, Shape, Stream};
+use crate::driver::{Buffer, Device, Event, Function, Pinned, Shape, Stream};
 use crate::kernels::Kernels;
 use crate::layout::{Geometry, LANES, TILE_ROWS};
 use crate::matrix::{PlainMatrix, nibble_bytes};
@@ -24,14 +24,39 @@ const CHUNK_PADDING: usize = 64;
 const CHUNK_ALIGN: usize = 16;
 /// Slots of the largest table.
 const SLOTS_MAX: usize = 256;
-/// Warps of a block.
+/// Warps of a block of `rans_decode`, `RANS_WARPS` in rans.cu.
 const WARPS: usize = 4;
+
+/// A table of a codec whose chunks the device decodes.
+#[derive(Clone, Copy, Debug)]
+pub struct RansTable<'a>(Coder<'a>);
+
+#[derive(Clone, Copy, Debug)]
+enum Coder<'a> {
+    Singles(&'a rans::Table),
+    Pairs(&'a rans_pairs::Table),
+}
+
+impl<'a> RansTable<'a> {
+    /// If there is a kernel for chunks of this table: `rans` with 16-bit states, 8-bit words, 256 slots at most and 64 lanes, and `rans-pairs`.
+    #[must_use]
+    pub fn new(table: &'a Table) -> Option<Self> {
+        match table {
+            Table::Rans(table) => {
+                let known = matches!(table.params(), rans::Params { state_bits: 16, word_bits: 8, prob_bits: 1..=8, lanes: 64 });
+                known.then_some(Self(Coder::Singles(table)))
+            }
+            Table::RansPairs(table) => Some(Self(Coder::Pairs(table))),
+            _ => None,
+        }
+    }
+}
 
 /// A matrix of a stack, as the file holds it.
 #[derive(Clone, Debug)]
 pub struct RansPart<'a> {
     /// The table.
-    pub table: &'a rans::Table,
+    pub table: RansTable<'a>,
     /// Chunks, in order, each with the row tiles that it holds.
     pub chunks: Vec<(&'a [u8], usize)>,
     /// Columns of the matrix.
@@ -42,10 +67,101 @@ pub struct RansPart<'a> {
     pub far_max: usize,
 }
 
-/// Whether the kernel was made for these parameters.
-#[must_use]
-pub fn supports(params: rans::Params) -> bool {
-    matches!(params, rans::Params { state_bits: 16, word_bits: 8, prob_bits: 1..=8, lanes: 64 })
+/// The kernel for a table, and how many warps, of a chunk each, its blocks have.
+struct Launch<'a> {
+    kernel: &'a Function,
+    warps: usize,
+}
+
+/// What the device gets of a chunk, and how much of it are words and escapes.
+struct Sent<'a> {
+    bytes: &'a [u8],
+    words: usize,
+    escapes: usize,
+}
+
+impl Coder<'_> {
+    /// By slot, as the kernels want it.
+    fn packed(&self) -> Vec<u32> {
+        match self {
+            Self::Singles(table) => {
+                let slots = table.slots();
+                let fields = slots.freq.iter().zip(slots.offset).zip(slots.symbol_byte);
+                fields.map(|((&freq, &offset), &symbol)| u32::from(freq) | u32::from(offset) << 12 | u32::from(symbol) << 24).collect()
+            }
+            Self::Pairs(table) => {
+                let slots = table.slots();
+                let entry = |slot: u8| {
+                    let i = usize::from(slot);
+                    u32::from_le_bytes([slots.freq[i], slots.offset[i], slots.pair_byte[i], slot])
+                };
+                (0..=255).map(entry).collect()
+            }
+        }
+    }
+
+    /// Splits a chunk of `symbols` symbols. What it lists is left to the host: `correct` is told its positions and how much more its symbols are
+    /// than those that the kernel decodes in their places, with `low_bits` raw low bits.
+    fn split<'a>(
+        &self,
+        symbols: usize,
+        bytes: &'a [u8],
+        low_bits: u32,
+        correct: &mut dyn FnMut(usize, i32),
+    ) -> Result<Sent<'a>, DecodeError> {
+        match self {
+            Self::Singles(table) => {
+                let chunk = rans::Chunk::parse(table.params(), symbols, bytes)?;
+                // The kernel takes symbol byte 0 for the least symbol of the nibbles, low bits 0.
+                chunk.far.iter().for_each(|far| correct(far.position as usize, i32::from(far.symbol) - (-8 << low_bits)));
+                Ok(Sent { bytes, words: chunk.words.len(), escapes: chunk.escapes.len() })
+            }
+            Self::Pairs(table) => {
+                let chunk = rans_pairs::Chunk::parse(table, symbols, bytes)?;
+                let decoded = i32::from(table.window().listed_byte()) - 128;
+                let mut far = chunk.far.iter();
+                for (position, byte) in chunk.listed.iter() {
+                    let symbol = match byte {
+                        ESCAPE => {
+                            let own = far.next().filter(|far| far.position as usize == position);
+                            i32::from(own.ok_or(DecodeError::FarMismatch { position })?.symbol)
+                        }
+                        _ => i32::from(byte) - 128,
+                    };
+                    if symbol != decoded {
+                        correct(position, symbol - decoded);
+                    }
+                }
+                if let Some(far) = far.next() {
+                    return Err(DecodeError::FarMismatch { position: far.position as usize });
+                }
+                // States, escapes, raw lines and words lie before the far entries.
+                let sent = chunk.states.len() + chunk.escapes.len() + chunk.raw_lines.len() + chunk.words.len();
+                let end = bytes.len() - chunk.far.len() * FAR_BYTES;
+                Ok(Sent { bytes: &bytes[end - sent..end], words: chunk.words.len(), escapes: chunk.escapes.len() })
+            }
+        }
+    }
+}
+
+impl RansPart<'_> {
+    fn chunk_symbols(&self, row_tiles: usize) -> usize {
+        row_tiles * self.cols.div_ceil(4) * 4 * TILE_ROWS
+    }
+
+    /// Most entries of the kernel's list. Where the symbol that stands in for the listed ones leaves the nibbles, they are in it too.
+    fn list_max(&self, low_bits: u32) -> usize {
+        let listed = match self.table.0 {
+            Coder::Pairs(table) if !(-8..8).contains(&((i32::from(table.window().listed_byte()) - 128) >> low_bits)) => {
+                let listed = |&(bytes, row_tiles): &(&[u8], usize)| {
+                    rans_pairs::Chunk::parse(table, self.chunk_symbols(row_tiles), bytes).map_or(0, |chunk| chunk.listed.bytes().len())
+                };
+                self.chunks.iter().map(listed).sum()
+            }
+            _ => 0,
+        };
+        self.far_max + listed
+    }
 }
 
 /// Decodes chunks on the device.
@@ -137,7 +253,7 @@ impl RansDecoder {
         low_bits: u32,
         parts: &[RansPart<'_>],
     ) -> Result<PlainMatrix, CudaError> {
-        let far_max: usize = parts.iter().map(|part| part.far_max).sum();
+        let far_max: usize = parts.iter().map(|part| part.list_max(low_bits)).sum();
         let mut matrix = PlainMatrix::empty(&self.device, geometry, low_bits)?;
         let list = self.device.allocate(12 * far_max, "far symbols")?;
         // Symbol 0 everywhere, so that cells that pad rows and columns stay that: even columns hold 0 + 8 in the low nibble, odd ones 0 in the high.
@@ -179,12 +295,13 @@ impl RansDecoder {
         part: &RansPart<'_>,
     ) -> Result<(f64, f64), CudaError> {
         let matrix = PlainMatrix::empty(&self.device, geometry, low_bits)?;
-        let list = self.device.allocate(12 * part.far_max, "far symbols")?;
+        let far_max = part.list_max(low_bits);
+        let list = self.device.allocate(12 * far_max, "far symbols")?;
         self.counters.fill_range(0, 8, 0, Stream::Side)?;
         self.device.synchronize()?;
         self.timed = Some(Vec::new());
         let start = Instant::now();
-        let done = self.decode_part(kernels, &matrix, &geometry, low_bits, part, &list, part.far_max, &mut Vec::new());
+        let done = self.decode_part(kernels, &matrix, &geometry, low_bits, part, &list, far_max, &mut Vec::new());
         let all = start.elapsed().as_secs_f64();
         let launches = self.timed.take().unwrap_or_default();
         done?;
@@ -204,11 +321,14 @@ impl RansDecoder {
         far_max: usize,
         far: &mut Vec<(u32, [i32; 2])>,
     ) -> Result<(), CudaError> {
-        let params = part.table.params();
-        if !supports(params) {
-            return Err(CudaError::Unsupported { what: format!("decoding of {} on the device", tersor_codec::Codec::Rans(params)) });
-        }
-        self.table.write(0, &packed_table(part.table))?;
+        let coder = part.table.0;
+        self.table.write(0, &coder.packed())?;
+        let (launch, prob_bits, (raw_bits, base)) = match coder {
+            Coder::Singles(table) => (Launch { kernel: &kernels.rans_decode, warps: WARPS }, table.params().prob_bits, (0, 0)),
+            Coder::Pairs(table) => {
+                (Launch { kernel: &kernels.rans_pairs_decode, warps: 1 }, 8, (table.window().raw_bits(), table.window().base()))
+            }
+        };
         let col_steps = part.cols.div_ceil(4);
         let mut job = RansJob {
             payload: 0,
@@ -220,52 +340,52 @@ impl RansDecoder {
             far_count: self.counters.address() + 4,
             status: self.counters.address(),
             chunk_count: 0,
-            prob_bits: u32::from(params.prob_bits),
+            prob_bits: prob_bits.into(),
             col_steps: col_steps as u32,
             row_tiles: geometry.row_tiles() as u32,
             tc: geometry.tile_cols() as u32,
             r: low_bits,
             far_capacity: far_max as u32,
             first_chunk: 0,
+            raw_bits: raw_bits.into(),
+            base: base.into(),
         };
         let mut batch = Batch::default();
         let mut row_tile = part.row_tile;
         for (number, (bytes, row_tiles)) in part.chunks.iter().enumerate() {
-            let symbols = row_tiles * col_steps * 4 * TILE_ROWS;
-            let chunk = rans::Chunk::parse(params, symbols, bytes).map_err(|_| CudaError::Corrupt { chunk: number })?;
-            for entry in chunk.far.iter() {
-                far.push(far_of(geometry, row_tile, col_steps, entry.position as usize, entry.symbol, low_bits));
-            }
-            let room = bytes.len() + CHUNK_PADDING;
+            let mut correct = |position, delta| far.push(far_of(geometry, row_tile, col_steps, position, delta));
+            let sent = coder.split(part.chunk_symbols(*row_tiles), bytes, low_bits, &mut correct);
+            let sent = sent.map_err(|_| CudaError::Corrupt { chunk: number })?;
+            let room = sent.bytes.len() + CHUNK_PADDING;
             if room > BATCH_BYTES {
                 return Err(CudaError::Unsupported { what: format!("a chunk of {} bytes", bytes.len()) });
             }
             if batch.bytes + room > BATCH_BYTES
                 || batch.chunks.len() * size_of::<RansChunk>() + size_of::<RansChunk>() > self.descriptors[0].bytes().len()
             {
-                self.send(kernels, &mut job, &mut batch)?;
+                self.send(&launch, &mut job, &mut batch)?;
             }
             if batch.chunks.is_empty() {
                 batch.first_chunk = number;
             }
             let place = RansChunk {
                 offset: batch.bytes as u64,
-                words: chunk.words.len() as u32,
-                escapes: chunk.escapes.len() as u32,
+                words: sent.words as u32,
+                escapes: sent.escapes as u32,
                 row_tile: row_tile as u32,
                 row_tiles: *row_tiles as u32,
             };
-            batch.chunks.push((place, *bytes));
+            batch.chunks.push((place, sent.bytes));
             batch.bytes = (batch.bytes + room).next_multiple_of(CHUNK_ALIGN);
             row_tile += row_tiles;
         }
-        self.send(kernels, &mut job, &mut batch)?;
+        self.send(&launch, &mut job, &mut batch)?;
         // The table is written anew for the next part.
         self.device.synchronize_stream(Stream::Compute)
     }
 
     /// Copies the batch on the side stream and decodes it on the compute stream.
-    fn send(&mut self, kernels: &Kernels, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
+    fn send(&mut self, launch: &Launch<'_>, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
         if batch.chunks.is_empty() {
             return Ok(());
         }
@@ -289,8 +409,8 @@ impl RansDecoder {
         (job.payload, job.chunks) = (self.coded[i].address(), self.chunks[i].address());
         (job.chunk_count, job.first_chunk) = (batch.chunks.len() as u32, batch.first_chunk as u32);
         let shape = Shape {
-            grid: (batch.chunks.len().div_ceil(WARPS) as u32, 1),
-            threads: (WARPS * LANES) as u32,
+            grid: (batch.chunks.len().div_ceil(launch.warps) as u32, 1),
+            threads: (launch.warps * LANES) as u32,
             shared_bytes: 0,
             cluster: 1,
             programmatic: false,
@@ -300,8 +420,8 @@ impl RansDecoder {
         if let Some((start, _)) = &events {
             device.record(start, Stream::Compute)?;
         }
-        // SAFETY: RansJob is the kernel's parameter; its addresses are buffers that live until the stream was synchronized.
-        unsafe { device.launch(&kernels.rans_decode, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
+        // SAFETY: RansJob is the parameter of both kernels; its addresses are buffers that live until the stream was synchronized.
+        unsafe { device.launch(launch.kernel, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
         if let Some((_, end)) = &events {
             device.record(end, Stream::Compute)?;
         }
@@ -315,21 +435,13 @@ impl RansDecoder {
     }
 }
 
-/// (2^prob_bits): freq | offset << 12 | symbol byte << 24.
-fn packed_table(table: &rans::Table) -> Vec<u32> {
-    let slots = table.slots();
-    let fields = slots.freq.iter().zip(slots.offset).zip(slots.symbol_byte);
-    fields.map(|((&freq, &offset), &symbol)| u32::from(freq) | u32::from(offset) << 12 | u32::from(symbol) << 24).collect()
-}
-
-/// Tile and entry of a far symbol of the file, which the kernel stored as the least symbol of the nibbles with low bits 0.
-fn far_of(geometry: &Geometry, first_row_tile: usize, col_steps: usize, position: usize, symbol: i16, low_bits: u32) -> (u32, [i32; 2]) {
+/// Tile and entry of a symbol at a position of a chunk that is `delta` more than what the kernel decodes there.
+fn far_of(geometry: &Geometry, first_row_tile: usize, col_steps: usize, position: usize, delta: i32) -> (u32, [i32; 2]) {
     let (tile_index, in_tile) = (position / 64, position % 64);
     let (row_tile, col_step) = (first_row_tile + tile_index / col_steps, tile_index % col_steps);
     let (row, col) = (in_tile / 4, col_step * 4 + in_tile % 4);
     let (tile, lane, weight) = place(geometry, row_tile, row, col);
-    let stored = -8i32 << low_bits;
-    (tile as u32, [(lane | weight << 5) as i32, i32::from(symbol) - stored])
+    (tile as u32, [(lane | weight << 5) as i32, delta])
 }
 
 /// Tile, lane and weight of a cell: row of the row tile, column of the matrix.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tersor_codec::{Codec, Histogram, Table, encode_chunk, rans};
 use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Stack, Statistics, TILE_ROWS};
 use tersor_cuda::{
-    Activations, AttentionAt, Buffer, Device, Form, Heads, Input, Kernels, Mixed, Place, PlainMatrix, Prepared, QuadAt, QuadPlaces, Queue,
-    RansDecoder, RansPart, Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt,
+    Activations, AttentionAt, Buffer, CudaError, Device, Form, Heads, Input, Kernels, Mixed, Place, PlainMatrix, Prepared, QuadAt,
+    QuadPlaces, Queue, RansDecoder, RansPart, RansTable, Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt,
 };
 
 struct Gpu {
@@ -183,6 +183,69 @@ fn file_order(symbols: &[i16], rows: usize, cols: usize) -> Vec<i16> {
     out
 }
 
+/// A matrix as the file holds it.
+struct Filed {
+    table: Table,
+    /// Chunks with their row tiles.
+    chunks: Vec<(Vec<u8>, usize)>,
+    cols: usize,
+    /// Symbols that the file's header would call wide.
+    wide: usize,
+}
+
+impl Filed {
+    /// `table`: made for the file's order of the symbols.
+    fn new(symbols: &[i16], cols: usize, row_tiles: usize, table: impl FnOnce(&Histogram) -> Table) -> Self {
+        let ordered = file_order(symbols, symbols.len() / cols, cols);
+        let mut histogram = Histogram::new();
+        histogram.add(&ordered);
+        let table = table(&histogram);
+        let row_tile = cols.div_ceil(4) * 64;
+        let chunk = |symbols: &[i16]| {
+            let mut bytes = Vec::new();
+            encode_chunk(&table, symbols, &mut bytes).unwrap();
+            (bytes, symbols.len() / row_tile)
+        };
+        let chunks = ordered.chunks(row_tile * row_tiles).map(chunk).collect();
+        let wide = symbols.iter().filter(|symbol| !(-7..=7).contains(*symbol)).count();
+        Self { table, chunks, cols, wide }
+    }
+
+    fn part(&self, row_tile: usize) -> RansPart<'_> {
+        RansPart {
+            table: RansTable::new(&self.table).unwrap(),
+            chunks: self.chunks.iter().map(|(bytes, row_tiles)| (&bytes[..], *row_tiles)).collect(),
+            cols: self.cols,
+            row_tile,
+            far_max: self.wide,
+        }
+    }
+}
+
+/// Two matrices, one below the other, decoded by the device and packed by the host.
+#[allow(clippy::too_many_arguments)] // What a stack is made of.
+fn check_chunks(
+    gpu: &Gpu,
+    decoder: &mut RansDecoder,
+    cols: usize,
+    supersteps: usize,
+    low_bits: u32,
+    row_tiles: usize,
+    parts: [Vec<i16>; 2],
+    mut table: impl FnMut(&Histogram) -> Table,
+    what: &str,
+) {
+    let borrowed: Vec<&[i16]> = parts.iter().map(|part| &part[..]).collect();
+    let stack = Stack::new(cols, &borrowed).unwrap();
+    let geometry = Geometry::with_supersteps_max(stack.geometry().unwrap().rows(), cols, supersteps).unwrap();
+    let expected = Plain::pack(&stack, geometry, low_bits, 2).unwrap();
+    let filed = parts.each_ref().map(|part| Filed::new(part, cols, row_tiles, &mut table));
+    let jobs: Vec<RansPart<'_>> = filed.iter().enumerate().map(|(i, filed)| filed.part(stack.first_row(i) / TILE_ROWS)).collect();
+    let decoded = decoder.decode(&gpu.kernels, geometry, low_bits, &jobs).unwrap().download().unwrap();
+    // Symbols beyond -127..=127, and those that `rans-pairs` lists, are kept as another nibble and difference than the packer's: the symbols count.
+    assert!(decoded.unpack().unwrap() == expected.unpack().unwrap(), "{what}");
+}
+
 #[test]
 fn chunks_of_the_file_decode_to_the_plain_layout() {
     let Some(gpu) = gpu() else { return };
@@ -191,51 +254,61 @@ fn chunks_of_the_file_decode_to_the_plain_layout() {
     for (rows, cols, supersteps) in SHAPES.into_iter().chain([(33, 130, 2), (1, 1, 1)]) {
         for prob_bits in [6, 7, 8] {
             for (deviation, low_bits) in KINDS {
-                // Two matrices, one below the other.
-                let parts: Vec<Vec<i16>> = [rows, rows.div_ceil(3)].iter().map(|rows| rng.symbols(rows * cols, deviation)).collect();
-                let borrowed: Vec<&[i16]> = parts.iter().map(|part| &part[..]).collect();
-                let stack = Stack::new(cols, &borrowed).unwrap();
-                let geometry = Geometry::with_supersteps_max(stack.geometry().unwrap().rows(), cols, supersteps).unwrap();
-                let expected = Plain::pack(&stack, geometry, low_bits, 2).unwrap();
-                let params = rans::Params { prob_bits, ..rans::Params::DEFAULT };
-                let mut tables = Vec::new();
-                let mut chunks = Vec::new();
-                for part in &parts {
-                    let ordered = file_order(part, part.len() / cols, cols);
-                    let mut histogram = Histogram::new();
-                    histogram.add(&ordered);
-                    let table = Table::build(Codec::Rans(params), &histogram).unwrap();
-                    let row_tile = cols.div_ceil(4) * 64;
-                    let coded: Vec<(Vec<u8>, usize)> = ordered
-                        .chunks(row_tile * 2)
-                        .map(|symbols| {
-                            let mut bytes = Vec::new();
-                            encode_chunk(&table, symbols, &mut bytes).unwrap();
-                            (bytes, symbols.len() / row_tile)
-                        })
-                        .collect();
-                    tables.push(table);
-                    chunks.push(coded);
-                }
-                let jobs: Vec<RansPart<'_>> = (0..2)
-                    .map(|i| {
-                        let Table::Rans(table) = &tables[i] else { unreachable!() };
-                        RansPart {
-                            table,
-                            chunks: chunks[i].iter().map(|(bytes, row_tiles)| (&bytes[..], *row_tiles)).collect(),
-                            cols,
-                            row_tile: stack.first_row(i) / TILE_ROWS,
-                            far_max: parts[i].iter().filter(|symbol| !(-7..=7).contains(*symbol)).count(),
-                        }
-                    })
-                    .collect();
-                let decoded = decoder.decode(&gpu.kernels, geometry, low_bits, &jobs).unwrap().download().unwrap();
+                let parts = [rows, rows.div_ceil(3)].map(|rows| rng.symbols(rows * cols, deviation));
+                let codec = Codec::Rans(rans::Params { prob_bits, ..rans::Params::DEFAULT });
+                let table = |histogram: &Histogram| Table::build(codec, histogram).unwrap();
                 let what = format!("{rows}x{cols} p{prob_bits} r{low_bits}");
-                // Symbols beyond -127..=127 are kept as another nibble and difference than the packer's: the symbols count.
-                assert!(decoded.unpack().unwrap() == expected.unpack().unwrap(), "{what}");
+                check_chunks(&gpu, &mut decoder, cols, supersteps, low_bits, 2, parts, table, &what);
             }
         }
     }
+}
+
+/// A table of `rans-pairs` of few entries, so that most pairs are escaped, and a step may have 64 of them.
+fn coarse_pairs(base: u8, raw_bits: u8) -> Table {
+    Table::read(Codec::RansPairs, &[base, raw_bits, 4, 0, 0, 66, 0x78, 1, 0x88, 64, 0x98, 125]).unwrap()
+}
+
+#[test]
+fn chunks_of_pairs_decode_to_the_plain_layout() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(8);
+    let mut decoder = RansDecoder::new(&gpu.device).unwrap();
+    let built = |histogram: &Histogram| Table::build(Codec::RansPairs, histogram).unwrap();
+    let raw_bits = |table: &Table| match table {
+        Table::RansPairs(table) => table.window().raw_bits(),
+        _ => unreachable!("a table of rans-pairs"),
+    };
+    // Odd numbers of tiles in a row tile and in a chunk, rows of one tile and of a few, besides.
+    let mut seen = [false; 3];
+    for (rows, cols, supersteps) in SHAPES.into_iter().chain([(33, 130, 2), (1, 1, 1), (100, 36, 1), (130, 300, 1), (75, 259, 2)]) {
+        for (i, (deviation, mean)) in [(0.3, 0), (1.1, 0), (2.4, 0), (6.0, 0), (2.0, 60), (2.0, -40)].into_iter().enumerate() {
+            if mean != 0 && rows * cols > 200_000 {
+                continue; // all symbols are far ones
+            }
+            let symbols = |rng: &mut Rng, rows: usize| rng.symbols(rows * cols, deviation).iter().map(|symbol| symbol + mean).collect();
+            for low_bits in if rows * cols < 50_000 { 0..3 } else { i as u32 % 3..i as u32 % 3 + 1 } {
+                let row_tiles = 1 + rng.next() as usize % 3;
+                let parts = [rows, rows.div_ceil(3)].map(|rows| symbols(&mut rng, rows));
+                let table = |histogram: &Histogram| {
+                    let table = built(histogram);
+                    seen[usize::from(raw_bits(&table))] = true;
+                    table
+                };
+                let what = format!("{rows}x{cols} by {row_tiles} row tiles, deviation {deviation} from {mean}, r{low_bits}");
+                check_chunks(&gpu, &mut decoder, cols, supersteps, low_bits, row_tiles, parts, table, &what);
+            }
+        }
+        for raw in 0..3 {
+            for base in [128 - (8 << raw), 127 - (8 << raw), 1, 100] {
+                let low_bits = rng.next() as u32 % 3;
+                let parts = [rows.min(100), 20].map(|rows| rng.symbols(rows * cols, 1.5));
+                let what = format!("{rows}x{cols}, {raw} raw bits from {base}, r{low_bits}");
+                check_chunks(&gpu, &mut decoder, cols, supersteps, low_bits, 2, parts, |_| coarse_pairs(base, raw), &what);
+            }
+        }
+    }
+    assert_eq!(seen, [true; 3], "tables with 0, 1 and 2 raw bits");
 }
 
 #[test]
@@ -243,23 +316,50 @@ fn a_damaged_chunk_is_refused() {
     let Some(gpu) = gpu() else { return };
     let mut rng = Rng::new(3);
     let (rows, cols) = (64, 512);
-    let symbols = file_order(&rng.symbols(rows * cols, 2.0), rows, cols);
-    let mut histogram = Histogram::new();
-    histogram.add(&symbols);
-    let table = Table::build(Codec::Rans(rans::Params::DEFAULT), &histogram).unwrap();
-    let mut chunks: Vec<Vec<u8>> = Vec::new();
-    for part in symbols.chunks(symbols.len() / 4) {
-        let mut bytes = Vec::new();
-        encode_chunk(&table, part, &mut bytes).unwrap();
-        chunks.push(bytes);
+    let symbols = rng.symbols(rows * cols, 2.0);
+    for codec in [Codec::Rans(rans::Params::DEFAULT), Codec::RansPairs] {
+        let mut filed = Filed::new(&symbols, cols, 1, |histogram| Table::build(codec, histogram).unwrap());
+        // Much at once: after a single flipped bit one chunk in a hundred falls into step again and ends well, with few symbols wrong.
+        let chunk = &mut filed.chunks[2].0;
+        let middle = chunk.len() / 2;
+        chunk[middle..middle + 64].iter_mut().for_each(|byte| *byte ^= 0x5a);
+        let geometry = Geometry::new(rows, cols).unwrap();
+        let error = RansDecoder::new(&gpu.device).unwrap().decode(&gpu.kernels, geometry, 0, &[filed.part(0)]).unwrap_err();
+        assert_eq!(error.to_string(), "chunk 2 is corrupt: words, escapes and states do not meet", "{codec}");
     }
-    // Much at once: after a single flipped bit one chunk in a hundred falls into step again and ends well, with few symbols wrong.
-    let middle = 8 + 128 + chunks[2].len() / 3;
-    chunks[2][middle..middle + 64].iter_mut().for_each(|byte| *byte ^= 0x5a);
-    let Table::Rans(table) = &table else { unreachable!() };
-    let part = RansPart { table, chunks: chunks.iter().map(|bytes| (&bytes[..], 1)).collect(), cols, row_tile: 0, far_max: rows * cols };
-    let error = RansDecoder::new(&gpu.device).unwrap().decode(&gpu.kernels, Geometry::new(rows, cols).unwrap(), 0, &[part]).unwrap_err();
-    assert_eq!(error.to_string(), "chunk 2 is corrupt: words, escapes and states do not meet");
+}
+
+/// Anywhere in a chunk: it is refused, or its symbols are wrong, but nothing else happens, and the next matrix is decoded.
+#[test]
+fn damage_of_any_kind_harms_nothing() {
+    let Some(gpu) = gpu() else { return };
+    let mut rng = Rng::new(10);
+    let (rows, cols) = (48, 260);
+    let mut decoder = RansDecoder::new(&gpu.device).unwrap();
+    for deviation in [1.1, 2.4, 6.0] {
+        let symbols = rng.symbols(rows * cols, deviation);
+        let mut refused = 0;
+        for round in 0..24 {
+            let built = |histogram: &Histogram| Table::build(Codec::RansPairs, histogram).unwrap();
+            let mut filed = Filed::new(&symbols, cols, 1, built);
+            let chunk = &mut filed.chunks[1].0;
+            // The head is small: half of the rounds are for it.
+            let start = rng.next() as usize % if round % 2 == 0 { 200 } else { chunk.len() };
+            let end = (start + 1 + rng.next() as usize % 64).min(chunk.len());
+            chunk[start..end].iter_mut().for_each(|byte| *byte = rng.next() as u8);
+            match decoder.decode(&gpu.kernels, Geometry::new(rows, cols).unwrap(), 1, &[filed.part(0)]) {
+                Ok(_) => {}
+                Err(CudaError::Corrupt { chunk }) => {
+                    assert_eq!(chunk, 1);
+                    refused += 1;
+                }
+                Err(e) => assert!(matches!(e, CudaError::Unsupported { .. }), "{e}"),
+            }
+        }
+        assert!(refused > 8, "{refused} of 24 damaged chunks were refused");
+        let table = |histogram: &Histogram| Table::build(Codec::RansPairs, histogram).unwrap();
+        check_chunks(&gpu, &mut decoder, cols, 8, 1, 1, [symbols.clone(), symbols], table, "after damage");
+    }
 }
 
 /// Prepared activations are the input within half a step of each superstep, and their statistics are right.

@@ -7,6 +7,8 @@
 // the word that it stores.  Words and escapes are read in lane order: a ballot and a popc find each lane's. They come
 // through rings in shared memory: read from global memory where they were wanted, each step waited several times as long.
 //
+// Table.  freq | offset << 12 | symbol byte << 24 of each slot.
+//
 // Needs.  sm_80.  64 readable bytes behind each chunk.  Cells of the plain layout that no symbol reaches must hold symbol 0 beforehand.
 // Nothing is checked inside the loop: a ring reads no further than its chunk, and after the last symbol all words and escapes must be
 // used and all lanes be back at STATE_MIN, else the chunk's number plus 1 is left in `status`, which must be read before anything is
@@ -14,76 +16,6 @@
 //
 // Cost: 88 instructions for 64 symbols, 413 cycles where a warp is alone on its scheduler (H200). It only has to keep up with PCIe: it
 // takes half of the copy's time where there are 1,792 chunks, 1.2 times as long where there are 512.  Measured: bench/RESULTS.md, "CUDA".
-
-struct RansChunk {
-  u64 offset;        // of the chunk in `payload`
-  u32 words;         // bytes of words
-  u32 escapes;       // bytes of escapes
-  u32 row_tile;      // first, in the matrix of the layout
-  u32 row_tiles;
-};
-
-struct FarEntry {
-  u32 tile;
-  u32 at;            // lane | weight << 5
-  int delta;
-};
-
-struct RansJob {
-  const u8* payload;
-  const RansChunk* chunks;
-  const u32* table;  // (2^prob_bits): freq | offset << 12 | symbol byte << 24
-  uint4* nibbles;
-  u8* planes;
-  FarEntry* far;
-  u32* far_count;
-  u32* status;
-  u32 chunk_count;
-  u32 prob_bits;
-  u32 col_steps;     // tiles of 4 columns in a row tile
-  u32 row_tiles;     // of the layout
-  u32 tc;
-  u32 r;
-  u32 far_capacity;
-  u32 first_chunk;   // number of chunks[0] in the tensor, for status
-};
-
-// Byte k of thread c of four becomes byte c of thread k.
-__device__ __forceinline__ u32 transpose_bytes(u32 x, int c) {
-  const u32 y = __shfl_xor_sync(~0u, x, 1);
-  const u32 a = __byte_perm(x, y, c & 1 ? 0x3715 : 0x6240);
-  const u32 z = __shfl_xor_sync(~0u, a, 2);
-  return __byte_perm(a, z, c & 2 ? 0x3276 : 0x5410);
-}
-
-// Bytes of a chunk on their way through shared memory, in groups that a warp copies together. Steps take at most 64 bytes each, so before
-// eight steps a group more is asked for once there is room, and those asked for two times ago or earlier have arrived: with
-// RING > bytes ahead > RING - GROUP after the request, that is more than the steps can take.
-struct Ring {
-  static constexpr u32 GROUP = 512, BYTES = 4 * GROUP;
-  const u8* from;    // aligned to 16 bytes
-  u32 at;            // next byte, counted from `from`
-  u32 loaded;        // bytes asked for
-  u32 end;           // bytes that may be read
-  u8* shared;
-
-  __device__ __forceinline__ Ring(const u8* first, const u8* readable_end, u8* to, int lane) : shared(to) {
-    at = (u32)((u64)first & 15);
-    from = first - at;
-    end = (u32)(readable_end - from) & ~15u;
-    loaded = 0;
-    for (int i = 0; i < 4; i++) request(lane);
-  }
-  __device__ __forceinline__ void request(int lane) {
-    const u32 mine = loaded + lane * 16;
-    if (mine < end) copy_async_16(shared_address(shared) + mine % BYTES, from + mine);
-    loaded += GROUP;
-  }
-  __device__ __forceinline__ void ahead(int lane) {
-    if (loaded - at <= BYTES - GROUP) request(lane);
-  }
-  __device__ __forceinline__ u32 byte(u32 behind) const { return shared[(at + behind) % BYTES]; }
-};
 
 constexpr int RANS_WARPS = 4;
 
@@ -101,7 +33,8 @@ extern "C" __global__ void __launch_bounds__(RANS_WARPS * 32) rans_decode(RansJo
   const u8* first_word = states + 128;
   const u8* first_escape = first_word + chunk.words;
   const u8* readable = first_escape + chunk.escapes + 16; // of the 64 bytes behind the chunk
-  Ring words(first_word, readable, rings[threadIdx.x >> 5][0], lane), escapes(first_escape, readable, rings[threadIdx.x >> 5][1], lane);
+  const u32 room = shared_address(rings[threadIdx.x >> 5]);
+  Ring words(first_word, readable, room, lane), escapes(first_escape, readable, room + Ring::BYTES, lane);
   const u32 words_end = words.at + chunk.words, escapes_end = escapes.at + chunk.escapes;
   copy_async_commit();
   copy_async_wait();
@@ -170,15 +103,7 @@ extern "C" __global__ void __launch_bounds__(RANS_WARPS * 32) rans_decode(RansJo
             const u32 pairs = (n | n >> 4) & 0x00ff00ff;
             nibbles |= (pairs & 0xff | pairs >> 8) << (16 * part);
             const u32 bits = bytes & low_mask;
-            if (r == 1) { // byte k / 2, bit 2 * (k % 2)
-              const u32 v = (bits | bits >> 6) & 0x00050005;
-              low[0] |= (v & 0xff | v >> 8) << (16 * part + row + 4 * half);
-            }
-            if (r == 2) { // word k % 2, byte k / 2
-              const u32 v = bits & 0x00030003, w = bits >> 8 & 0x00030003;
-              low[0] |= (v & 0xff | v >> 8) << (16 * part + 2 * row + 4 * half);
-              low[1] |= (w & 0xff | w >> 8) << (16 * part + 2 * row + 4 * half);
-            }
+            put_low_bits(low, bits, r, row, part, half);
           }
           out[half * 2 + row] = nibbles;
           if (__any_sync(~0u, outside)) { // rare: list what the nibbles do not hold
@@ -187,22 +112,15 @@ extern "C" __global__ void __launch_bounds__(RANS_WARPS * 32) rans_decode(RansJo
               const u32 byte = transpose_bytes(k < 4 ? even[row] : odd[row], c) >> ((k & 3) * 8) & 255;
               const int high = (int)(byte >> r) - (int)((128 >> r) - 8), kept = min(max(high, 0), 15);
               if (high != kept && byte != 0) { // byte 0: a far symbol of the file, which the host lists
-                const u32 at = atomicAdd(J.far_count, 1);
                 const u32 weight = (in_tile * 8 + half * 4 + row * 2 + (k >> 2)) * 4 + (k & 3);
-                if (at < J.far_capacity) J.far[at] = {tile, (u32)lane | weight << 5, (high - kept) * (1 << r)};
+                list_far(J, tile, (u32)lane | weight << 5, (high - kept) * (1 << r));
               }
               __syncwarp();
             }
           }
         }
       }
-      J.nibbles[((size_t)tile * tile_blocks + in_tile) * 32 + lane] = make_uint4(out[0], out[1], out[2], out[3]);
-      u32* plane = (u32*)(J.planes + ((size_t)tile * (tile_blocks / 2) + in_tile / 2) * 256 * r + lane * 8 * r);
-      if (r == 1) plane[in_tile & 1] = low[0];
-      if (r == 2) {
-        plane[(in_tile & 1) * 2] = low[0];
-        plane[(in_tile & 1) * 2 + 1] = low[1];
-      }
+      store_block(J, tile, in_tile, lane, make_uint4(out[0], out[1], out[2], out[3]), low);
     }
   }
   const bool good = xa == 256 && xb == 256 && words.at == words_end && escapes.at == escapes_end;

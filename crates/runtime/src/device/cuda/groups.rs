@@ -7,11 +7,11 @@ use crate::residency::OpenError;
 use crate::residency::set::{Linear, TensorSet};
 use std::cell::RefCell;
 use std::sync::Arc;
-use tersor_codec::{Codec, Histogram, Table, decode_chunk};
+use tersor_codec::{Histogram, decode_chunk};
 use tersor_cpu::{Level, Pool, decode_bytes};
 use tersor_cuda::layout::plain::choose_low_bits;
 use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Source, Statistics, TILE_ROWS};
-use tersor_cuda::{Buffer, CudaError, Device, Kernels, PlainMatrix, QuadPlaces, RansDecoder, RansPart, supports_rans};
+use tersor_cuda::{Buffer, CudaError, Device, Kernels, PlainMatrix, QuadPlaces, RansDecoder, RansPart, RansTable};
 use tersor_format::{CodedTensor, ModelDir, ScaleScheme};
 
 /// Groups of a layer, in order of use.
@@ -315,20 +315,19 @@ impl<'a> Loader<'a> {
         (low_bits, (far as f64 / counts.total().max(1) as f64 * weights as f64).ceil() as usize)
     }
 
-    /// A group in the plain layout. Chunks of the codec that the device decodes cross PCIe as they are; others are decoded here.
+    /// A group in the plain layout. Chunks of the codecs that the device decodes cross PCIe as they are; others are decoded here.
     pub fn plain(&mut self, index: usize) -> Result<PlainMatrix, OpenError> {
         let group = &self.groups.all[index];
         let (low_bits, _) = self.plain_form(group);
-        let on_device = |(_, tensor): (&str, &CodedTensor)| matches!(tensor.codec(), Codec::Rans(params) if supports_rans(params));
-        if !self.tensors(group).all(on_device) {
+        let tables: Option<Vec<RansTable<'_>>> = self.tensors(group).map(|(_, tensor)| RansTable::new(tensor.table())).collect();
+        let Some(tables) = tables else {
             let stacked = self.stacked(group)?;
             let plain = Plain::pack(&stacked, group.geometry, low_bits, self.pool.threads())
                 .map_err(|e| OpenError::Device { cause: e.to_string() })?;
             return Ok(PlainMatrix::upload(self.device(), &plain)?);
-        }
+        };
         let mut parts = Vec::new();
-        for ((_, tensor), first_row) in self.tensors(group).zip(&group.first_rows) {
-            let Table::Rans(table) = tensor.table() else { unreachable!("the codec was just asked") };
+        for (((_, tensor), first_row), table) in self.tensors(group).zip(&group.first_rows).zip(tables) {
             parts.push(RansPart {
                 table,
                 chunks: (0..tensor.chunk_count()).map(|chunk| (tensor.chunk(chunk), tensor.chunk_row_tiles(chunk).len())).collect(),

@@ -4,12 +4,11 @@ use super::groups::Symbols;
 use crate::device::{KernelReport, KernelRequest, KernelRow};
 use crate::residency::OpenError;
 use std::time::Instant;
-use tersor_codec::{Codec, Table};
 use tersor_cpu::{Level, Pool};
 use tersor_cuda::layout::{Plain, QuadMatrix, TILE_ROWS};
 use tersor_cuda::{
     Activations, Buffer, CudaError, Device, Form, Input, Kernels, PlainMatrix, Prepared, QuadAt, QuadPlaces, Queue, RansDecoder, RansPart,
-    Stream, nibble_bytes, supports_rans,
+    RansTable, Stream, nibble_bytes,
 };
 use tersor_format::CodedTensor;
 
@@ -128,9 +127,7 @@ impl Bench<'_> {
             return Err(wrong("decode", "its nibbles are not those of the packer"));
         }
         push("decode", 1, self.time(&mut |queue, i| decode(queue, i))?, places.bytes());
-        if let (Codec::Rans(params), Table::Rans(table)) = (tensor.codec(), tensor.table())
-            && supports_rans(params)
-        {
+        if let Some(table) = RansTable::new(tensor.table()) {
             let load = self.load(tensor, table, &quad, &symbols)?;
             for (name, seconds) in ["copy", "file-decode", "copy+decode"].into_iter().zip(load) {
                 push(name, 1, seconds, tensor.coded_bytes() as usize);
@@ -173,13 +170,7 @@ impl Bench<'_> {
     }
 
     /// Seconds in which the coded bytes of the file cross PCIe, in which the device decodes them, and in which both are done beside each other.
-    fn load(
-        &self,
-        tensor: &CodedTensor,
-        table: &tersor_codec::rans::Table,
-        quad: &QuadMatrix,
-        symbols: &Symbols<'_>,
-    ) -> Result<[f64; 3], OpenError> {
+    fn load(&self, tensor: &CodedTensor, table: RansTable<'_>, quad: &QuadMatrix, symbols: &Symbols<'_>) -> Result<[f64; 3], OpenError> {
         let device = self.kernels.device();
         let bytes = tensor.coded_bytes() as usize;
         let (pinned, buffer) = (device.pin(bytes)?, device.allocate(bytes, "coded bytes")?);
