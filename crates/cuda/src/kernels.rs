@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::abi::{self, Place};
 use crate::compile::{self, SOURCES};
 use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
-use crate::layout::{self, ATTENTION_SPLITS, SUPERSTEP_COLS};
+use crate::layout::{self, ATTENTION_SPLITS, LANES, SUPERSTEP_COLS};
 use crate::matrix::{Form, PlainAt, QuadAt};
 use crate::{CudaError, layout::Geometry, step};
 
@@ -486,7 +486,8 @@ impl<'a> Queue<'a> {
         let supersteps = k / SUPERSTEP_COLS;
         let cluster = if self.kernels.hopper { CLUSTER.min(supersteps) } else { 1 };
         let block_cols = supersteps.div_ceil(cluster) * SUPERSTEP_COLS;
-        let threads = block_cols.min(OPS_THREADS);
+        // A warp takes a superstep.
+        let threads = (block_cols / SUPERSTEP_COLS * LANES).min(OPS_THREADS);
         let mut args = abi::Prepare {
             x: 0,
             stats: 0,
