@@ -94,8 +94,7 @@ fn decode_run(
     with_scratch(|scratch| {
         scratch.bytes.ensure(symbols);
         let bytes = &mut scratch.bytes[..symbols];
-        decode_chunks(level, tensor, chunks.clone(), &mut scratch.pairs, bytes, &mut scratch.far)
-            .map_err(|(chunk, source)| KernelError::Corrupt { job: 0, chunk, source })?;
+        decode_chunks(level, tensor, chunks.clone(), &mut scratch.pairs, bytes, &mut scratch.far).map_err(KernelError::corrupt)?;
         let tiles: &[TileBytes] = bytes.as_chunks().0;
         let mut rest = out;
         for (row_tile, tiles) in row_tiles.zip(tiles.chunks_exact(tensor.col_steps())) {

@@ -222,8 +222,8 @@ pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Op
         with_scratch(|scratch| {
             // SAFETY: each task has its own chunks, and so its own part of the output.
             let out = unsafe { out.slice(first * row_tile_bytes, symbols_of(tensor, &chunks)) };
-            if let Err((chunk, source)) = decode_chunks(level, tensor, chunks, &mut scratch.pairs, out, &mut scratch.far) {
-                errors.report(KernelError::Corrupt { job: 0, chunk, source });
+            if let Err(corrupt) = decode_chunks(level, tensor, chunks, &mut scratch.pairs, out, &mut scratch.far) {
+                errors.report(KernelError::corrupt(corrupt));
             }
         });
     });
@@ -255,7 +255,6 @@ struct Store<'a> {
 
 impl Store<'_> {
     fn run(&self, chunks: Range<usize>) -> Result<(), KernelError> {
-        let corrupt = |(chunk, source)| KernelError::Corrupt { job: 0, chunk, source };
         let steps = self.tensor.col_steps();
         let row_tile_bytes = self.form.lines(steps) * TILE_SYMBOLS;
         let symbols = symbols_of(self.tensor, &chunks);
@@ -270,7 +269,8 @@ impl Store<'_> {
                 )
             };
             let Form::Nibbles { bias, escapes } = self.form else {
-                decode_chunks(self.level, self.tensor, chunks, &mut scratch.pairs, fields, &mut scratch.far).map_err(corrupt)?;
+                decode_chunks(self.level, self.tensor, chunks, &mut scratch.pairs, fields, &mut scratch.far)
+                    .map_err(KernelError::corrupt)?;
                 return self.keep_far(&scratch.far);
             };
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
@@ -320,11 +320,7 @@ impl Store<'_> {
         let (steps, symbols) = (self.tensor.col_steps(), symbols_of(self.tensor, &chunks));
         bytes.ensure(symbols);
         let bytes = &mut bytes[..symbols];
-        decode_chunks(self.level, self.tensor, chunks.clone(), pairs, bytes, far).map_err(|(chunk, source)| KernelError::Corrupt {
-            job: 0,
-            chunk,
-            source,
-        })?;
+        decode_chunks(self.level, self.tensor, chunks.clone(), pairs, bytes, far).map_err(KernelError::corrupt)?;
         let mut taken = 0;
         let tiles: &[TileBytes] = bytes.as_chunks().0;
         let row_tiles = lines.chunks_exact_mut(self.form.lines(steps)).zip(offsets).zip(tiles.chunks_exact(steps));

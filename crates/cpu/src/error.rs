@@ -64,6 +64,11 @@ pub enum KernelError {
 }
 
 impl KernelError {
+    /// A chunk of the only job that does not decode.
+    pub(crate) fn corrupt((chunk, source): (usize, DecodeError)) -> KernelError {
+        KernelError::Corrupt { job: 0, chunk, source }
+    }
+
     /// Order in which errors of parallel tasks are reported, so that the same input gives the same
     /// error: by job, then by chunk.
     pub(crate) fn place(&self) -> (usize, usize) {

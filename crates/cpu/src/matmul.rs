@@ -486,8 +486,7 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
                 let chunk = row_tile / per_chunk;
                 let symbols = tensor.chunk_symbols(chunk);
                 bytes.ensure(symbols);
-                decode_chunks(level, tensor, chunk..chunk + 1, pairs, &mut bytes[..symbols], far)
-                    .map_err(|(chunk, source)| KernelError::Corrupt { job: 0, chunk, source })?;
+                decode_chunks(level, tensor, chunk..chunk + 1, pairs, &mut bytes[..symbols], far).map_err(KernelError::corrupt)?;
                 let tiles = bytes[..symbols].as_chunks().0;
                 (&tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()], far_of(far, row_tile))
             }

@@ -24,6 +24,7 @@ use tersor_codec::rans_pairs::{Chunk, Table};
 use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
+use crate::buffer::AlignedBytes;
 use crate::decoded::{narrow, narrow_row_tile};
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 #[cfg(target_arch = "x86_64")]
@@ -199,9 +200,7 @@ impl<'a> Chunks<'a> {
     ///
     /// False if a chunk is corrupt: `out` and `far` are then of no use.
     pub(crate) fn decode(&self, chunks: Range<usize>, buffers: &mut PairBuffers, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
-        let buffer = &mut buffers.0[0];
-        buffer.ensure(BUFFER * TILE_SYMBOLS);
-        let buffer = &mut buffer.as_chunks_mut().0[..BUFFER];
+        let buffer = room(&mut buffers.0[0], BUFFER);
         let mut rest = out;
         self.groups(chunks).all(|group| {
             let symbols = self.tensor.chunk_symbols(group.start);
@@ -291,8 +290,7 @@ impl<'a> Chunks<'a> {
                 if !known || zeros.next().is_some() || !stream.at_end() {
                     return None;
                 }
-                let first = self.tensor.chunk_row_tiles(chunk).start;
-                far.extend(stream.chunk.far.iter().map(|f| FarAt::new(first, self.tensor.col_steps() * TILE_SYMBOLS, f)));
+                far.extend(FarAt::of_chunk(self.tensor, chunk, stream.chunk.far));
             }
         }
         Some(taken)
@@ -339,9 +337,7 @@ impl<'a> Chunks<'a> {
         escaped: &mut [u8],
     ) -> Option<usize> {
         let [buffer, bytes, ..] = &mut buffers.0;
-        buffer.ensure(BUFFER * TILE_SYMBOLS);
-        bytes.ensure(2 * PART * TILE_SYMBOLS);
-        let (buffer, bytes) = (&mut buffer.as_chunks_mut().0[..BUFFER], &mut bytes[..2 * PART * TILE_SYMBOLS]);
+        let (buffer, bytes) = (room(buffer, BUFFER), room(bytes, 2 * PART).as_flattened_mut());
         let (steps, row_tiles) = (lines.len() / streams.len(), offsets.len() / streams.len());
         let (row_tile_steps, symbols) = (steps / row_tiles, steps * 2 * TILE_SYMBOLS);
         let mut listed: [_; WIDTH_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].chunk.listed.iter().peekable());
@@ -406,9 +402,7 @@ impl<'a> Chunks<'a> {
         if !self.tensor.col_steps().is_multiple_of(2) || !(x.segment() / TILE_COLS).is_multiple_of(2) {
             return false;
         }
-        let buffer = &mut buffers.0[0];
-        buffer.ensure(BUFFER * TILE_SYMBOLS);
-        let buffer = &mut buffer.as_chunks_mut().0[..BUFFER];
+        let buffer = room(&mut buffers.0[0], BUFFER);
         let mut rest = sums;
         self.groups(chunks).all(|group| {
             let row_tiles = self.tensor.chunk_row_tiles(group.start);
@@ -454,6 +448,12 @@ impl<'a> Chunks<'a> {
         }
         streams.iter().all(Stream::at_end) && listed.iter().take(streams.len()).all(Listed::valid)
     }
+}
+
+/// Room for `tiles` tiles, with arbitrary contents.
+fn room(buffer: &mut AlignedBytes, tiles: usize) -> &mut [TileBytes] {
+    buffer.ensure(tiles * TILE_SYMBOLS);
+    &mut buffer.as_chunks_mut().0[..tiles]
 }
 
 /// Lines of nibbles, as the decoded form has them.
@@ -810,8 +810,7 @@ mod tests {
         for chunk in chunks {
             let mut own = vec![0; tensor.chunk_symbols(chunk)];
             let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut own).unwrap();
-            let first = tensor.chunk_row_tiles(chunk).start;
-            far.extend(list.iter().map(|f| FarAt::new(first, tensor.col_steps() * TILE_SYMBOLS, f)));
+            far.extend(FarAt::of_chunk(tensor, chunk, list));
             bytes.extend(own);
         }
         (bytes, far)

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use tersor_codec::{DecodeError, Far, FarList, PADDING_BYTES, Table, decode_chunk_bytes, fixed};
+use tersor_codec::{DecodeError, FarList, PADDING_BYTES, Table, decode_chunk_bytes, fixed};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
@@ -28,11 +28,18 @@ pub(crate) struct FarAt {
 }
 
 impl FarAt {
-    /// `first`: the row tile in which the chunk begins.
-    pub(crate) fn new(first: usize, row_tile_symbols: usize, far: Far) -> FarAt {
-        let position = far.position as usize;
-        // Row tiles are at most 2^20 and a row tile has at most 2^28 symbols: the format's limits.
-        FarAt { row_tile: (first + position / row_tile_symbols) as u32, position: (position % row_tile_symbols) as u32, symbol: far.symbol }
+    /// The far symbols of a chunk.
+    pub(crate) fn of_chunk<'a>(tensor: &CodedTensor, chunk: usize, list: FarList<'a>) -> impl Iterator<Item = FarAt> + use<'a> {
+        let (first, row_tile_symbols) = (tensor.chunk_row_tiles(chunk).start, tensor.col_steps() * TILE_SYMBOLS);
+        list.iter().map(move |far| {
+            let position = far.position as usize;
+            // Row tiles are at most 2^20 and a row tile has at most 2^28 symbols: the format's limits.
+            FarAt {
+                row_tile: (first + position / row_tile_symbols) as u32,
+                position: (position % row_tile_symbols) as u32,
+                symbol: far.symbol,
+            }
+        })
     }
 }
 
@@ -182,9 +189,7 @@ pub(crate) fn with_padding<'a>(padded: &'a [u8], part: &[u8]) -> &'a [u8] {
 /// Adds a chunk's far symbols to `far`. False if they do not fit its symbol bytes: each far symbol
 /// has a byte 0 at its position, and `escapes` have no others.
 pub(crate) fn take_far(tensor: &CodedTensor, chunk: usize, list: FarList<'_>, escapes: &[u8], bytes: &[u8], far: &mut Vec<FarAt>) -> bool {
-    let first = tensor.chunk_row_tiles(chunk).start;
-    let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;
-    far.extend(list.iter().map(|f| FarAt::new(first, row_tile_symbols, f)));
+    far.extend(FarAt::of_chunk(tensor, chunk, list));
     count_zeros(escapes) == list.len() && list.iter().all(|f| bytes[f.position as usize] == 0)
 }
 
@@ -265,8 +270,6 @@ unsafe fn unescape<I: Isa>(isa: I, tile: I::Tile, bias: I::Tile, escapes: &[u8],
 
 fn decode_by_codec(tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> Result<(), DecodeError> {
     let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), out)?;
-    let first = tensor.chunk_row_tiles(chunk).start;
-    let row_tile_symbols = tensor.col_steps() * TILE_SYMBOLS;
-    far.extend(list.iter().map(|f| FarAt::new(first, row_tile_symbols, f)));
+    far.extend(FarAt::of_chunk(tensor, chunk, list));
     Ok(())
 }
