@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::abi::{self, Place};
 use crate::compile::{self, SOURCES};
 use crate::driver::{Buffer, Device, Function, Module, Shape, Stream};
-use crate::layout::{self, ATTENTION_SPLITS, LANES, SUPERSTEP_COLS};
+use crate::layout::{self, ATTENTION_SPLITS, ATTENTION_WARPS, LANES, SUPERSTEP_COLS};
 use crate::matrix::{Form, PlainAt, QuadAt};
 use crate::{CudaError, layout::Geometry, step};
 
@@ -21,7 +21,7 @@ const SPLIT_SUPERSTEPS_MIN: usize = 4;
 /// Threads of the large kernels between products.
 const OPS_THREADS: usize = 512;
 /// Threads of `attention` and `attend`.
-const ATTENTION_THREADS: usize = 256;
+const ATTENTION_THREADS: usize = ATTENTION_WARPS * LANES;
 /// Blocks of a cluster that take a token together in `prepare`, from compute capability 9.0 on: the largest that every GPU allows.
 const CLUSTER: usize = 8;
 /// Largest head that `attention` was made for.

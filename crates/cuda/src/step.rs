@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::abi;
 use crate::driver::{Buffer, Device, Function, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
-use crate::layout::{Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
+use crate::layout::{ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
 use crate::matrix::Form;
 use crate::{CudaError, Mixed};
 
@@ -14,8 +14,6 @@ const PRODUCTS: usize = 4;
 /// Fewest slots of a warp's ring that hide the memory's latency, and the most that are of use.
 const SLOTS_MIN: usize = 3;
 const SLOTS_MAX: usize = 6;
-/// Warps of a crew of attention, as `ATTENTION_WARPS` in transformer.cuh.
-const ATTENTION_WARPS: usize = 8;
 
 /// A matrix of a step.
 #[derive(Clone, Copy, Debug)]
@@ -288,7 +286,7 @@ fn warps_of_rows(g: &Geometry, blocks: usize) -> Option<Vec<u8>> {
     Some(counts)
 }
 
-/// Bytes of `AttendRoom` in transformer.cuh, for heads of `dim` numbers.
+/// Bytes of `AttendRoom` in transformer.cuh, for heads of `dim` numbers; step.cu asserts the same.
 const fn attend_room_bytes(dim: usize) -> usize {
     (2 * ATTENTION_WARPS + ATTENTION_WARPS * dim + 8 + dim) * size_of::<f32>()
 }

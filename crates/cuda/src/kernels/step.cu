@@ -134,9 +134,11 @@ __device__ __forceinline__ u32 add_in_order(u32* p, u32 v) {
   return before;
 }
 
+__device__ __forceinline__ bool complete(i64 sum, u32 arrivals) { return ((u32)sum & 255) == arrivals; }
+
 // Waits for one sum, before many lanes look at many: what they read over and over, weights could not pass meanwhile.
 __device__ __forceinline__ void wait_for(const i64* p, u32 arrivals) {
-  while (((u32)load_now(p) & 255) != arrivals) {
+  while (!complete(load_now(p), arrivals)) {
   }
 }
 
@@ -408,6 +410,7 @@ __device__ __forceinline__ void quantize(const Room& room, int2 range, int base,
 template <int PAIRS>
 __device__ __forceinline__ void attend_all(const Step& P, const Room& room, const StepLayer& L, int layer, float unit, const Place& place) {
   constexpr int THREADS = ATTENTION_WARPS * 32;
+  static_assert(sizeof(AttendRoom<PAIRS>) == (2 * ATTENTION_WARPS + ATTENTION_WARPS * PAIRS * 64 + 8 + PAIRS * 64) * 4, "as step.rs says");
   __shared__ bool last[2];
   const int which = threadIdx.x / THREADS, group = P.heads / P.kv_heads * SPLITS, half = P.head_dim / 2;
   const Crew crew = {(int)threadIdx.x % THREADS, THREADS, 1 + which};
@@ -444,7 +447,7 @@ __device__ __forceinline__ void attend_all(const Step& P, const Room& room, cons
 #pragma unroll
       for (int e = 0; e < 6; e++) sums[e] = load_now(qkv.sums + row[e]);
 #pragma unroll
-      for (int e = 0; e < 6; e++) all &= ((u32)sums[e] & 255) == arrivals[e];
+      for (int e = 0; e < 6; e++) all &= complete(sums[e], arrivals[e]);
     } while (!all);
 #pragma unroll
     for (int e = 0; e < 6; e++) {
@@ -591,7 +594,7 @@ __device__ __forceinline__ void step(const Step& P) {
     __syncwarp(__activemask());
     i64 sum;
     do sum = load_now(P.head.sums + row);
-    while (((u32)sum & 255) != arrivals);
+    while (!complete(sum, arrivals));
     const float y = value_of(sum >> 8, unit, P.head.scale[row]);
     P.logits[row] = P.head.bias ? y + P.head.bias[row] : y;
   }

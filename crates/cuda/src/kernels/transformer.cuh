@@ -231,9 +231,6 @@ struct Attention {
 // attention: softmax(q . keys * scale) values for a head of a token, but for the division. SPLITS blocks share the positions: of their warps, warp w
 // takes four at a time from 4 w on, with a running maximum; the warps of a block meet in shared memory, the blocks in prepare_mix. A lane holds the
 // pairs of elements lane + 32 j. Which positions meet when depends on the positions only.
-// Crews of ATTENTION_WARPS warps.
-constexpr int ATTENTION_WARPS = 8;
-
 template <int PAIRS>
 struct AttentionRoom { // shared memory of a crew
   float top[ATTENTION_WARPS], sum[ATTENTION_WARPS];

@@ -1,8 +1,8 @@
 //! What the kernels must know of the layouts, as CUDA C++.
 
 use super::{
-    ATTENTION_SPLITS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, STREAMS, SUPERSTEP_COLS,
-    SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS,
+    ATTENTION_SPLITS, ATTENTION_WARPS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, STREAMS,
+    SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS,
 };
 
 /// `constexpr` definitions of the constants that kernels share with this crate, to be put before their source.
@@ -19,6 +19,7 @@ pub fn header() -> String {
         ("RING_BYTES", (RING_GROUPS + 1) * group_bytes, "bytes of a warp's ring: its first group is stored twice"),
         ("CODE_BITS_MAX", CODE_BITS_MAX as usize, "longest code"),
         ("SPLITS", ATTENTION_SPLITS, "blocks that share the positions of a head"),
+        ("ATTENTION_WARPS", ATTENTION_WARPS, "warps of a crew of attention"),
         ("STEP_WARPS", STEP_WARPS, "warps of a block of step"),
         ("STEP_HIDDEN_MAX", STEP_HIDDEN_MAX, "widest residual stream that step was made for"),
         ("STEP_SLOT", STEP_SLOT, "supersteps in a slot of a warp of step"),

@@ -57,6 +57,8 @@ pub const TILE_COLS_MAX: usize = SUPERSTEP_COLS * SUPERSTEPS_MAX;
 pub const LANES: usize = 32;
 /// Blocks that share the positions of a head in attention; their results meet where the next product's activations are prepared.
 pub const ATTENTION_SPLITS: usize = 8;
+/// Warps of a crew of attention.
+pub const ATTENTION_WARPS: usize = 8;
 /// Warps of a block of the kernel that computes a whole step.
 pub const STEP_WARPS: usize = 16;
 /// Widest residual stream that its registers hold, in columns.

@@ -1,7 +1,8 @@
 //! The forward pass on a GPU. A step of one token (or one token of each of several sequences) is recorded as a graph and replayed; what changes from step to
 //! step (the token's embedding, its angles, its place in the cache) lies in device memory.
 //!
-//! A step of one token with all matrices decoded for good is one kernel (`tersor_cuda::Step`). Else, per layer ten kernels: prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
+//! A step of one token with all matrices decoded for good is one kernel (`tersor_cuda::Step`). Else there are ten kernels a layer:
+//! prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
 //! Products leave exact integer sums; the kernel behind them makes numbers of them. So every strategy gives the same bits.
 
 use super::groups::{Groups, Kind};
@@ -394,7 +395,7 @@ fn step_model<'a>(
         window: config.windows[layer],
     };
     let first_rows = |kind| groups.all[groups.index(0, kind)].first_rows.as_slice();
-    let (qkv, gate_up) = if config.layers > 0 { (first_rows(Kind::Qkv), first_rows(Kind::GateUp)) } else { (&[0; 3][..], &[0; 2][..]) };
+    let (qkv, gate_up) = (first_rows(Kind::Qkv), first_rows(Kind::GateUp));
     StepModel {
         layers: norms.iter().enumerate().map(layer).collect(),
         head: matrix(groups.index(0, Kind::Head)),
