@@ -230,8 +230,6 @@ pub(crate) struct RansJob {
     pub far: u64,
     pub far_count: u64,
     pub status: u64,
-    pub chunk_count: u32,
-    pub prob_bits: u32,
     pub col_steps: u32,
     pub row_tiles: u32,
     pub tc: u32,

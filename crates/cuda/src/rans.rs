@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tersor_codec::{DecodeError, ESCAPE, FAR_BYTES, Table, rans, rans_pairs};
+use tersor_codec::{DecodeError, ESCAPE, FAR_BYTES, FarList, Table, rans, rans_pairs};
 
 use crate::CudaError;
 use crate::abi::{RansChunk, RansJob};
@@ -22,10 +22,8 @@ const GATHER_THREADS_MAX: usize = 16;
 const CHUNK_PADDING: usize = 64;
 /// Chunks begin at multiples of this in the file, and so here.
 const CHUNK_ALIGN: usize = 16;
-/// Slots of the largest table.
-const SLOTS_MAX: usize = 256;
-/// Warps of a block of `rans_decode`, `RANS_WARPS` in rans.cu.
-const WARPS: usize = 4;
+/// Entries of a table on the device, one for each low byte of a state.
+const ENTRIES: usize = 256;
 
 /// A table of a codec whose chunks the device decodes.
 #[derive(Clone, Copy, Debug)]
@@ -67,13 +65,7 @@ pub struct RansPart<'a> {
     pub far_max: usize,
 }
 
-/// The kernel for a table, and how many warps, of a chunk each, its blocks have.
-struct Launch<'a> {
-    kernel: &'a Function,
-    warps: usize,
-}
-
-/// What the device gets of a chunk, and how much of it are words and escapes.
+/// What the device gets of a chunk, from its states on, and how much of it are words and escapes.
 struct Sent<'a> {
     bytes: &'a [u8],
     words: usize,
@@ -81,23 +73,29 @@ struct Sent<'a> {
 }
 
 impl Coder<'_> {
-    /// By slot, as the kernels want it.
+    /// (256): by the low byte of a state, as `Lanes` in rans.cuh wants it.
     fn packed(&self) -> Vec<u32> {
-        match self {
+        (0..=u8::MAX).map(|low| self.entry(low)).collect()
+    }
+
+    /// `min(scale, 255) | rest << 8 | symbol << 16 | (scale - min(scale, 255)) << 24`: a state with these low 8 bits and the others `high` becomes `scale * high +
+    /// rest`. With `p` = `prob_bits` that is `freq * (state >> p) + offset`, since `state >> p` is `high << (8 - p) | low >> p`.
+    fn entry(&self, low: u8) -> u32 {
+        let (prob_bits, freq, offset, symbol) = match self {
             Self::Singles(table) => {
-                let slots = table.slots();
-                let fields = slots.freq.iter().zip(slots.offset).zip(slots.symbol_byte);
-                fields.map(|((&freq, &offset), &symbol)| u32::from(freq) | u32::from(offset) << 12 | u32::from(symbol) << 24).collect()
+                let (slots, prob_bits) = (table.slots(), table.params().prob_bits);
+                let slot = usize::from(low) & ((1 << prob_bits) - 1);
+                (prob_bits, u32::from(slots.freq[slot]), u32::from(slots.offset[slot]), slots.symbol_byte[slot])
             }
             Self::Pairs(table) => {
-                let slots = table.slots();
-                let entry = |slot: u8| {
-                    let i = usize::from(slot);
-                    u32::from_le_bytes([slots.freq[i], slots.offset[i], slots.pair_byte[i], slot])
-                };
-                (0..=255).map(entry).collect()
+                let (slots, slot) = (table.slots(), usize::from(low));
+                (8, slots.freq[slot].into(), slots.offset[slot].into(), slots.pair_byte[slot])
             }
-        }
+        };
+        // 256 at most, for a symbol alone in the table; rest < scale, since offset < freq.
+        let (scale, rest) = (freq << (8 - prob_bits), freq * (u32::from(low) >> prob_bits) + offset);
+        let factor = scale.min(255);
+        factor | rest << 8 | u32::from(symbol) << 16 | (scale - factor) << 24
     }
 
     /// Splits a chunk of `symbols` symbols. What it lists is left to the host: `correct` is told its positions and how much more its symbols are
@@ -109,12 +107,17 @@ impl Coder<'_> {
         low_bits: u32,
         correct: &mut dyn FnMut(usize, i32),
     ) -> Result<Sent<'a>, DecodeError> {
+        let before_far = |sent: usize, far: &FarList<'_>| {
+            let end = bytes.len() - far.len() * FAR_BYTES;
+            &bytes[end - sent..end]
+        };
         match self {
             Self::Singles(table) => {
                 let chunk = rans::Chunk::parse(table.params(), symbols, bytes)?;
                 // The kernel takes symbol byte 0 for the least symbol of the nibbles, low bits 0.
                 chunk.far.iter().for_each(|far| correct(far.position as usize, i32::from(far.symbol) - (-8 << low_bits)));
-                Ok(Sent { bytes, words: chunk.words.len(), escapes: chunk.escapes.len() })
+                let sent = chunk.states.len() + chunk.words.len() + chunk.escapes.len();
+                Ok(Sent { bytes: before_far(sent, &chunk.far), words: chunk.words.len(), escapes: chunk.escapes.len() })
             }
             Self::Pairs(table) => {
                 let chunk = rans_pairs::Chunk::parse(table, symbols, bytes)?;
@@ -135,10 +138,8 @@ impl Coder<'_> {
                 if let Some(far) = far.next() {
                     return Err(DecodeError::FarMismatch { position: far.position as usize });
                 }
-                // States, escapes, raw lines and words lie before the far entries.
                 let sent = chunk.states.len() + chunk.escapes.len() + chunk.raw_lines.len() + chunk.words.len();
-                let end = bytes.len() - chunk.far.len() * FAR_BYTES;
-                Ok(Sent { bytes: &bytes[end - sent..end], words: chunk.words.len(), escapes: chunk.escapes.len() })
+                Ok(Sent { bytes: before_far(sent, &chunk.far), words: chunk.words.len(), escapes: chunk.escapes.len() })
             }
         }
     }
@@ -237,7 +238,7 @@ impl RansDecoder {
             decoded: events()?,
             counters: device.allocate(8, "counters")?,
             timed: None,
-            table: device.allocate(4 * SLOTS_MAX, "a decoding table")?,
+            table: device.allocate(4 * ENTRIES, "a decoding table")?,
             next: 0,
         })
     }
@@ -323,11 +324,9 @@ impl RansDecoder {
     ) -> Result<(), CudaError> {
         let coder = part.table.0;
         self.table.write(0, &coder.packed())?;
-        let (launch, prob_bits, (raw_bits, base)) = match coder {
-            Coder::Singles(table) => (Launch { kernel: &kernels.rans_decode, warps: WARPS }, table.params().prob_bits, (0, 0)),
-            Coder::Pairs(table) => {
-                (Launch { kernel: &kernels.rans_pairs_decode, warps: 1 }, 8, (table.window().raw_bits(), table.window().base()))
-            }
+        let (kernel, (raw_bits, base)) = match coder {
+            Coder::Singles(_) => (&kernels.rans_decode, (0, 0)),
+            Coder::Pairs(table) => (&kernels.rans_pairs_decode, (table.window().raw_bits(), table.window().base())),
         };
         let col_steps = part.cols.div_ceil(4);
         let mut job = RansJob {
@@ -339,8 +338,6 @@ impl RansDecoder {
             far: list.address(),
             far_count: self.counters.address() + 4,
             status: self.counters.address(),
-            chunk_count: 0,
-            prob_bits: prob_bits.into(),
             col_steps: col_steps as u32,
             row_tiles: geometry.row_tiles() as u32,
             tc: geometry.tile_cols() as u32,
@@ -363,7 +360,7 @@ impl RansDecoder {
             if batch.bytes + room > BATCH_BYTES
                 || batch.chunks.len() * size_of::<RansChunk>() + size_of::<RansChunk>() > self.descriptors[0].bytes().len()
             {
-                self.send(&launch, &mut job, &mut batch)?;
+                self.send(kernel, &mut job, &mut batch)?;
             }
             if batch.chunks.is_empty() {
                 batch.first_chunk = number;
@@ -379,13 +376,13 @@ impl RansDecoder {
             batch.bytes = (batch.bytes + room).next_multiple_of(CHUNK_ALIGN);
             row_tile += row_tiles;
         }
-        self.send(&launch, &mut job, &mut batch)?;
+        self.send(kernel, &mut job, &mut batch)?;
         // The table is written anew for the next part.
         self.device.synchronize_stream(Stream::Compute)
     }
 
     /// Copies the batch on the side stream and decodes it on the compute stream.
-    fn send(&mut self, launch: &Launch<'_>, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
+    fn send(&mut self, kernel: &Function, job: &mut RansJob, batch: &mut Batch<'_>) -> Result<(), CudaError> {
         if batch.chunks.is_empty() {
             return Ok(());
         }
@@ -407,10 +404,10 @@ impl RansDecoder {
         device.record(&self.copied[i], Stream::Side)?;
         device.wait(&self.copied[i], Stream::Compute)?;
         (job.payload, job.chunks) = (self.coded[i].address(), self.chunks[i].address());
-        (job.chunk_count, job.first_chunk) = (batch.chunks.len() as u32, batch.first_chunk as u32);
+        job.first_chunk = batch.first_chunk as u32;
         let shape = Shape {
-            grid: (batch.chunks.len().div_ceil(launch.warps) as u32, 1),
-            threads: (launch.warps * LANES) as u32,
+            grid: (batch.chunks.len() as u32, 1),
+            threads: LANES as u32,
             shared_bytes: 0,
             cluster: 1,
             programmatic: false,
@@ -421,7 +418,7 @@ impl RansDecoder {
             device.record(start, Stream::Compute)?;
         }
         // SAFETY: RansJob is the parameter of both kernels; its addresses are buffers that live until the stream was synchronized.
-        unsafe { device.launch(launch.kernel, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
+        unsafe { device.launch(kernel, shape, Stream::Compute, &mut [(&raw mut *job).cast()]) }?;
         if let Some((_, end)) = &events {
             device.record(end, Stream::Compute)?;
         }
@@ -464,4 +461,52 @@ fn by_tile(mut far: Vec<(u32, [i32; 2])>, tiles: usize) -> (Vec<u32>, Vec<[i32; 
         offsets[tile + 1] += offsets[tile];
     }
     (offsets, far.into_iter().map(|(_, entry)| entry).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use tersor_codec::{Codec, Histogram, Table, rans};
+
+    use super::*;
+
+    /// What dp4a makes of an entry and a state's factors, and the entry's symbol byte.
+    fn by_entry(entries: &[u32], state: u32) -> (u32, u8) {
+        let [factor, rest, symbol, more] = entries[state as usize & 255].to_le_bytes();
+        let high = state >> 8;
+        (u32::from(factor) * high + u32::from(rest) + u32::from(more) * high, symbol)
+    }
+
+    fn check(table: &Table, prob_bits: u32, slot: impl Fn(usize) -> (u16, u16, u8)) {
+        let coder = RansTable::new(table).unwrap().0;
+        let entries = coder.packed();
+        for state in 0..1 << 16 {
+            let (freq, offset, symbol) = slot(state as usize & ((1 << prob_bits) - 1));
+            let next = u32::from(freq) * (state >> prob_bits) + u32::from(offset);
+            assert_eq!(by_entry(&entries, state), (next, symbol), "{state}");
+        }
+        let mut distinct = entries.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 256, "an entry tells its byte");
+    }
+
+    /// Every state, with every number of slots, from many symbols to one.
+    #[test]
+    fn entries_are_the_codecs_arithmetic() {
+        for spread in [0i16, 1, 3, 20] {
+            let mut histogram = Histogram::new();
+            let symbols: Vec<i16> = (-spread..=spread).flat_map(|symbol| vec![symbol; 1 << (8 - symbol.unsigned_abs().min(8))]).collect();
+            histogram.add(&symbols);
+            for prob_bits in 1..=8 {
+                let table = Table::build(Codec::Rans(rans::Params { prob_bits, ..rans::Params::DEFAULT }), &histogram).unwrap();
+                let Table::Rans(inner) = &table else { unreachable!("a table of rans") };
+                let slots = inner.slots();
+                check(&table, prob_bits.into(), |slot| (slots.freq[slot], slots.offset[slot], slots.symbol_byte[slot]));
+            }
+            let table = Table::build(Codec::RansPairs, &histogram).unwrap();
+            let Table::RansPairs(inner) = &table else { unreachable!("a table of rans-pairs") };
+            let slots = inner.slots();
+            check(&table, 8, |slot| (slots.freq[slot].into(), slots.offset[slot].into(), slots.pair_byte[slot]));
+        }
+    }
 }

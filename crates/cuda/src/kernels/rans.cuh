@@ -1,7 +1,15 @@
-// rans: what the decoders of the file's chunks share (rans.cu, rans_pairs.cu): what they are given, rings in shared memory, the plain layout.
+// rans: what the decoders of the file's chunks share (rans.cu, rans_pairs.cu): what they are given, rings in shared memory, the states, the plain layout.
+//
+// Layout.  One warp, which is a block, decodes one chunk: thread l has the lanes l and l + 32, that is column l % 4 of the rows l / 4 and l / 4 + 8 of
+// each tile of 16 rows x 4 columns.
+//
+// Needs.  sm_80.  64 readable bytes behind what there is of each chunk.  Cells of the plain layout that no symbol reaches must hold symbol 0 beforehand.
+// Nothing is checked inside the loop: a ring reads no further than its chunk, and after the last symbol all words and escapes must be
+// used and all lanes be back at STATE_MIN, else the chunk's number plus 1 is left in `status`, which must be read before anything is
+// computed with the result.
 
 struct RansChunk {
-  u64 offset;        // in `payload`: of the chunk (rans), of its states (rans-pairs)
+  u64 offset;        // of its states in `payload`
   u32 words;         // bytes of words
   u32 escapes;       // bytes of escapes
   u32 row_tile;      // first, in the matrix of the layout
@@ -17,14 +25,12 @@ struct FarEntry {
 struct RansJob {
   const u8* payload;
   const RansChunk* chunks;
-  const u32* table;  // (2^prob_bits): what a kernel looks up by slot
+  const u32* table;  // (256): entries, by the low byte of a state (`Lanes`)
   uint4* nibbles;
   u8* planes;
   FarEntry* far;
   u32* far_count;
   u32* status;
-  u32 chunk_count;
-  u32 prob_bits;
   u32 col_steps;     // tiles of 4 columns in a row tile
   u32 row_tiles;     // of the layout
   u32 tc;
@@ -34,6 +40,9 @@ struct RansJob {
   u32 raw_bits;      // of the window of rans-pairs
   u32 base;          // its first symbol byte
 };
+
+// A value of the warp's threads that the compiler cannot compute anew: it would read special registers wherever it is wanted, tens of cycles each.
+__device__ __forceinline__ u32 computed_once(u32 v) { return __shfl_sync(~0u, v, threadIdx.x); }
 
 // Byte k of thread c of four becomes byte c of thread k.
 __device__ __forceinline__ u32 transpose_bytes(u32 x, int c) {
@@ -62,21 +71,71 @@ __device__ __forceinline__ void put_low_bits(u32 (&low)[2], u32 bits, u32 r, int
   }
 }
 
-// A block of 64 columns of a tile: the thread's words and low bits.
-__device__ __forceinline__ void store_block(const RansJob& J, u32 tile, u32 in_tile, int lane, uint4 nibbles, const u32 (&low)[2]) {
-  const u32 blocks = J.tc / 64;
-  J.nibbles[((size_t)tile * blocks + in_tile) * 32 + lane] = nibbles;
-  u32* plane = (u32*)(J.planes + ((size_t)tile * (blocks / 2) + in_tile / 2) * 256 * J.r + lane * 8 * J.r);
-  if (J.r == 1) plane[in_tile & 1] = low[0];
-  if (J.r == 2) {
-    plane[(in_tile & 1) * 2] = low[0];
-    plane[(in_tile & 1) * 2 + 1] = low[1];
+// Where the columns of a row tile go, 32 at a time: the thread has eight consecutive ones of the rows g, g + 8.
+struct Cells {
+  u32 tile, in_tile;   // in_tile: block of 64 columns
+  u32 nibbles[2], low[2];
+
+  __device__ __forceinline__ Cells(u32 first_tile) : tile(first_tile), in_tile(0), nibbles{0, 0}, low{0, 0} {}
+
+  // Half of a block. places: of the rows g, g + 8, columns 0..3 and 4..7 of eight: nibble << r | low bits, byte by byte, modulo 256.
+  __device__ __forceinline__ void put(const RansJob& J, int half, int lane, u32 (&places)[4]) {
+    const u32 r = J.r, ones = 0x01010101, leaves = (256 - (16u << r)) * ones, low_mask = ((1u << r) - 1) * ones;
+    if (__any_sync(~0u, (places[0] | places[1] | places[2] | places[3]) & leaves)) { // rare: list what the nibbles do not hold
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        u32 kept_places = 0;
+#pragma unroll 1
+        for (int k = 0; k < 4; k++) {
+          const int zero = 8 << r, symbol = (int)(((places[i] >> 8 * k) - zero + 128) & 255) - 128, place = symbol + zero;
+          const int high = place >> r, kept = min(max(high, 0), 15);
+          if (high != kept && symbol != -128) { // -128, symbol byte 0: a far symbol of the file, which the host lists
+            const u32 weight = (in_tile * 8 + half * 4 + i) * 4 + k;
+            list_far(J, tile, (u32)lane | weight << 5, (high - kept) * (1 << r));
+          }
+          kept_places |= (u32)(kept << r | place & ((1 << r) - 1)) << 8 * k;
+        }
+        places[i] = kept_places;
+      }
+      __syncwarp();
+    }
+    u32 out[2];
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      u32 two[2]; // nibbles of columns 0 and 1, 2 and 3 in the bytes 0 and 2
+#pragma unroll
+      for (int part = 0; part < 2; part++) {
+        const u32 of_four = places[row * 2 + part], n = (of_four >> r & 0x0f0f0f0f) ^ 0x08000800; // odd columns in two's complement
+        two[part] = n | n >> 4;
+        put_low_bits(low, of_four & low_mask, r, row, part, half);
+      }
+      out[row] = __byte_perm(two[0], two[1], 0x6420);
+    }
+    if (half == 0) {
+      nibbles[0] = out[0];
+      nibbles[1] = out[1];
+      return;
+    }
+    const u32 blocks = J.tc / 64;
+    J.nibbles[((size_t)tile * blocks + in_tile) * 32 + lane] = make_uint4(nibbles[0], nibbles[1], out[0], out[1]);
+    u32* plane = (u32*)(J.planes + ((size_t)tile * (blocks / 2) + in_tile / 2) * 256 * r + lane * 8 * r);
+    if (r == 1) plane[in_tile & 1] = low[0];
+    if (r == 2) {
+      plane[(in_tile & 1) * 2] = low[0];
+      plane[(in_tile & 1) * 2 + 1] = low[1];
+    }
+    low[0] = low[1] = 0;
+    if (++in_tile == blocks) {
+      in_tile = 0;
+      tile += J.row_tiles;
+    }
   }
-}
+};
 
 // Bytes of a chunk on their way through shared memory, in groups that a warp copies together. Steps take at most 64 bytes each, so before
 // eight steps a group more is asked for once there is room, and those asked for two times ago or earlier have arrived: with
-// RING > bytes ahead > RING - GROUP after the request, that is more than the steps can take.
+// RING > bytes ahead > RING - GROUP after the request, that is more than the steps can take. The warp waits for these (`arrived`) and meets first: then all
+// of it sees them, and has read what a request overwrites.
 struct Ring {
   static constexpr u32 GROUP = 512, BYTES = 4 * GROUP;
   const u8* from;    // aligned to 16 bytes
@@ -97,6 +156,10 @@ struct Ring {
     if (mine < end) copy_async_16(shared + mine % BYTES, from + mine);
     loaded += GROUP;
   }
+  static __device__ __forceinline__ void arrived() {
+    copy_async_wait_but<1>();
+    __syncwarp();
+  }
   __device__ __forceinline__ void ahead(int lane) {
     if (loaded - at <= BYTES - GROUP) request(lane);
   }
@@ -104,5 +167,123 @@ struct Ring {
     u32 v;
     asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v) : "r"(shared + (at + behind) % BYTES) : "memory");
     return v;
+  }
+};
+
+// The table's entries of the words ahead, a group of the warp at a time. STEPS steps take at most REACH words. Before them groups are looked up, as many
+// as the steps may take at most, while there is room: with one group and what the steps may take at the start, there are always enough. The first
+// REACH entries are stored again behind the last: the steps never wrap.
+template <u32 STEPS>
+struct Entries {
+  static constexpr u32 GROUP = 128, REACH = 64 * STEPS, COUNT = 1024;
+
+  // Looks up the group of words that is next in the ring. Addresses: the table's, and the entries'.
+  static __device__ __forceinline__ void look_up(Ring& words, u32 table, u32 to, int lane) {
+    const u32 mine = words.at + lane * 4, four = load_shared(words.shared + mine % Ring::BYTES);
+    u32 found[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) found[i] = load_shared(table + (four >> 8 * i & 255) * 4);
+    const u32 place = to + mine % COUNT * 4;
+    store(place, found);
+    if (words.at % COUNT < REACH) store(place + COUNT * 4, found);
+    words.at += GROUP;
+  }
+  static __device__ __forceinline__ void store(u32 address, const u32 (&v)[4]) {
+    asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+  }
+};
+
+// A word of shared memory from one of two addresses. Two loads, so that the one that is known early is not late.
+__device__ __forceinline__ u32 load_early(bool early, u32 address) {
+  u32 v;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p,%2,0; @p ld.shared.u32 %0,[%1]; }" : "=r"(v) : "r"(address), "r"((u32)early) : "memory");
+  return v;
+}
+__device__ __forceinline__ void load_late(bool early, u32& v, u32 address) {
+  asm volatile("{ .reg .pred p; setp.eq.u32 p,%2,0; @p ld.shared.u32 %0,[%1]; }" : "+r"(v) : "r"(address), "r"((u32)early) : "memory");
+}
+
+// The states of a chunk's lanes, two a thread, and its words and escapes.
+//
+// Table.  An entry for each low byte b of a state x = h << 8 | b. With p = prob_bits, slot b % 2^p:
+//   freq * (x >> p) + offset = h * (freq << 8 - p) + freq * (b >> p) + offset = h * scale + rest
+// where rest < scale <= 256, as offset < freq: rest fits a byte, and scale two that are added.
+// Entry: min(scale, 255) | rest << 8 | symbol << 16 | (256 when scale is that) - 255 << 24. With the factors h, 1, 0, h, dp4a makes the next state of it.
+// Entries of one symbol differ by rest: an entry tells b.
+//
+// What a step waits for.  The next state's low byte is a word where the state takes one. So words are looked up before they are wanted: a ring
+// holds the table's entries of the words ahead, and a lane loads either that of its low byte or that of its word, never one after the other.
+template <u32 STEPS>
+struct Lanes {
+  using Ahead = Entries<STEPS>;
+  struct Room {
+    u32 table[256];
+    u8 words[Ring::BYTES], escapes[Ring::BYTES];
+    u32 entries[Ahead::COUNT + Ahead::REACH];
+  };
+
+  Ring words, escapes; // next word: the next to be looked up
+  u32 table, entries;  // addresses
+  u32 below;           // of the warp's threads, those before this one
+  u32 ea, eb;          // entries of the states' low bytes
+  u32 xa, xb;          // factors of the states' high bytes
+  u32 taken, first, word; // words before the steps; addresses of the first word's entry then, and of the next word's
+
+  // With rings that have arrived and a table that is there, for all the warp.
+  __device__ __forceinline__ Lanes(Ring of_words, Ring of_escapes, u32 table, u32 entries, const u8* states, int lane)
+      : words(of_words), escapes(of_escapes), table(table), entries(entries), below((1u << lane) - 1), taken(of_words.at), first(0), word(0) {
+    words.at = 0; // what lies before the first word is looked up, too
+#pragma unroll 1
+    for (int i = 0; i < STEPS / 2 + 1; i++) Ahead::look_up(words, table, entries, lane);
+    ea = load_shared(table + states[lane] * 4);
+    eb = load_shared(table + states[32 + lane] * 4);
+    xa = states[64 + lane] * 0x01000001 | 0x100;
+    xb = states[96 + lane] * 0x01000001 | 0x100;
+  }
+
+  __device__ __forceinline__ u32 words_taken() const { return taken + (word - first) / 4; }
+
+  // Before each STEPS steps, when the warp has met after those before.
+  __device__ __forceinline__ void look_ahead(int lane) {
+    taken = words_taken();
+#pragma unroll 1
+    for (int i = 0; i < STEPS / 2; i++) {
+      if (words.at + Ahead::GROUP - taken > Ahead::COUNT) break;
+      Ahead::look_up(words, table, entries, lane);
+    }
+    first = word = entries + taken % Ahead::COUNT * 4;
+    __syncwarp();
+  }
+
+  // A symbol of each lane is shifted in from above: the first of four ends lowest.
+  __device__ __forceinline__ void step(u32 (&symbols)[2]) {
+    const bool za = (ea & 0xff0000) == 0, zb = (eb & 0xff0000) == 0, any = __any_sync(~0u, za || zb);
+    symbols[0] = __byte_perm(symbols[0], ea, 0x6321);
+    symbols[1] = __byte_perm(symbols[1], eb, 0x6321);
+    const u32 ya = __dp4a(ea, xa, 0u), yb = __dp4a(eb, xb, 0u);
+    const bool ha = ya < 256, hb = yb < 256; // below STATE_MIN
+    ea = load_early(!ha, table + (ya & 255) * 4);
+    eb = load_early(!hb, table + (yb & 255) * 4);
+    const u32 ba = __ballot_sync(~0u, ha), bb = __ballot_sync(~0u, hb);
+    const u32 word_b = word + __popc(ba) * 4;
+    load_late(!ha, ea, word + __popc(ba & below) * 4);
+    load_late(!hb, eb, word_b + __popc(bb & below) * 4);
+    word = word_b + __popc(bb) * 4;
+    xa = __byte_perm(ya, 1, ha ? 0x0540 : 0x1541);
+    xb = __byte_perm(yb, 1, hb ? 0x0540 : 0x1541);
+    if (any) {
+      const u32 la = __ballot_sync(~0u, za), lb = __ballot_sync(~0u, zb), of_a = __popc(la);
+      // Without a branch: lanes that take no escape read one that others take.
+      const u32 ca = escapes.byte(__popc(la & below)), cb = escapes.byte(of_a + __popc(lb & below));
+      symbols[0] = za ? __byte_perm(symbols[0], ca, 0x4210) : symbols[0];
+      symbols[1] = zb ? __byte_perm(symbols[1], cb, 0x4210) : symbols[1];
+      escapes.at += of_a + __popc(lb);
+    }
+  }
+
+  // If all is used and both lanes are back at STATE_MIN.
+  __device__ __forceinline__ bool ended(u32 words_end, u32 escapes_end) const {
+    const u32 low_byte_0 = load_shared(table);
+    return xa == 0x01000101 && xb == 0x01000101 && ea == low_byte_0 && eb == low_byte_0 && words_taken() == words_end && escapes.at == escapes_end;
   }
 };
