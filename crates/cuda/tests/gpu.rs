@@ -251,15 +251,29 @@ fn chunks_of_the_file_decode_to_the_plain_layout() {
     let Some(gpu) = gpu() else { return };
     let mut rng = Rng::new(2);
     let mut decoder = RansDecoder::new(&gpu.device).unwrap();
-    for (rows, cols, supersteps) in SHAPES.into_iter().chain([(33, 130, 2), (1, 1, 1)]) {
-        for prob_bits in [6, 7, 8] {
-            for (deviation, low_bits) in KINDS {
-                let parts = [rows, rows.div_ceil(3)].map(|rows| rng.symbols(rows * cols, deviation));
-                let codec = Codec::Rans(rans::Params { prob_bits, ..rans::Params::DEFAULT });
-                let table = |histogram: &Histogram| Table::build(codec, histogram).unwrap();
-                let what = format!("{rows}x{cols} p{prob_bits} r{low_bits}");
-                check_chunks(&gpu, &mut decoder, cols, supersteps, low_bits, 2, parts, table, &what);
+    // One symbol in the table, few, each of 256 by a word, and next to none but ESCAPE: 64 words or escapes a step.
+    let flat: Vec<u8> = [0, 1].into_iter().chain((0..=255).flat_map(|byte| [byte, 1, 0])).collect();
+    let coarse = vec![2, 0, 0, 255, 0, 128, 1, 0];
+    for (rows, cols, supersteps) in SHAPES.into_iter().chain([(33, 130, 2), (1, 1, 1), (100, 36, 1), (130, 300, 1), (75, 259, 2)]) {
+        for prob_bits in 1..=8 {
+            if prob_bits < 6 && rows * cols > 50_000 {
+                continue; // nearly all symbols are escaped
             }
+            let codec = Codec::Rans(rans::Params { prob_bits, ..rans::Params::DEFAULT });
+            for (deviation, low_bits) in KINDS.into_iter().chain([(0.0, 1)]) {
+                let row_tiles = 1 + rng.next() as usize % 3;
+                let parts = [rows, rows.div_ceil(3)].map(|rows| rng.symbols(rows * cols, deviation));
+                let table = |histogram: &Histogram| Table::build(codec, histogram).unwrap();
+                let what = format!("{rows}x{cols} p{prob_bits} by {row_tiles} row tiles, deviation {deviation}, r{low_bits}");
+                check_chunks(&gpu, &mut decoder, cols, supersteps, low_bits, row_tiles, parts, table, &what);
+            }
+        }
+        for (table, name) in [(&flat, "flat"), (&coarse, "coarse")] {
+            let low_bits = rng.next() as u32 % 3;
+            let codec = Codec::Rans(rans::Params { prob_bits: 8, ..rans::Params::DEFAULT });
+            let parts = [rows.min(100), 20].map(|rows| rng.symbols(rows * cols, 45.0));
+            let what = format!("{rows}x{cols}, {name} table, r{low_bits}");
+            check_chunks(&gpu, &mut decoder, cols, supersteps, low_bits, 2, parts, |_| Table::read(codec, table).unwrap(), &what);
         }
     }
 }
@@ -336,15 +350,15 @@ fn damage_of_any_kind_harms_nothing() {
     let mut rng = Rng::new(10);
     let (rows, cols) = (48, 260);
     let mut decoder = RansDecoder::new(&gpu.device).unwrap();
-    for deviation in [1.1, 2.4, 6.0] {
+    let codecs = [Codec::RansPairs, Codec::Rans(rans::Params::DEFAULT)];
+    for (codec, deviation) in codecs.into_iter().flat_map(|codec| [1.1, 2.4, 6.0].map(|deviation| (codec, deviation))) {
         let symbols = rng.symbols(rows * cols, deviation);
         let mut refused = 0;
         for round in 0..24 {
-            let built = |histogram: &Histogram| Table::build(Codec::RansPairs, histogram).unwrap();
-            let mut filed = Filed::new(&symbols, cols, 1, built);
+            let mut filed = Filed::new(&symbols, cols, 1, |histogram| Table::build(codec, histogram).unwrap());
             let chunk = &mut filed.chunks[1].0;
             // The head is small: half of the rounds are for it.
-            let start = rng.next() as usize % if round % 2 == 0 { 200 } else { chunk.len() };
+            let start = rng.next() as usize % if round % 2 == 0 { 200.min(chunk.len()) } else { chunk.len() };
             let end = (start + 1 + rng.next() as usize % 64).min(chunk.len());
             chunk[start..end].iter_mut().for_each(|byte| *byte = rng.next() as u8);
             match decoder.decode(&gpu.kernels, Geometry::new(rows, cols).unwrap(), 1, &[filed.part(0)]) {
@@ -356,8 +370,8 @@ fn damage_of_any_kind_harms_nothing() {
                 Err(e) => assert!(matches!(e, CudaError::Unsupported { .. }), "{e}"),
             }
         }
-        assert!(refused > 8, "{refused} of 24 damaged chunks were refused");
-        let table = |histogram: &Histogram| Table::build(Codec::RansPairs, histogram).unwrap();
+        assert!(refused > 8, "{codec}: {refused} of 24 damaged chunks were refused");
+        let table = |histogram: &Histogram| Table::build(codec, histogram).unwrap();
         check_chunks(&gpu, &mut decoder, cols, 8, 1, 1, [symbols.clone(), symbols], table, "after damage");
     }
 }

@@ -257,7 +257,7 @@ struct Lanes {
 
   // A symbol of each lane is shifted in from above: the first of four ends lowest.
   __device__ __forceinline__ void step(u32 (&symbols)[2]) {
-    const bool za = (ea & 0xff0000) == 0, zb = (eb & 0xff0000) == 0, any = __any_sync(~0u, za || zb);
+    const bool za = (ea & 0xff0000) == 0, zb = (eb & 0xff0000) == 0;
     symbols[0] = __byte_perm(symbols[0], ea, 0x6321);
     symbols[1] = __byte_perm(symbols[1], eb, 0x6321);
     const u32 ya = __dp4a(ea, xa, 0u), yb = __dp4a(eb, xb, 0u);
@@ -271,8 +271,10 @@ struct Lanes {
     word = word_b + __popc(bb) * 4;
     xa = __byte_perm(ya, 1, ha ? 0x0540 : 0x1541);
     xb = __byte_perm(yb, 1, hb ? 0x0540 : 0x1541);
-    if (any) {
-      const u32 la = __ballot_sync(~0u, za), lb = __ballot_sync(~0u, zb), of_a = __popc(la);
+    // The branch asks what the ballots say, and not another vote: the assembler then moves the next step's first loads before it.
+    const u32 la = __ballot_sync(~0u, za), lb = __ballot_sync(~0u, zb);
+    if (la | lb) {
+      const u32 of_a = __popc(la);
       // Without a branch: lanes that take no escape read one that others take.
       const u32 ca = escapes.byte(__popc(la & below)), cb = escapes.byte(of_a + __popc(lb & below));
       symbols[0] = za ? __byte_perm(symbols[0], ca, 0x4210) : symbols[0];

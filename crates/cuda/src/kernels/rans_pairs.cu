@@ -8,7 +8,7 @@
 //
 // States, what a step waits for, what is needed and what is checked: rans.cuh. Raw lines come through a ring of bytes, too; nothing waits for global memory.
 //
-// Cost: 41 instructions for the 128 symbols of a step, 18 more where pairs are escaped, beside what is done once for four steps (SASS for sm_90a).
+// Cost: 42 instructions for the 128 symbols of a step, 16 more where pairs are escaped, beside what is done once for four steps (SASS for sm_90a).
 
 struct Room {
   Lanes<4>::Room lanes;
