@@ -8,8 +8,8 @@
 //
 // States, what a step waits for, what is needed and what is checked: rans.cuh.
 //
-// Cost: 40 instructions for the 64 symbols of a step, 16 more where symbols are escaped, beside what is done once for eight steps (SASS for sm_90a). Where a
-// warp is alone on its scheduler a step takes 110 cycles, 200 with escapes, by the assembler's stalls and the units' latencies, not measured.
+// Cost: 40 instructions for the 64 symbols of a step, 16 more where symbols are escaped, and 160 to 200 once for eight steps (SASS for sm_90a). Where a warp is alone
+// on its scheduler, by the assembler's stalls and the units' latencies, not measured: 110 cycles a step, 90 more with escapes, 65 for its share of the rest.
 
 // A block is one warp, for the compiler to know what all its threads have in common.
 extern "C" __global__ void __launch_bounds__(32) rans_decode(RansJob J) {
@@ -31,36 +31,42 @@ extern "C" __global__ void __launch_bounds__(32) rans_decode(RansJob J) {
   __syncwarp();
   Lanes<8> lanes(words, escapes, address(room.table), address(room.entries), states, lane);
 
-  const u32 ones = 0x01010101, zero = (8u << J.r) * ones, padded_tiles = (tiles + 15) / 16 * 16;
+  const u32 ones = 0x01010101, zero = (8u << J.r) * ones;
 #pragma unroll 1
   for (u32 t = 0; t < chunk.row_tiles; t++) {
     Cells cells(chunk.row_tile + t);
+    u32 rest = tiles;
 #pragma unroll 1
-    for (u32 first = 0; first < padded_tiles; first += 8) {
+    for (u32 halves = (tiles + 15) / 16 * 2; halves > 0; halves--) {
       Ring::arrived();
       lanes.words.ahead(lane);
       lanes.escapes.ahead(lane);
       copy_async_commit();
       lanes.look_ahead(lane);
-      const u32 left = first < tiles ? min(tiles - first, 8u) : 0;
+      const u32 left = min(rest, 8u);
+      rest -= left;
       u32 even[2] = {128 * ones, 128 * ones}, odd[2] = {128 * ones, 128 * ones}; // bytes of the even and odd tiles; rows g, g + 8
 #pragma unroll 1
       for (u32 couples = left / 2; couples > 0; couples--) {
         lanes.step(even);
         lanes.step(odd);
       }
-      if (left & 1) lanes.step(even);
+      if (left < 8) { // those that there are lie above symbols 0
+        if (left & 1) lanes.step(even);
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+          even[row] = __funnelshift_r(even[row], even[row], (4 - (left + 1) / 2) * 8);
+          odd[row] = __funnelshift_r(odd[row], odd[row], (4 - left / 2) * 8);
+        }
+      }
       u32 places[4]; // of the rows g, g + 8, columns 0..3 and 4..7 of eight: nibble << r | low bits, byte by byte
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int row = i / 2, part = i % 2;
-        // Of fewer than four tiles the symbols lie above those that it began with, of symbol 0.
-        u32 bytes = part ? odd[row] : even[row];
-        bytes = transpose_bytes(__funnelshift_r(bytes, bytes, (4 - (left + 1 - part) / 2) * 8), c);
+        const u32 bytes = transpose_bytes(i % 2 ? odd[i / 2] : even[i / 2], c);
         // + (8 << r) - 128 in each byte: the low seven bits are added, the eighth is another 1.
         places[i] = (bytes & 127 * ones) + zero ^ ~bytes & 128 * ones;
       }
-      cells.put(J, first / 8 & 1, lane, places);
+      cells.put(J, halves & 1, lane, places);
     }
   }
   if (!__all_sync(~0u, lanes.ended(words_end, escapes_end)) && lane == 0) atomicMax(J.status, J.first_chunk + blockIdx.x + 1);

@@ -105,11 +105,14 @@ struct Cells {
       u32 two[2]; // nibbles of columns 0 and 1, 2 and 3 in the bytes 0 and 2
 #pragma unroll
       for (int part = 0; part < 2; part++) {
-        const u32 of_four = places[row * 2 + part], n = (of_four >> r & 0x0f0f0f0f) ^ 0x08000800; // odd columns in two's complement
+        const u32 n = (places[row * 2 + part] >> r & 0x0f0f0f0f) ^ 0x08000800; // odd columns in two's complement
         two[part] = n | n >> 4;
-        put_low_bits(low, of_four & low_mask, r, row, part, half);
       }
       out[row] = __byte_perm(two[0], two[1], 0x6420);
+    }
+    if (r) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) put_low_bits(low, places[i] & low_mask, r, i / 2, i % 2, half);
     }
     if (half == 0) {
       nibbles[0] = out[0];
@@ -132,6 +135,10 @@ struct Cells {
   }
 };
 
+__device__ __forceinline__ void copy_async_16_if(bool wanted, u32 to, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p,%2,0; @p cp.async.cg.shared.global [%0],[%1],16; }" ::"r"(to), "l"(from), "r"((u32)wanted) : "memory");
+}
+
 // Bytes of a chunk on their way through shared memory, in groups that a warp copies together. Steps take at most 64 bytes each, so before
 // eight steps a group more is asked for once there is room, and those asked for two times ago or earlier have arrived: with
 // RING > bytes ahead > RING - GROUP after the request, that is more than the steps can take. The warp waits for these (`arrived`) and meets first: then all
@@ -151,18 +158,17 @@ struct Ring {
     loaded = 0;
     for (int i = 0; i < 4; i++) request(lane);
   }
-  __device__ __forceinline__ void request(int lane) {
+  // Without a branch, which would take longer.
+  __device__ __forceinline__ void request(int lane, bool wanted = true) {
     const u32 mine = loaded + lane * 16;
-    if (mine < end) copy_async_16(shared + mine % BYTES, from + mine);
-    loaded += GROUP;
+    copy_async_16_if(wanted && mine < end, shared + mine % BYTES, from + mine);
+    loaded += wanted ? GROUP : 0;
   }
   static __device__ __forceinline__ void arrived() {
     copy_async_wait_but<1>();
     __syncwarp();
   }
-  __device__ __forceinline__ void ahead(int lane) {
-    if (loaded - at <= BYTES - GROUP) request(lane);
-  }
+  __device__ __forceinline__ void ahead(int lane) { request(lane, loaded - at <= BYTES - GROUP); }
   __device__ __forceinline__ u32 byte(u32 behind) const {
     u32 v;
     asm volatile("ld.shared.u8 %0,[%1];" : "=r"(v) : "r"(shared + (at + behind) % BYTES) : "memory");
@@ -170,22 +176,29 @@ struct Ring {
   }
 };
 
-// The table's entries of the words ahead, a group of the warp at a time. STEPS steps take at most REACH words. Before them groups are looked up, as many
-// as the steps may take at most, while there is room: with one group and what the steps may take at the start, there are always enough. The first
-// REACH entries are stored again behind the last: the steps never wrap.
+// The table's entries of the words ahead, a group of the warp at a time. Before STEPS steps, which take at most REACH words, groups are looked up while there is
+// room, so that more than COUNT - GROUP entries lie ahead; at the start as many groups have been. That is one group or, where words are many, two:
+// no more bytes than a ring has got. The first REACH entries are stored again behind the last: the steps never wrap.
 template <u32 STEPS>
 struct Entries {
-  static constexpr u32 GROUP = 128, REACH = 64 * STEPS, COUNT = 1024;
+  static constexpr u32 GROUP = 256, REACH = 64 * STEPS, COUNT = 1024;
+  static_assert(REACH <= COUNT - GROUP && REACH % GROUP == 0 && STEPS <= 8, "what a ring holds");
 
   // Looks up the group of words that is next in the ring. Addresses: the table's, and the entries'.
   static __device__ __forceinline__ void look_up(Ring& words, u32 table, u32 to, int lane) {
-    const u32 mine = words.at + lane * 4, four = load_shared(words.shared + mine % Ring::BYTES);
-    u32 found[4];
+    u32 found[2][4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) found[i] = load_shared(table + (four >> 8 * i & 255) * 4);
-    const u32 place = to + mine % COUNT * 4;
-    store(place, found);
-    if (words.at % COUNT < REACH) store(place + COUNT * 4, found);
+    for (int half = 0; half < 2; half++) {
+      const u32 four = load_shared(words.shared + (words.at + half * 128 + lane * 4) % Ring::BYTES);
+#pragma unroll
+      for (int i = 0; i < 4; i++) found[half][i] = load_shared(table + (four >> 8 * i & 255) * 4);
+    }
+    const u32 place = to + words.at % COUNT * 4 + lane * 16;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      store(place + half * 512, found[half]);
+      if (words.at % COUNT < REACH) store(place + half * 512 + COUNT * 4, found[half]);
+    }
     words.at += GROUP;
   }
   static __device__ __forceinline__ void store(u32 address, const u32 (&v)[4]) {
@@ -234,7 +247,7 @@ struct Lanes {
       : words(of_words), escapes(of_escapes), table(table), entries(entries), below((1u << lane) - 1), taken(of_words.at), first(0), word(0) {
     words.at = 0; // what lies before the first word is looked up, too
 #pragma unroll 1
-    for (int i = 0; i < STEPS / 2 + 1; i++) Ahead::look_up(words, table, entries, lane);
+    for (u32 i = 0; i < Ahead::COUNT / Ahead::GROUP - 1; i++) Ahead::look_up(words, table, entries, lane);
     ea = load_shared(table + states[lane] * 4);
     eb = load_shared(table + states[32 + lane] * 4);
     xa = states[64 + lane] * 0x01000001 | 0x100;
@@ -247,10 +260,7 @@ struct Lanes {
   __device__ __forceinline__ void look_ahead(int lane) {
     taken = words_taken();
 #pragma unroll 1
-    for (int i = 0; i < STEPS / 2; i++) {
-      if (words.at + Ahead::GROUP - taken > Ahead::COUNT) break;
-      Ahead::look_up(words, table, entries, lane);
-    }
+    for (u32 groups = (Ahead::COUNT + taken - words.at) / Ahead::GROUP; groups > 0; groups--) Ahead::look_up(words, table, entries, lane);
     first = word = entries + taken % Ahead::COUNT * 4;
     __syncwarp();
   }
