@@ -107,6 +107,7 @@ impl Coder<'_> {
         low_bits: u32,
         correct: &mut dyn FnMut(usize, i32),
     ) -> Result<Sent<'a>, DecodeError> {
+        // What the kernel reads, from the states on, are the bytes before the far entries.
         let before_far = |sent: usize, far: &FarList<'_>| {
             let end = bytes.len() - far.len() * FAR_BYTES;
             &bytes[end - sent..end]

@@ -177,8 +177,8 @@ struct Ring {
 };
 
 // The table's entries of the words ahead, a group of the warp at a time. Before STEPS steps, which take at most REACH words, groups are looked up while there is
-// room, so that more than COUNT - GROUP entries lie ahead; at the start as many groups have been. That is one group or, where words are many, two:
-// no more bytes than a ring has got. The first REACH entries are stored again behind the last: the steps never wrap.
+// room, so that more than COUNT - GROUP entries lie ahead; at the start so many have been. That is one group at most for four steps, two for eight:
+// no more bytes than have arrived in the ring. The first REACH entries are stored again behind the last: the steps never wrap.
 template <u32 STEPS>
 struct Entries {
   static constexpr u32 GROUP = 256, REACH = 64 * STEPS, COUNT = 1024;
@@ -221,7 +221,7 @@ __device__ __forceinline__ void load_late(bool early, u32& v, u32 address) {
 // Table.  An entry for each low byte b of a state x = h << 8 | b. With p = prob_bits, slot b % 2^p:
 //   freq * (x >> p) + offset = h * (freq << 8 - p) + freq * (b >> p) + offset = h * scale + rest
 // where rest < scale <= 256, as offset < freq: rest fits a byte, and scale two that are added.
-// Entry: min(scale, 255) | rest << 8 | symbol << 16 | (256 when scale is that) - 255 << 24. With the factors h, 1, 0, h, dp4a makes the next state of it.
+// Entry: min(scale, 255) | rest << 8 | symbol << 16 | scale - min(scale, 255) << 24. With the factors h, 1, 0, h, dp4a makes the next state of it.
 // Entries of one symbol differ by rest: an entry tells b.
 //
 // What a step waits for.  The next state's low byte is a word where the state takes one. So words are looked up before they are wanted: a ring
