@@ -18,22 +18,24 @@
 //! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes (19
 //! instead of 50 where two in a hundred symbols are wide).
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use tersor_codec::SYMBOL_BIAS;
 use tersor_format::CodedTensor;
 
 use crate::decoded::{Decoded, Form, RowTile, expand, unescape};
 use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::streams;
-use crate::isa::{Isa, TileBytes, per_isa};
+use crate::isa::{Isa, TileBytes, patch, per_isa};
 use crate::pairs::PairBuffers;
 use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{
-    Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, rans_pairs, tiered,
+    Activations, KernelError, KernelScales, Level, Pool, SEGMENT_COLS_MAX, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, rans_pairs, tiered,
 };
 
 /// A matrix, in the form it is held in.
@@ -289,13 +291,21 @@ pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Rang
     }
 }
 
-/// A segment's sums as floats, far symbols and all.
+/// A segment's sums as floats, `more` and far symbols added.
 #[inline(always)]
-fn finish_far<I: Isa>(isa: I, dots: I::Sums, xsum: i32, far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) -> I::Floats {
+fn finish_far<I: Isa>(
+    isa: I,
+    dots: I::Sums,
+    xsum: i32,
+    more: i32,
+    far: &[FarAt],
+    steps: &Range<usize>,
+    q: &[[i8; TILE_COLS]],
+) -> I::Floats {
     if far.is_empty() {
-        return isa.finish_floats(dots, xsum, 0);
+        return isa.finish_floats(dots, xsum, more);
     }
-    let mut isum = isa.finish(dots, xsum);
+    let mut isum = isa.finish(dots, xsum).map(|sum| sum + more);
     patch_far(&mut isum, far, steps, q);
     isa.floats_of(&isum)
 }
@@ -408,7 +418,7 @@ fn block_of_tokens<I: Isa, const T: usize>(
         }
         let segment_scales = SegmentScales::of(scales, segment);
         for t in 0..T {
-            let sums = finish_far(isa, dots[t], xsums[t][segment], far, &range, q[t]);
+            let sums = finish_far(isa, dots[t], xsums[t][segment], 0, far, &range, q[t]);
             segment_scales.add_floats(isa, &mut acc[t], sums, xscales[t][segment], xsums[t][segment]);
         }
     }
@@ -420,43 +430,165 @@ fn block_of_tokens<I: Isa, const T: usize>(
 per_isa! {
     /// The outputs of one row tile of nibbles for one token: the plain GEMV.
     ///
-    /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, and per half
-    /// the unpacking (a mask or shift, an addition), with escapes a comparison, a load and an
-    /// expand, and one dot product. Bound by reading the lines from memory.
+    /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, a mask and a product for either
+    /// half, and with escapes what [`dot_spread`] or [`Patched`] take. Bound by reading the lines from memory.
     fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
-        let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
-        let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
-        let steps = x.segment() / TILE_COLS;
-        let (xscales, xsums) = (x.scales(0), x.sums(0));
-        for ((segment, lines), part) in tile.lines.chunks(steps / 2).enumerate().zip(q.chunks(steps)) {
-            let mut dots = [isa.zero(); 2];
-            let (pairs, single) = part.as_chunks::<2>();
-            for (line, q) in lines.iter().zip(pairs) {
-                let line = isa.load(line);
-                let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
-                if has_escapes {
-                    // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
-                    unsafe {
-                        low = unescape(isa, low, bias, &mut next);
-                        high = unescape(isa, high, bias, &mut next);
-                    }
-                }
-                dots[0] = isa.dot(dots[0], low, &q[0]);
-                dots[1] = isa.dot(dots[1], high, &q[1]);
-            }
-            if let (Some(q), Some(line)) = (single.first(), lines.last()) {
-                let mut low = isa.low(isa.load(line), bias);
-                if has_escapes {
-                    // SAFETY: as above.
-                    low = unsafe { unescape(isa, low, bias, &mut next) };
-                }
-                dots[0] = isa.dot(dots[0], low, q);
-            }
-            let range = segment * steps..segment * steps + part.len();
-            let sums = finish_far(isa, isa.add(dots[0], dots[1]), xsums[segment], tile.far, &range, q);
-            SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
+        if has_escapes && I::SPREADS {
+            dot_spread(isa, tile, bias, scales, x, acc);
+        } else {
+            dot_in_place(isa, tile, bias, has_escapes, scales, x, acc);
         }
-        finish_rows(scales, acc);
+    }
+}
+
+/// As [`dot_nibbles`], with escapes, which go to their lanes before the product: per half a comparison, a load and an expand.
+#[inline(always)]
+fn dot_spread<I: Isa>(isa: I, tile: &RowTile<'_>, bias: u8, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
+    let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
+    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let steps = x.segment() / TILE_COLS;
+    let (xscales, xsums) = (x.scales(0), x.sums(0));
+    for ((segment, lines), part) in tile.lines.chunks(steps / 2).enumerate().zip(q.chunks(steps)) {
+        let mut dots = [isa.zero(); 2];
+        let (pairs, single) = part.as_chunks::<2>();
+        for (line, q) in lines.iter().zip(pairs) {
+            let line = isa.load(line);
+            // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
+            let (low, high) =
+                unsafe { (unescape(isa, isa.low(line, bias), bias, &mut next), unescape(isa, isa.high(line, bias), bias, &mut next)) };
+            dots[0] = isa.dot(dots[0], low, &q[0]);
+            dots[1] = isa.dot(dots[1], high, &q[1]);
+        }
+        if let (Some(q), Some(line)) = (single.first(), lines.last()) {
+            // SAFETY: as above.
+            let low = unsafe { unescape(isa, isa.low(isa.load(line), bias), bias, &mut next) };
+            dots[0] = isa.dot(dots[0], low, q);
+        }
+        let range = segment * steps..segment * steps + part.len();
+        let sums = finish_far(isa, isa.add(dots[0], dots[1]), xsums[segment], 0, tile.far, &range, q);
+        SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
+    }
+    finish_rows(scales, acc);
+}
+
+/// As [`dot_nibbles`], of nibbles as they stand, but for segments with escapes.
+#[inline(always)]
+fn dot_in_place<I: Isa>(
+    isa: I,
+    tile: &RowTile<'_>,
+    bias: u8,
+    has_escapes: bool,
+    scales: TileScales<'_>,
+    x: &Activations,
+    acc: &mut [f32; TILE_ROWS],
+) {
+    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let steps = x.segment() / TILE_COLS;
+    let (xscales, xsums) = (x.scales(0), x.sums(0));
+    let range = |segment: usize| segment * steps..q.len().min((segment + 1) * steps);
+    let lines = |segment: usize| &tile.lines[segment * steps / 2..tile.lines.len().min((segment + 1) * steps / 2)];
+    // A segment with escapes is multiplied when the one behind it is patched: vectors that are loaded soon after bytes
+    // were stored there wait for them.
+    let mut patched = [const { Patched::new() }; 2];
+    let mut next = tile.escapes.as_ptr();
+    for turn in 0..=xscales.len() {
+        let [own, before] = match &mut patched {
+            [own, before] if turn % 2 == 0 => [own, before],
+            [before, own] => [own, before],
+        };
+        if has_escapes && turn < xscales.len() {
+            // SAFETY: `next` came from the row tile, whose lines are taken in order.
+            unsafe { own.fill(isa, bias, lines(turn), range(turn).len(), &mut next) };
+        }
+        let Some(segment) = turn.checked_sub(1) else {
+            continue;
+        };
+        let (range, xsum) = (range(segment), xsums[segment]);
+        let part = &q[range.clone()];
+        let sums = match before.tiles() {
+            Some(tiles) => {
+                let dots = tiles.iter().zip(part).fold(isa.zero(), |dots, (tile, q)| isa.dot(dots, isa.load(tile), q));
+                finish_far(isa, dots, xsum, 0, tile.far, &range, q)
+            }
+            None => {
+                let more = (i32::from(bias) - i32::from(SYMBOL_BIAS)) * xsum;
+                finish_far(isa, dot_lines(isa, lines(segment), part), 0, more, tile.far, &range, q)
+            }
+        };
+        SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsum);
+    }
+    finish_rows(scales, acc);
+}
+
+/// Products of nibbles as they stand. `q`: of the lines' steps.
+#[inline(always)]
+fn dot_lines<I: Isa>(isa: I, lines: &[TileBytes], q: &[[i8; TILE_COLS]]) -> I::Sums {
+    let (pairs, single) = q.as_chunks::<2>();
+    let sums = isa.dot_lines(isa.zero(), lines, pairs);
+    match single.first() {
+        // The high half of an odd last line is not part of the matrix.
+        Some(q) => isa.dot_lines(sums, &lines[pairs.len()..], &[[*q, [0; TILE_COLS]]]),
+        None => sums,
+    }
+}
+
+/// Escapes of a tile up to which no branch depends on them.
+const ESCAPES_FEW: usize = 3;
+/// Tiles of the longest segment, and one more, whose first byte is spare.
+const PATCHED_TILES: usize = SEGMENT_COLS_MAX / TILE_COLS + 1;
+
+/// A segment of nibbles on its way through a product at a level where nothing spreads escapes: if it has any they are written
+/// byte by byte over its symbol bytes, which lie in the L1 cache.
+struct Patched {
+    /// The first `count` are.
+    tiles: [MaybeUninit<TileBytes>; PATCHED_TILES],
+    count: usize,
+}
+
+impl Patched {
+    const fn new() -> Patched {
+        Patched { tiles: [const { MaybeUninit::uninit() }; PATCHED_TILES], count: 0 }
+    }
+
+    /// Takes the next segment's lines, of `steps` steps, if they have escapes.
+    ///
+    /// # Safety
+    /// `next` must come from [`RowTile::escapes`], and all lines of that row tile be taken in order: then as many bytes as
+    /// are taken, and 64 more, are readable.
+    #[inline(always)]
+    unsafe fn fill<I: Isa>(&mut self, isa: I, bias: u8, lines: &[TileBytes], steps: usize, next: &mut *const u8) {
+        assert!(steps < PATCHED_TILES);
+        self.count = 0;
+        // Beside escapes it is the high half of an odd last line, which is not part of the matrix.
+        if !isa.any_zero_nibble(lines) {
+            return;
+        }
+        let bias = isa.splat(bias);
+        for (i, line) in lines.iter().enumerate() {
+            let line = isa.load(line);
+            let (zeros, tiles) = (isa.zero_nibbles(line), [isa.low(line, bias), isa.high(line, bias)]);
+            for half in 0..2 {
+                if 2 * i + half == steps {
+                    break;
+                }
+                // SAFETY: as asserted there is a tile behind this one, which is stored later or spare. Escapes are read by
+                // the contract.
+                unsafe {
+                    let out = self.tiles.as_mut_ptr().add(2 * i + half).cast::<TileBytes>();
+                    isa.store(tiles[half], &mut *out);
+                    patch::<ESCAPES_FEW>(out.cast(), zeros[half], *next, true);
+                    *next = next.add(zeros[half].count_ones() as usize);
+                }
+            }
+        }
+        self.count = steps;
+    }
+
+    /// The symbol bytes of the segment, if it had escapes.
+    #[inline(always)]
+    fn tiles(&self) -> Option<&[TileBytes]> {
+        // SAFETY: so many were stored.
+        (self.count > 0).then(|| unsafe { std::slice::from_raw_parts(self.tiles.as_ptr().cast(), self.count) })
     }
 }
 

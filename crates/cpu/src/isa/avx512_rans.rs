@@ -33,7 +33,7 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans;
 
-use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, store_group};
+use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, each_chunk, store_group, tiles_in_registers};
 use crate::source::FarAt;
 use crate::{Avx512, TILE_ROWS};
 
@@ -100,31 +100,11 @@ unsafe fn lookup<const P: u32>(table: &[__m512i; 4], slots: __m512i) -> __m512i 
     }
 }
 
-impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
-    type Isa = Avx512;
-    type Tables = Tables;
-
-    #[inline(always)]
-    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
-        // SAFETY: all loads are of whole arrays.
-        unsafe {
-            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
-            Streams {
-                freq: load(&tables.freq),
-                offset: load(&tables.offset),
-                symbol: load(&tables.symbol),
-                bytes: [
-                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
-                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
-                ],
-                low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
-                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
-                words: Cursors::words(streams),
-                escapes: Cursors::escapes(streams),
-            }
-        }
-    }
-
+impl<const P: u32, const N: usize> Streams<P, N> {
+    /// The next 64 symbol bytes of chunk `i`.
+    ///
+    /// # Safety
+    /// Features of [`Avx512`].
     #[inline(always)]
     unsafe fn next(&mut self, i: usize) -> __m512i {
         // SAFETY: the two loads begin at or before the end of their part of the chunk, behind which
@@ -162,6 +142,34 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
             _mm512_mask_expand_epi8(symbol, escaped, escapes)
         }
     }
+}
+
+impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
+    type Isa = Avx512;
+    type Tables = Tables;
+
+    #[inline(always)]
+    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
+        // SAFETY: all loads are of whole arrays.
+        unsafe {
+            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
+            Streams {
+                freq: load(&tables.freq),
+                offset: load(&tables.offset),
+                symbol: load(&tables.symbol),
+                bytes: [
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
+                ],
+                low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
+                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
+                words: Cursors::words(streams),
+                escapes: Cursors::escapes(streams),
+            }
+        }
+    }
+
+    tiles_in_registers!(N);
 
     #[inline(always)]
     unsafe fn valid(&self) -> bool {

@@ -103,8 +103,11 @@ pub(super) trait Decoder<const N: usize>: Sized {
     /// # Safety
     /// The features of `Isa`, here and below.
     unsafe fn new(tables: &Self::Tables, streams: &[Stream<'_>; N]) -> Self;
-    /// The next 64 symbol bytes of chunk `i`.
-    unsafe fn next(&mut self, i: usize) -> <Self::Isa as Isa>::Tile;
+    /// Stores the next 64 symbol bytes of chunk `i` to `out`, which is writable. `spare`: whether the byte
+    /// behind may be overwritten as well.
+    unsafe fn store(&mut self, isa: Self::Isa, i: usize, out: *mut TileBytes, spare: bool);
+    /// Adds the products of the next tiles of every chunk with `q` to the chunks' sums.
+    unsafe fn dot(&mut self, isa: Self::Isa, sums: &mut [<Self::Isa as Isa>::Sums; N], q: &[[i8; TILE_COLS]]);
     /// Whether all chunks ended as their encoder began.
     unsafe fn valid(&self) -> bool;
 }
@@ -206,6 +209,35 @@ macro_rules! each_chunk {
 
 pub(super) use each_chunk;
 
+/// The methods of [`Decoder`] that take tiles, for a decoder whose method `next` has them in registers.
+macro_rules! tiles_in_registers {
+    ($n:ident) => {
+        #[inline(always)]
+        unsafe fn store(&mut self, isa: Self::Isa, i: usize, out: *mut $crate::isa::TileBytes, _spare: bool) {
+            // SAFETY: by the contract.
+            unsafe { $crate::isa::Isa::store(isa, self.next(i), &mut *out) };
+        }
+
+        #[inline(always)]
+        unsafe fn dot(
+            &mut self,
+            isa: Self::Isa,
+            sums: &mut [<Self::Isa as $crate::isa::Isa>::Sums; $n],
+            q: &[[i8; $crate::TILE_COLS]],
+        ) {
+            for q in q {
+                each_chunk!($n, |i| {
+                    // SAFETY: by the contract.
+                    let tile = unsafe { self.next(i) };
+                    sums[i] = $crate::isa::Isa::dot(isa, sums[i], tile, q);
+                });
+            }
+        }
+    };
+}
+
+pub(super) use tiles_in_registers;
+
 /// The sink that stores.
 ///
 /// # Safety
@@ -230,8 +262,8 @@ pub(super) unsafe fn store_group<D: Decoder<N>, const N: usize>(
         let mut decoder = D::new(tables, &streams);
         for step in 0..steps {
             each_chunk!(N, |i| {
-                let tile = decoder.next(i);
-                isa.store(tile, tiles.get_unchecked_mut(i * steps + step));
+                // The tile behind is written later, but for that of the next chunk.
+                decoder.store(isa, i, tiles.as_mut_ptr().add(i * steps + step), step + 1 < steps);
             });
         }
         decoder.valid()
@@ -274,12 +306,7 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
             let mut acc = [[0.0; TILE_ROWS]; N];
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
                 let mut dots = [isa.zero(); N];
-                for q in q {
-                    each_chunk!(N, |i| {
-                        let tile = decoder.next(i);
-                        dots[i] = isa.dot(dots[i], tile, q);
-                    });
-                }
+                decoder.dot(isa, &mut dots, q);
                 for i in 0..N {
                     let sums = isa.finish_floats(dots[i], xsums[segment], 0);
                     SegmentScales::of(tile_scales[i], segment).add_floats(isa, &mut acc[i], sums, xscales[segment], xsums[segment]);
