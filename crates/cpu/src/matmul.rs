@@ -15,8 +15,9 @@
 //! AVX2, with escapes 87 to 92 and 12 to 42; from memory 54 to 77, which is what memory gives. 64
 //! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. It loses where symbols are decoded
 //! by the codec's scalar decoder: rans-precise and block-ans at AVX2, huffman in lanes and block-ans
-//! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes (19
-//! instead of 50 where two in a hundred symbols are wide).
+//! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes. There, on Zen 4,
+//! 64 without, 38 with one in ten thousand and 16 with 17 in a thousand symbols wide, from memory 36, 26 and 14. Tried
+//! without gain: the places of all escapes noted first and each added to the sums of its row (14 and 12 with many).
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -28,14 +29,15 @@ use crate::decoded::{Decoded, Form, RowTile, expand, unescape};
 use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::streams;
-use crate::isa::{Isa, TileBytes, patch, per_isa};
+use crate::isa::{Isa, TileBytes, Tiles, patch, per_isa};
 use crate::pairs::PairBuffers;
 use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{
-    Activations, KernelError, KernelScales, Level, Pool, SEGMENT_COLS_MAX, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, rans_pairs, tiered,
+    Activations, KernelError, KernelScales, Level, Pool, SEGMENT_COLS_MAX, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes,
+    rans_pairs, tiered,
 };
 
 /// A matrix, in the form it is held in.
@@ -490,7 +492,7 @@ fn dot_in_place<I: Isa>(
     // A segment with escapes is multiplied when the one behind it is patched: vectors that are loaded soon after bytes
     // were stored there wait for them.
     let mut patched = [const { Patched::new() }; 2];
-    let mut next = tile.escapes.as_ptr();
+    let (mut next, mut many) = (tile.escapes.as_ptr(), false);
     for turn in 0..=xscales.len() {
         let [own, before] = match &mut patched {
             [own, before] if turn % 2 == 0 => [own, before],
@@ -498,7 +500,7 @@ fn dot_in_place<I: Isa>(
         };
         if has_escapes && turn < xscales.len() {
             // SAFETY: `next` came from the row tile, whose lines are taken in order.
-            unsafe { own.fill(isa, bias, lines(turn), range(turn).len(), &mut next) };
+            unsafe { own.fill(isa, bias, lines(turn), range(turn).len(), &mut next, &mut many) };
         }
         let Some(segment) = turn.checked_sub(1) else {
             continue;
@@ -511,8 +513,19 @@ fn dot_in_place<I: Isa>(
                 finish_far(isa, dots, xsum, 0, tile.far, &range, q)
             }
             None => {
-                let more = (i32::from(bias) - i32::from(SYMBOL_BIAS)) * xsum;
-                finish_far(isa, dot_lines(isa, lines(segment), part), 0, more, tile.far, &range, q)
+                let (dots, more) = (dot_lines(isa, lines(segment), part), (i32::from(bias) - i32::from(SYMBOL_BIAS)) * xsum);
+                match before.few() {
+                    [] => finish_far(isa, dots, 0, more, tile.far, &range, q),
+                    few => {
+                        let mut isum = isa.finish(dots, 0).map(|sum| sum + more);
+                        for &(step, lane, byte) in few {
+                            let (row, col) = (usize::from(lane) / TILE_COLS, usize::from(lane) % TILE_COLS);
+                            isum[row] += (i32::from(byte) - i32::from(bias)) * i32::from(part[usize::from(step)][col]);
+                        }
+                        patch_far(&mut isum, tile.far, &range, q);
+                        isa.floats_of(&isum)
+                    }
+                }
             }
         };
         SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsum);
@@ -537,32 +550,49 @@ const ESCAPES_FEW: usize = 3;
 /// Tiles of the longest segment, and one more, whose first byte is spare.
 const PATCHED_TILES: usize = SEGMENT_COLS_MAX / TILE_COLS + 1;
 
-/// A segment of nibbles on its way through a product at a level where nothing spreads escapes: if it has any they are written
-/// byte by byte over its symbol bytes, which lie in the L1 cache.
+/// Escapes of a segment that are added to its sums one by one.
+const ADDED: usize = 6;
+
+/// A segment of nibbles on its way through a product at a level where nothing spreads escapes: if it has more than a few they
+/// are written byte by byte over its symbol bytes, which lie in the L1 cache.
 struct Patched {
-    /// The first `count` are.
-    tiles: [MaybeUninit<TileBytes>; PATCHED_TILES],
+    /// The first `count` are symbol bytes.
+    tiles: MaybeUninit<Tiles<PATCHED_TILES>>,
     count: usize,
+    /// Step of the segment, lane and symbol byte of the first `few_count` escapes.
+    few: [(u8, u8, u8); ADDED],
+    few_count: usize,
 }
 
 impl Patched {
     const fn new() -> Patched {
-        Patched { tiles: [const { MaybeUninit::uninit() }; PATCHED_TILES], count: 0 }
+        Patched { tiles: MaybeUninit::uninit(), count: 0, few: [(0, 0, 0); ADDED], few_count: 0 }
     }
 
-    /// Takes the next segment's lines, of `steps` steps, if they have escapes.
+    /// Takes the next segment's lines, of `steps` steps, if they have escapes. `many`: whether the last segment that had any
+    /// had more than [`ADDED`]; looking for a few is then in vain mostly, and expensive, as it branches.
     ///
     /// # Safety
     /// `next` must come from [`RowTile::escapes`], and all lines of that row tile be taken in order: then as many bytes as
     /// are taken, and 64 more, are readable.
     #[inline(always)]
-    unsafe fn fill<I: Isa>(&mut self, isa: I, bias: u8, lines: &[TileBytes], steps: usize, next: &mut *const u8) {
+    unsafe fn fill<I: Isa>(&mut self, isa: I, bias: u8, lines: &[TileBytes], steps: usize, next: &mut *const u8, many: &mut bool) {
         assert!(steps < PATCHED_TILES);
-        self.count = 0;
+        (self.count, self.few_count) = (0, 0);
         // Beside escapes it is the high half of an odd last line, which is not part of the matrix.
         if !isa.any_zero_nibble(lines) {
             return;
         }
+        if !*many {
+            // SAFETY: by the contract.
+            if unsafe { self.take_few(isa, lines, steps, *next) } {
+                // SAFETY: as above.
+                *next = unsafe { next.add(self.few_count) };
+                return;
+            }
+            self.few_count = 0;
+        }
+        let start = *next;
         let bias = isa.splat(bias);
         for (i, line) in lines.iter().enumerate() {
             let line = isa.load(line);
@@ -574,17 +604,49 @@ impl Patched {
                 // SAFETY: as asserted there is a tile behind this one, which is stored later or spare. Escapes are read by
                 // the contract.
                 unsafe {
-                    let out = self.tiles.as_mut_ptr().add(2 * i + half).cast::<TileBytes>();
+                    let out = self.tiles.as_mut_ptr().cast::<TileBytes>().add(2 * i + half);
                     isa.store(tiles[half], &mut *out);
                     patch::<ESCAPES_FEW>(out.cast(), zeros[half], *next, true);
                     *next = next.add(zeros[half].count_ones() as usize);
                 }
             }
         }
+        *many = next.addr() - start.addr() > ADDED;
         self.count = steps;
     }
 
-    /// The symbol bytes of the segment, if it had escapes.
+    /// Takes the escapes if they are at most [`ADDED`]; if not, false.
+    ///
+    /// # Safety
+    /// As [`Patched::fill`], whose `next` is `escapes`.
+    #[inline(always)]
+    unsafe fn take_few<I: Isa>(&mut self, isa: I, lines: &[TileBytes], steps: usize, escapes: *const u8) -> bool {
+        for (i, line) in lines.iter().enumerate() {
+            let zeros = isa.zero_nibbles(isa.load(line));
+            for (half, mut lanes) in zeros.into_iter().enumerate().take(steps - 2 * i) {
+                while lanes != 0 {
+                    if self.few_count == ADDED {
+                        return false;
+                    }
+                    // SAFETY: by the contract.
+                    let byte = unsafe { *escapes.add(self.few_count) };
+                    // Steps of a segment are at most 128, lanes 64.
+                    self.few[self.few_count] = ((2 * i + half) as u8, lanes.trailing_zeros() as u8, byte);
+                    self.few_count += 1;
+                    lanes &= lanes - 1;
+                }
+            }
+        }
+        true
+    }
+
+    /// The escapes of the segment, if there are a few.
+    #[inline(always)]
+    fn few(&self) -> &[(u8, u8, u8)] {
+        &self.few[..self.few_count]
+    }
+
+    /// The symbol bytes of the segment, if it has more than a few.
     #[inline(always)]
     fn tiles(&self) -> Option<&[TileBytes]> {
         // SAFETY: so many were stored.

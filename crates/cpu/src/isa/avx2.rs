@@ -188,8 +188,10 @@ impl Isa for Avx2 {
         // SAFETY: registers only.
         unsafe {
             let (lower, upper) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0xf0u8 as i8));
-            [equal(halves!(|i| _mm256_and_si256(line[i], lower)), [_mm256_setzero_si256(); 2]),
-             equal(halves!(|i| _mm256_and_si256(line[i], upper)), [_mm256_setzero_si256(); 2])]
+            [
+                equal(halves!(|i| _mm256_and_si256(line[i], lower)), [_mm256_setzero_si256(); 2]),
+                equal(halves!(|i| _mm256_and_si256(line[i], upper)), [_mm256_setzero_si256(); 2]),
+            ]
         }
     }
 
@@ -200,6 +202,7 @@ impl Isa for Avx2 {
             let (lower, upper) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0xf0u8 as i8));
             let mut least = [upper; 2];
             for line in lines {
+                prefetch(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
                 let line = self.load(line);
                 least = halves!(|i| {
                     let nibbles = _mm256_min_epu8(_mm256_and_si256(line[i], lower), _mm256_and_si256(line[i], upper));

@@ -33,7 +33,9 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans;
 
-use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, each_chunk, store_group, tiles_in_registers};
+use super::streams::{
+    Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, each_chunk, lines_group, store_group, tiles_in_registers,
+};
 use crate::source::FarAt;
 use crate::{Avx512, TILE_ROWS};
 
@@ -216,6 +218,11 @@ impl Kernel for Tables {
         unsafe { by_shape!(self.params.prob_bits, group.chunks, store(self, group, out, far)) }
     }
 
+    fn lines(&self, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+        // SAFETY: as above.
+        unsafe { by_shape!(self.params.prob_bits, group.chunks, lines(self, group, out)) }
+    }
+
     fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
         // SAFETY: as above.
         unsafe { by_shape!(self.params.prob_bits, group.chunks, dot(self, group, factor, sums)) }
@@ -228,6 +235,14 @@ impl Kernel for Tables {
 unsafe fn store<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     // SAFETY: the features are enabled.
     unsafe { store_group::<Streams<P, N>, N>(tables.token, tables, group, out, far) }
+}
+
+/// # Safety
+/// Only for the target features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
+unsafe fn lines<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+    // SAFETY: the features are enabled.
+    unsafe { lines_group::<Streams<P, N>, N>(tables.token, tables, group, out) }
 }
 
 /// # Safety

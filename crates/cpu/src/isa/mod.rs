@@ -33,6 +33,11 @@ use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 /// 64 symbol bytes in memory.
 pub(crate) type TileBytes = [u8; TILE_SYMBOLS];
 
+/// Tiles on a stack, each in one cache line: those that lie across two cost decoding a fifth.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Tiles<const N: usize>(pub(crate) [TileBytes; N]);
+
 /// One level's steps, all of which are to be called from functions that are always inlined (not
 /// from closures) below a function that enables the level's features. A value of the type proves
 /// that the machine has what the steps need.
