@@ -21,7 +21,11 @@ use tersor_format::{CodedTensor, DecodedForm};
 
 use crate::buffer::AlignedBytes;
 use crate::error::FirstError;
-use crate::isa::{Isa, TileBytes, per_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::streams::{self, Lines};
+use crate::isa::{Isa, TileBytes, per_isa, prefetch};
+#[cfg(target_arch = "x86_64")]
+use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs};
 
@@ -276,20 +280,7 @@ impl Store<'_> {
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
             scratch.far.clear();
             let lines = fields.as_chunks_mut().0;
-            let pairs = rans_pairs::Chunks::new(self.level, self.tensor);
-            let straight = pairs.and_then(|pairs| {
-                pairs.decode_lines(
-                    chunks.clone(),
-                    &mut scratch.pairs,
-                    bias,
-                    escapes,
-                    lines,
-                    offsets,
-                    &mut scratch.escapes,
-                    &mut scratch.far,
-                )
-            });
-            let taken = match straight {
+            let taken = match self.lines(chunks.clone(), bias, escapes, lines, offsets, scratch) {
                 Some(taken) => taken,
                 None => self.narrow(chunks, bias, escapes, lines, offsets, scratch)?,
             };
@@ -304,6 +295,25 @@ impl Store<'_> {
             }
             self.keep_far(&scratch.far)
         })
+    }
+
+    /// As [`Store::narrow`], by a kernel that writes lines. `None` if there is none or it gave up.
+    fn lines(
+        &self,
+        chunks: Range<usize>,
+        bias: u8,
+        escapes: bool,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        scratch: &mut Scratch,
+    ) -> Option<usize> {
+        let Scratch { pairs, far, escapes: escaped, .. } = scratch;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = RansKernel::new(self.level, self.tensor.table()) {
+            return streams::decode_lines(kernel.get(), self.tensor, chunks, Lines { bias, escapes, lines, offsets, escaped });
+        }
+        let kernel = rans_pairs::Chunks::new(self.level, self.tensor)?;
+        kernel.decode_lines(chunks, pairs, bias, escapes, lines, offsets, escaped, far)
     }
 
     /// Decodes chunks to symbol bytes, and packs these; returns how many escapes there are, in `scratch`.
@@ -344,29 +354,61 @@ impl Store<'_> {
     }
 }
 
+/// How far ahead of the lines of nibbles the memory is told what will be written.
+pub(crate) const LINES_AHEAD_BYTES: usize = 2048;
+
 per_isa! {
     /// Packs one row tile's symbol bytes, (steps), into lines of fields and escape bytes; returns
     /// how many of the latter. `escapes` has room for as many as there are symbols, and 64 more.
     pub(crate) fn narrow_row_tile(isa; tiles: &[TileBytes], bias: u8, lowest: u8, lines: &mut [TileBytes], escapes: &mut [u8]) -> usize {
-        assert!(escapes.len() >= (tiles.len() + 1) * TILE_SYMBOLS);
-        let (bias, lowest, zero) = (isa.splat(bias), isa.splat(lowest), isa.splat(0));
-        let mut next = escapes.as_mut_ptr();
-        let (pairs, single) = tiles.as_chunks::<2>();
-        for ([low, high], line) in pairs.iter().zip(lines.iter_mut()) {
-            // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as
-            // just asserted.
-            let (low, high) = unsafe {
-                (narrow(isa, isa.load(low), bias, lowest, &mut next), narrow(isa, isa.load(high), bias, lowest, &mut next))
-            };
-            isa.store(isa.pair(low, high), line);
-        }
-        if let (Some(tile), Some(line)) = (single.first(), lines.last_mut()) {
-            // SAFETY: as above.
-            let low = unsafe { narrow(isa, isa.load(tile), bias, lowest, &mut next) };
-            isa.store(isa.pair(low, zero), line);
-        }
-        next.addr() - escapes.as_ptr().addr()
+        narrow_tiles(isa, tiles, bias, lowest, lines, escapes)
     }
+}
+
+/// As [`narrow_row_tile`], of some tiles of a row tile, of which the first begins a line.
+#[inline(always)]
+pub(crate) fn narrow_tiles<I: Isa>(
+    isa: I,
+    tiles: &[TileBytes],
+    bias: u8,
+    lowest: u8,
+    lines: &mut [TileBytes],
+    escapes: &mut [u8],
+) -> usize {
+    assert!(escapes.len() >= (tiles.len() + 1) * TILE_SYMBOLS);
+    let (bias, lowest, zero) = (isa.splat(bias), isa.splat(lowest), isa.splat(0));
+    let mut next = escapes.as_mut_ptr();
+    let (pairs, single) = tiles.as_chunks::<2>();
+    for ([low, high], line) in pairs.iter().zip(lines.iter_mut()) {
+        // The memory under the lines is read before they are written.
+        prefetch(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
+        // SAFETY: at most 64 bytes a tile were written before, so that 64 bytes are left, as
+        // just asserted.
+        let (low, high) =
+            unsafe { (narrow(isa, isa.load(low), bias, lowest, &mut next), narrow(isa, isa.load(high), bias, lowest, &mut next)) };
+        isa.store(isa.pair(low, high), line);
+    }
+    if let (Some(tile), Some(line)) = (single.first(), lines.last_mut()) {
+        // SAFETY: as above.
+        let low = unsafe { narrow(isa, isa.load(tile), bias, lowest, &mut next) };
+        isa.store(isa.pair(low, zero), line);
+    }
+    next.addr() - escapes.as_ptr().addr()
+}
+
+/// Brings the escape bytes of chunks of `symbols` symbols together, each of which wrote where there is room for all its
+/// symbols; returns how many there are. `taken`: by chunk, how many; `offsets`: of all their row tiles, counted by chunk.
+pub(crate) fn join_escaped(symbols: usize, taken: &[usize], offsets: &mut [u32], escaped: &mut [u8]) -> usize {
+    let row_tiles = offsets.len() / taken.len();
+    let mut all = 0;
+    for (i, (taken, offsets)) in taken.iter().zip(offsets.chunks_mut(row_tiles)).enumerate() {
+        escaped.copy_within(i * symbols..i * symbols + taken, all);
+        for offset in offsets {
+            *offset += all as u32;
+        }
+        all += taken;
+    }
+    all
 }
 
 /// The fields of a tile of symbol bytes; those without a field go to `next`, which moves on.

@@ -57,6 +57,7 @@ impl Level {
         {
             let avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("f16c")
+                && is_x86_feature_detected!("bmi1")
                 && is_x86_feature_detected!("bmi2")
                 && is_x86_feature_detected!("popcnt");
             let avx512 = avx2

@@ -15,25 +15,29 @@
 //! AVX2, with escapes 87 to 92 and 12 to 42; from memory 54 to 77, which is what memory gives. 64
 //! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. It loses where symbols are decoded
 //! by the codec's scalar decoder: rans-precise and block-ans at AVX2, huffman in lanes and block-ans
-//! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes (19
-//! instead of 50 where two in a hundred symbols are wide).
+//! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes. There, on Zen 4,
+//! 64 without, 38 with one in ten thousand and 16 with 17 in a thousand symbols wide, from memory 36, 26 and 14. Tried
+//! without gain: the places of all escapes noted first and each added to the sums of its row (14 and 12 with many).
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use tersor_codec::SYMBOL_BIAS;
 use tersor_format::CodedTensor;
 
 use crate::decoded::{Decoded, Form, RowTile, expand, unescape};
 use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::streams;
-use crate::isa::{Isa, TileBytes, per_isa};
+use crate::isa::{Isa, TileBytes, Tiles, patch, per_isa};
 use crate::pairs::PairBuffers;
 use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{
-    Activations, KernelError, KernelScales, Level, Pool, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes, rans_pairs, tiered,
+    Activations, KernelError, KernelScales, Level, Pool, SEGMENT_COLS_MAX, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes,
+    rans_pairs, tiered,
 };
 
 /// A matrix, in the form it is held in.
@@ -289,13 +293,21 @@ pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Rang
     }
 }
 
-/// A segment's sums as floats, far symbols and all.
+/// A segment's sums as floats, `more` and far symbols added.
 #[inline(always)]
-fn finish_far<I: Isa>(isa: I, dots: I::Sums, xsum: i32, far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) -> I::Floats {
+fn finish_far<I: Isa>(
+    isa: I,
+    dots: I::Sums,
+    xsum: i32,
+    more: i32,
+    far: &[FarAt],
+    steps: &Range<usize>,
+    q: &[[i8; TILE_COLS]],
+) -> I::Floats {
     if far.is_empty() {
-        return isa.finish_floats(dots, xsum, 0);
+        return isa.finish_floats(dots, xsum, more);
     }
-    let mut isum = isa.finish(dots, xsum);
+    let mut isum = isa.finish(dots, xsum).map(|sum| sum + more);
     patch_far(&mut isum, far, steps, q);
     isa.floats_of(&isum)
 }
@@ -408,7 +420,7 @@ fn block_of_tokens<I: Isa, const T: usize>(
         }
         let segment_scales = SegmentScales::of(scales, segment);
         for t in 0..T {
-            let sums = finish_far(isa, dots[t], xsums[t][segment], far, &range, q[t]);
+            let sums = finish_far(isa, dots[t], xsums[t][segment], 0, far, &range, q[t]);
             segment_scales.add_floats(isa, &mut acc[t], sums, xscales[t][segment], xsums[t][segment]);
         }
     }
@@ -420,43 +432,225 @@ fn block_of_tokens<I: Isa, const T: usize>(
 per_isa! {
     /// The outputs of one row tile of nibbles for one token: the plain GEMV.
     ///
-    /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, and per half
-    /// the unpacking (a mask or shift, an addition), with escapes a comparison, a load and an
-    /// expand, and one dot product. Bound by reading the lines from memory.
+    /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, a mask and a product for either
+    /// half, and with escapes what [`dot_spread`] or [`Patched`] take. Bound by reading the lines from memory.
     fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
-        let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
-        let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
-        let steps = x.segment() / TILE_COLS;
-        let (xscales, xsums) = (x.scales(0), x.sums(0));
-        for ((segment, lines), part) in tile.lines.chunks(steps / 2).enumerate().zip(q.chunks(steps)) {
-            let mut dots = [isa.zero(); 2];
-            let (pairs, single) = part.as_chunks::<2>();
-            for (line, q) in lines.iter().zip(pairs) {
-                let line = isa.load(line);
-                let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
-                if has_escapes {
-                    // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
-                    unsafe {
-                        low = unescape(isa, low, bias, &mut next);
-                        high = unescape(isa, high, bias, &mut next);
+        if has_escapes && I::SPREADS {
+            dot_spread(isa, tile, bias, scales, x, acc);
+        } else {
+            dot_in_place(isa, tile, bias, has_escapes, scales, x, acc);
+        }
+    }
+}
+
+/// As [`dot_nibbles`], with escapes, which go to their lanes before the product: per half a comparison, a load and an expand.
+#[inline(always)]
+fn dot_spread<I: Isa>(isa: I, tile: &RowTile<'_>, bias: u8, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
+    let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
+    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let steps = x.segment() / TILE_COLS;
+    let (xscales, xsums) = (x.scales(0), x.sums(0));
+    for ((segment, lines), part) in tile.lines.chunks(steps / 2).enumerate().zip(q.chunks(steps)) {
+        let mut dots = [isa.zero(); 2];
+        let (pairs, single) = part.as_chunks::<2>();
+        for (line, q) in lines.iter().zip(pairs) {
+            let line = isa.load(line);
+            // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
+            let (low, high) =
+                unsafe { (unescape(isa, isa.low(line, bias), bias, &mut next), unescape(isa, isa.high(line, bias), bias, &mut next)) };
+            dots[0] = isa.dot(dots[0], low, &q[0]);
+            dots[1] = isa.dot(dots[1], high, &q[1]);
+        }
+        if let (Some(q), Some(line)) = (single.first(), lines.last()) {
+            // SAFETY: as above.
+            let low = unsafe { unescape(isa, isa.low(isa.load(line), bias), bias, &mut next) };
+            dots[0] = isa.dot(dots[0], low, q);
+        }
+        let range = segment * steps..segment * steps + part.len();
+        let sums = finish_far(isa, isa.add(dots[0], dots[1]), xsums[segment], 0, tile.far, &range, q);
+        SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
+    }
+    finish_rows(scales, acc);
+}
+
+/// As [`dot_nibbles`], of nibbles as they stand, but for segments with escapes.
+#[inline(always)]
+fn dot_in_place<I: Isa>(
+    isa: I,
+    tile: &RowTile<'_>,
+    bias: u8,
+    has_escapes: bool,
+    scales: TileScales<'_>,
+    x: &Activations,
+    acc: &mut [f32; TILE_ROWS],
+) {
+    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let steps = x.segment() / TILE_COLS;
+    let (xscales, xsums) = (x.scales(0), x.sums(0));
+    let range = |segment: usize| segment * steps..q.len().min((segment + 1) * steps);
+    let lines = |segment: usize| &tile.lines[segment * steps / 2..tile.lines.len().min((segment + 1) * steps / 2)];
+    // A segment with escapes is multiplied when the one behind it is patched: vectors that are loaded soon after bytes
+    // were stored there wait for them.
+    let mut patched = [const { Patched::new() }; 2];
+    let (mut next, mut many) = (tile.escapes.as_ptr(), false);
+    for turn in 0..=xscales.len() {
+        let [own, before] = match &mut patched {
+            [own, before] if turn % 2 == 0 => [own, before],
+            [before, own] => [own, before],
+        };
+        if has_escapes && turn < xscales.len() {
+            // SAFETY: `next` came from the row tile, whose lines are taken in order.
+            unsafe { own.fill(isa, bias, lines(turn), range(turn).len(), &mut next, &mut many) };
+        }
+        let Some(segment) = turn.checked_sub(1) else {
+            continue;
+        };
+        let (range, xsum) = (range(segment), xsums[segment]);
+        let part = &q[range.clone()];
+        let sums = match before.tiles() {
+            Some(tiles) => {
+                let dots = tiles.iter().zip(part).fold(isa.zero(), |dots, (tile, q)| isa.dot(dots, isa.load(tile), q));
+                finish_far(isa, dots, xsum, 0, tile.far, &range, q)
+            }
+            None => {
+                let (dots, more) = (dot_lines(isa, lines(segment), part), (i32::from(bias) - i32::from(SYMBOL_BIAS)) * xsum);
+                match before.few() {
+                    [] => finish_far(isa, dots, 0, more, tile.far, &range, q),
+                    few => {
+                        let mut isum = isa.finish(dots, 0).map(|sum| sum + more);
+                        for &(step, lane, byte) in few {
+                            let (row, col) = (usize::from(lane) / TILE_COLS, usize::from(lane) % TILE_COLS);
+                            isum[row] += (i32::from(byte) - i32::from(bias)) * i32::from(part[usize::from(step)][col]);
+                        }
+                        patch_far(&mut isum, tile.far, &range, q);
+                        isa.floats_of(&isum)
                     }
                 }
-                dots[0] = isa.dot(dots[0], low, &q[0]);
-                dots[1] = isa.dot(dots[1], high, &q[1]);
             }
-            if let (Some(q), Some(line)) = (single.first(), lines.last()) {
-                let mut low = isa.low(isa.load(line), bias);
-                if has_escapes {
-                    // SAFETY: as above.
-                    low = unsafe { unescape(isa, low, bias, &mut next) };
-                }
-                dots[0] = isa.dot(dots[0], low, q);
-            }
-            let range = segment * steps..segment * steps + part.len();
-            let sums = finish_far(isa, isa.add(dots[0], dots[1]), xsums[segment], tile.far, &range, q);
-            SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsums[segment]);
+        };
+        SegmentScales::of(scales, segment).add_floats(isa, acc, sums, xscales[segment], xsum);
+    }
+    finish_rows(scales, acc);
+}
+
+/// Products of nibbles as they stand. `q`: of the lines' steps.
+#[inline(always)]
+fn dot_lines<I: Isa>(isa: I, lines: &[TileBytes], q: &[[i8; TILE_COLS]]) -> I::Sums {
+    let (pairs, single) = q.as_chunks::<2>();
+    let sums = isa.dot_lines(isa.zero(), lines, pairs);
+    match single.first() {
+        // The high half of an odd last line is not part of the matrix.
+        Some(q) => isa.dot_lines(sums, &lines[pairs.len()..], &[[*q, [0; TILE_COLS]]]),
+        None => sums,
+    }
+}
+
+/// Escapes of a tile up to which no branch depends on them.
+const ESCAPES_FEW: usize = 3;
+/// Tiles of the longest segment, and one more, whose first byte is spare.
+const PATCHED_TILES: usize = SEGMENT_COLS_MAX / TILE_COLS + 1;
+
+/// Escapes of a segment that are added to its sums one by one.
+const ADDED: usize = 6;
+
+/// A segment of nibbles on its way through a product at a level where nothing spreads escapes: if it has more than a few they
+/// are written byte by byte over its symbol bytes, which lie in the L1 cache.
+struct Patched {
+    /// The first `count` are symbol bytes.
+    tiles: MaybeUninit<Tiles<PATCHED_TILES>>,
+    count: usize,
+    /// Step of the segment, lane and symbol byte of the first `few_count` escapes.
+    few: [(u8, u8, u8); ADDED],
+    few_count: usize,
+}
+
+impl Patched {
+    const fn new() -> Patched {
+        Patched { tiles: MaybeUninit::uninit(), count: 0, few: [(0, 0, 0); ADDED], few_count: 0 }
+    }
+
+    /// Takes the next segment's lines, of `steps` steps, if they have escapes. `many`: whether the last segment that had any
+    /// had more than [`ADDED`]; looking for a few is then in vain mostly, and expensive, as it branches.
+    ///
+    /// # Safety
+    /// `next` must come from [`RowTile::escapes`], and all lines of that row tile be taken in order: then as many bytes as
+    /// are taken, and 64 more, are readable.
+    #[inline(always)]
+    unsafe fn fill<I: Isa>(&mut self, isa: I, bias: u8, lines: &[TileBytes], steps: usize, next: &mut *const u8, many: &mut bool) {
+        assert!(steps < PATCHED_TILES);
+        (self.count, self.few_count) = (0, 0);
+        // Beside escapes it is the high half of an odd last line, which is not part of the matrix.
+        if !isa.any_zero_nibble(lines) {
+            return;
         }
-        finish_rows(scales, acc);
+        if !*many {
+            // SAFETY: by the contract.
+            if unsafe { self.take_few(isa, lines, steps, *next) } {
+                // SAFETY: as above.
+                *next = unsafe { next.add(self.few_count) };
+                return;
+            }
+            self.few_count = 0;
+        }
+        let start = *next;
+        let bias = isa.splat(bias);
+        for (i, line) in lines.iter().enumerate() {
+            let line = isa.load(line);
+            let (zeros, tiles) = (isa.zero_nibbles(line), [isa.low(line, bias), isa.high(line, bias)]);
+            for half in 0..2 {
+                if 2 * i + half == steps {
+                    break;
+                }
+                // SAFETY: as asserted there is a tile behind this one, which is stored later or spare. Escapes are read by
+                // the contract.
+                unsafe {
+                    let out = self.tiles.as_mut_ptr().cast::<TileBytes>().add(2 * i + half);
+                    isa.store(tiles[half], &mut *out);
+                    patch::<ESCAPES_FEW>(out.cast(), zeros[half], *next, true);
+                    *next = next.add(zeros[half].count_ones() as usize);
+                }
+            }
+        }
+        *many = next.addr() - start.addr() > ADDED;
+        self.count = steps;
+    }
+
+    /// Takes the escapes if they are at most [`ADDED`]; if not, false.
+    ///
+    /// # Safety
+    /// As [`Patched::fill`], whose `next` is `escapes`.
+    #[inline(always)]
+    unsafe fn take_few<I: Isa>(&mut self, isa: I, lines: &[TileBytes], steps: usize, escapes: *const u8) -> bool {
+        for (i, line) in lines.iter().enumerate() {
+            let zeros = isa.zero_nibbles(isa.load(line));
+            for (half, mut lanes) in zeros.into_iter().enumerate().take(steps - 2 * i) {
+                while lanes != 0 {
+                    if self.few_count == ADDED {
+                        return false;
+                    }
+                    // SAFETY: by the contract.
+                    let byte = unsafe { *escapes.add(self.few_count) };
+                    // Steps of a segment are at most 128, lanes 64.
+                    self.few[self.few_count] = ((2 * i + half) as u8, lanes.trailing_zeros() as u8, byte);
+                    self.few_count += 1;
+                    lanes &= lanes - 1;
+                }
+            }
+        }
+        true
+    }
+
+    /// The escapes of the segment, if there are a few.
+    #[inline(always)]
+    fn few(&self) -> &[(u8, u8, u8)] {
+        &self.few[..self.few_count]
+    }
+
+    /// The symbol bytes of the segment, if it has more than a few.
+    #[inline(always)]
+    fn tiles(&self) -> Option<&[TileBytes]> {
+        // SAFETY: so many were stored.
+        (self.count > 0).then(|| unsafe { std::slice::from_raw_parts(self.tiles.as_ptr().cast(), self.count) })
     }
 }
 

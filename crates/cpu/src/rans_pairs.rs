@@ -25,7 +25,7 @@ use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
-use crate::decoded::{narrow, narrow_row_tile};
+use crate::decoded::{LINES_AHEAD_BYTES, join_escaped, narrow, narrow_row_tile};
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans_pairs, avx512_rans_pairs};
@@ -42,8 +42,6 @@ const WIDTH_MAX: usize = 4;
 const BLOCK: usize = 256;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
 const PART: usize = 64;
-/// How far ahead of the lines of nibbles the memory is told what will be written.
-const LINES_AHEAD_BYTES: usize = 2048;
 /// Bytes at the beginning of a chunk, and of its words, that are fetched while the chunks before are decoded.
 const ANNOUNCED_BYTES: usize = 1024;
 /// Tiles of pairs that the buffer holds.
@@ -375,15 +373,7 @@ impl<'a> Chunks<'a> {
                 }
             }
         }
-        let mut all = 0;
-        for (i, taken) in taken[..streams.len()].iter().enumerate() {
-            escaped.copy_within(i * symbols..i * symbols + taken, all);
-            for offset in &mut offsets[i * row_tiles..][..row_tiles] {
-                *offset += all as u32;
-            }
-            all += taken;
-        }
-        Some(all)
+        Some(join_escaped(symbols, &taken[..streams.len()], offsets, escaped))
     }
 
     /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).

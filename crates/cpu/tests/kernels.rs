@@ -116,7 +116,9 @@ fn every_small_shape() {
     let mut random = Random::new(5);
     for rows in [1, 2, 15, 16, 17, 31, 32, 33] {
         for cols in [1, 2, 3, 4, 5, 7, 8, 9, 12, 127, 128, 129, 131, 132, 133, 256, 260] {
+            // A few escapes in a segment, and many.
             check(&mut random, rows, cols, Symbols::Far, ScaleKind::Row, RANS, 1_024, &[1, 2]);
+            check(&mut random, rows, cols, Symbols::Escapes, ScaleKind::Row, RANS, 1_024, &[1]);
         }
     }
 }

@@ -2,9 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::{Isa, TileBytes};
+use super::{Isa, TileBytes, prefetch};
 use crate::ops::LANES;
 use crate::{Avx2, TILE_COLS, TILE_ROWS};
+
+/// How far ahead of lines the memory is told what comes: the processor's own prefetcher stops at the end of a page, and a
+/// line takes so many instructions that few are under way at once.
+const LINES_AHEAD_BYTES: usize = 2048;
 
 /// An expression for each of the two halves. Not `array::from_fn`: the compiler does not inline
 /// intrinsics into a closure that lacks the features of its caller.
@@ -25,6 +29,7 @@ impl Isa for Avx2 {
     type Sums = [__m256i; 2];
     type Floats = [__m256; 2];
     type Table = [__m256i; 4];
+    const SPREADS: bool = false;
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> [__m256i; 2] {
@@ -112,11 +117,7 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn unescape(self, tile: [__m256i; 2], escape: [__m256i; 2], escapes: *const u8) -> ([__m256i; 2], usize) {
         // SAFETY: registers only.
-        let mask = unsafe {
-            let low = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[0], escape[0])) as u32;
-            let high = _mm256_movemask_epi8(_mm256_cmpeq_epi8(tile[1], escape[1])) as u32;
-            u64::from(low) | u64::from(high) << 32
-        };
+        let mask = unsafe { equal(tile, escape) };
         if mask == 0 {
             return (tile, 0);
         }
@@ -184,8 +185,33 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn zero_nibbles(self, line: [__m256i; 2]) -> [u64; 2] {
-        let (low, high) = (self.low(line, self.splat(0)), self.high(line, self.splat(0)));
-        [self.narrow(low, self.splat(0), self.splat(1)).1, self.narrow(high, self.splat(0), self.splat(1)).1]
+        // SAFETY: registers only.
+        unsafe {
+            let (lower, upper) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0xf0u8 as i8));
+            [
+                equal(halves!(|i| _mm256_and_si256(line[i], lower)), [_mm256_setzero_si256(); 2]),
+                equal(halves!(|i| _mm256_and_si256(line[i], upper)), [_mm256_setzero_si256(); 2]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn any_zero_nibble(self, lines: &[TileBytes]) -> bool {
+        // SAFETY: registers only, but for loads of whole lines.
+        unsafe {
+            let (lower, upper) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0xf0u8 as i8));
+            let mut least = [upper; 2];
+            for line in lines {
+                prefetch(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
+                let line = self.load(line);
+                least = halves!(|i| {
+                    let nibbles = _mm256_min_epu8(_mm256_and_si256(line[i], lower), _mm256_and_si256(line[i], upper));
+                    _mm256_min_epu8(least[i], nibbles)
+                });
+            }
+            let least = _mm256_min_epu8(least[0], least[1]);
+            _mm256_movemask_epi8(_mm256_cmpeq_epi8(least, _mm256_setzero_si256())) != 0
+        }
     }
 
     #[inline(always)]
@@ -195,13 +221,21 @@ impl Isa for Avx2 {
         }
         let mut bytes: TileBytes = [0; 64];
         self.store(tile, &mut bytes);
-        while mask != 0 {
-            // SAFETY: a 64-bit mask has at most 64 ones.
-            unsafe {
-                *out = bytes[mask.trailing_zeros() as usize];
-                out = out.add(1);
+        // A few whether there are so many or not, so that hardly a branch depends on how many.
+        let mut left = mask.count_ones();
+        loop {
+            for _ in 0..4 {
+                // SAFETY: a 64-bit mask has at most 64 ones, a multiple of four.
+                unsafe {
+                    *out = bytes[mask.trailing_zeros() as usize % 64];
+                    out = out.add(1);
+                }
+                mask &= mask.wrapping_sub(1);
             }
-            mask &= mask - 1;
+            if left <= 4 {
+                return;
+            }
+            left -= 4;
         }
     }
 
@@ -217,7 +251,7 @@ impl Isa for Avx2 {
     fn dot(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
         // SAFETY: registers only.
         unsafe {
-            let q = _mm256_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
+            let q = splat_q(q);
             let bias = _mm256_set1_epi8(i8::MIN);
             let ones = _mm256_set1_epi16(1);
             halves!(|i| {
@@ -232,7 +266,7 @@ impl Isa for Avx2 {
     fn dot_low(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
         // SAFETY: registers only. Two products are at most 2 * 15 * 128: nothing saturates.
         unsafe {
-            let q = _mm256_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)));
+            let q = splat_q(q);
             let ones = _mm256_set1_epi16(1);
             halves!(|i| {
                 let pairs = _mm256_maddubs_epi16(_mm256_and_si256(tile[i], _mm256_set1_epi8(15)), q);
@@ -244,6 +278,33 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn dot_high(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
         self.dot_low(sums, self.shift_right(tile, 4), q)
+    }
+
+    /// Products of two nibbles are at most 2 * 15 * 127, so eight of them are added in 16 bits.
+    #[inline(always)]
+    fn dot_lines(self, mut sums: [__m256i; 2], lines: &[TileBytes], q: &[[[i8; TILE_COLS]; 2]]) -> [__m256i; 2] {
+        // SAFETY: registers only, but for loads of whole lines.
+        unsafe {
+            let (nibble, ones, zero) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1), _mm256_setzero_si256());
+            for (lines, q) in lines.chunks(8).zip(q.chunks(8)) {
+                let (mut low, mut high) = ([zero; 2], [zero; 2]);
+                for (line, q) in lines.iter().zip(q) {
+                    prefetch(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
+                    let line = self.load(line);
+                    let (q_low, q_high) = (splat_q(&q[0]), splat_q(&q[1]));
+                    low = halves!(|i| _mm256_add_epi16(low[i], _mm256_maddubs_epi16(_mm256_and_si256(line[i], nibble), q_low)));
+                    high = halves!(|i| {
+                        let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(line[i]), nibble);
+                        _mm256_add_epi16(high[i], _mm256_maddubs_epi16(upper, q_high))
+                    });
+                }
+                sums = halves!(|i| {
+                    let both = _mm256_add_epi32(_mm256_madd_epi16(low[i], ones), _mm256_madd_epi16(high[i], ones));
+                    _mm256_add_epi32(sums[i], both)
+                });
+            }
+            sums
+        }
     }
 
     #[inline(always)]
@@ -331,6 +392,30 @@ pub(super) unsafe fn fold_8(x: __m256) -> f32 {
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    }
+}
+
+/// The activations of a step for every row.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+unsafe fn splat_q(q: &[i8; TILE_COLS]) -> __m256i {
+    // Not bytes mapped one by one, for which the compiler calls a function where this is inlined often. SAFETY: four
+    // readable bytes.
+    unsafe { _mm256_set1_epi32(q.as_ptr().cast::<i32>().read_unaligned()) }
+}
+
+/// The lanes that are equal.
+///
+/// # Safety
+/// AVX2.
+#[inline(always)]
+unsafe fn equal(a: [__m256i; 2], b: [__m256i; 2]) -> u64 {
+    // SAFETY: registers only.
+    unsafe {
+        let [low, high] = halves!(|i| _mm256_movemask_epi8(_mm256_cmpeq_epi8(a[i], b[i])) as u32);
+        u64::from(low) | u64::from(high) << 32
     }
 }
 

@@ -12,6 +12,7 @@ impl Isa for Avx512 {
     type Sums = __m512i;
     type Floats = __m512;
     type Table = __m512i;
+    const SPREADS: bool = true;
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> __m512i {

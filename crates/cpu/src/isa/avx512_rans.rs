@@ -33,7 +33,9 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans;
 
-use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, store_group};
+use super::streams::{
+    Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, each_chunk, lines_group, store_group, tiles_in_registers,
+};
 use crate::source::FarAt;
 use crate::{Avx512, TILE_ROWS};
 
@@ -100,31 +102,11 @@ unsafe fn lookup<const P: u32>(table: &[__m512i; 4], slots: __m512i) -> __m512i 
     }
 }
 
-impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
-    type Isa = Avx512;
-    type Tables = Tables;
-
-    #[inline(always)]
-    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
-        // SAFETY: all loads are of whole arrays.
-        unsafe {
-            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
-            Streams {
-                freq: load(&tables.freq),
-                offset: load(&tables.offset),
-                symbol: load(&tables.symbol),
-                bytes: [
-                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
-                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
-                ],
-                low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
-                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
-                words: Cursors::words(streams),
-                escapes: Cursors::escapes(streams),
-            }
-        }
-    }
-
+impl<const P: u32, const N: usize> Streams<P, N> {
+    /// The next 64 symbol bytes of chunk `i`.
+    ///
+    /// # Safety
+    /// Features of [`Avx512`].
     #[inline(always)]
     unsafe fn next(&mut self, i: usize) -> __m512i {
         // SAFETY: the two loads begin at or before the end of their part of the chunk, behind which
@@ -162,6 +144,34 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
             _mm512_mask_expand_epi8(symbol, escaped, escapes)
         }
     }
+}
+
+impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
+    type Isa = Avx512;
+    type Tables = Tables;
+
+    #[inline(always)]
+    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
+        // SAFETY: all loads are of whole arrays.
+        unsafe {
+            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
+            Streams {
+                freq: load(&tables.freq),
+                offset: load(&tables.offset),
+                symbol: load(&tables.symbol),
+                bytes: [
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
+                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
+                ],
+                low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
+                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
+                words: Cursors::words(streams),
+                escapes: Cursors::escapes(streams),
+            }
+        }
+    }
+
+    tiles_in_registers!(N);
 
     #[inline(always)]
     unsafe fn valid(&self) -> bool {
@@ -208,6 +218,11 @@ impl Kernel for Tables {
         unsafe { by_shape!(self.params.prob_bits, group.chunks, store(self, group, out, far)) }
     }
 
+    fn lines(&self, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+        // SAFETY: as above.
+        unsafe { by_shape!(self.params.prob_bits, group.chunks, lines(self, group, out)) }
+    }
+
     fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
         // SAFETY: as above.
         unsafe { by_shape!(self.params.prob_bits, group.chunks, dot(self, group, factor, sums)) }
@@ -220,6 +235,14 @@ impl Kernel for Tables {
 unsafe fn store<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     // SAFETY: the features are enabled.
     unsafe { store_group::<Streams<P, N>, N>(tables.token, tables, group, out, far) }
+}
+
+/// # Safety
+/// Only for the target features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
+unsafe fn lines<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+    // SAFETY: the features are enabled.
+    unsafe { lines_group::<Streams<P, N>, N>(tables.token, tables, group, out) }
 }
 
 /// # Safety

@@ -24,7 +24,9 @@ use std::arch::x86_64::*;
 use tersor_codec::rans;
 
 use super::avx512_wide::{self, Registers, Step};
-use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Stream, dot_group, store_group};
+use super::streams::{
+    Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, each_chunk, lines_group, store_group, tiles_in_registers,
+};
 use crate::source::FarAt;
 use crate::{Avx512, TILE_ROWS};
 
@@ -53,6 +55,28 @@ struct Streams<const B: usize, const N: usize> {
     high: [__m512i; N],
     words: Cursors<N>,
     escapes: Cursors<N>,
+}
+
+impl<const B: usize, const N: usize> Streams<B, N> {
+    /// The next 64 symbol bytes of chunk `i`.
+    ///
+    /// # Safety
+    /// Features of [`Avx512`].
+    #[inline(always)]
+    unsafe fn next(&mut self, i: usize) -> __m512i {
+        // SAFETY: the loads begin at or before the end of their part of the chunk, behind which 64
+        // bytes are readable.
+        unsafe {
+            let entries = [self.half(i), self.half(i)];
+            _mm_prefetch::<_MM_HINT_T0>(self.words.ahead(i).cast());
+            let even = _mm512_loadu_si512(EVEN.as_ptr().cast());
+            let symbol = self.table.symbols(_mm512_permutex2var_epi8(entries[0], even, entries[1]));
+            let escaped = _mm512_testn_epi8_mask(symbol, symbol);
+            let escapes = _mm512_loadu_si512(self.escapes.readable(i).cast());
+            self.escapes.advance(i, escaped.count_ones() as usize);
+            _mm512_mask_expand_epi8(symbol, escaped, escapes)
+        }
+    }
 }
 
 impl<const B: usize, const N: usize> Decoder<N> for Streams<B, N> {
@@ -84,21 +108,7 @@ impl<const B: usize, const N: usize> Decoder<N> for Streams<B, N> {
         }
     }
 
-    #[inline(always)]
-    unsafe fn next(&mut self, i: usize) -> __m512i {
-        // SAFETY: the loads begin at or before the end of their part of the chunk, behind which 64
-        // bytes are readable.
-        unsafe {
-            let entries = [self.half(i), self.half(i)];
-            _mm_prefetch::<_MM_HINT_T0>(self.words.ahead(i).cast());
-            let even = _mm512_loadu_si512(EVEN.as_ptr().cast());
-            let symbol = self.table.symbols(_mm512_permutex2var_epi8(entries[0], even, entries[1]));
-            let escaped = _mm512_testn_epi8_mask(symbol, symbol);
-            let escapes = _mm512_loadu_si512(self.escapes.readable(i).cast());
-            self.escapes.advance(i, escaped.count_ones() as usize);
-            _mm512_mask_expand_epi8(symbol, escaped, escapes)
-        }
-    }
+    tiles_in_registers!(N);
 
     #[inline(always)]
     unsafe fn valid(&self) -> bool {
@@ -172,6 +182,11 @@ impl Kernel for Tables {
         unsafe { by_shape!(self.wide.borders, group.chunks, store(self, group, out, far)) }
     }
 
+    fn lines(&self, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+        // SAFETY: as above.
+        unsafe { by_shape!(self.wide.borders, group.chunks, lines(self, group, out)) }
+    }
+
     fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
         // SAFETY: as above.
         unsafe { by_shape!(self.wide.borders, group.chunks, dot(self, group, factor, sums)) }
@@ -184,6 +199,14 @@ impl Kernel for Tables {
 unsafe fn store<const B: usize, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     // SAFETY: the features are enabled.
     unsafe { store_group::<Streams<B, N>, N>(tables.token, tables, group, out, far) }
+}
+
+/// # Safety
+/// Only for the target features.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
+unsafe fn lines<const B: usize, const N: usize>(tables: &Tables, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+    // SAFETY: the features are enabled.
+    unsafe { lines_group::<Streams<B, N>, N>(tables.token, tables, group, out) }
 }
 
 /// # Safety

@@ -33,6 +33,11 @@ use crate::{TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 /// 64 symbol bytes in memory.
 pub(crate) type TileBytes = [u8; TILE_SYMBOLS];
 
+/// Tiles on a stack, each in one cache line: those that lie across two cost decoding a fifth.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Tiles<const N: usize>(pub(crate) [TileBytes; N]);
+
 /// One level's steps, all of which are to be called from functions that are always inlined (not
 /// from closures) below a function that enables the level's features. A value of the type proves
 /// that the machine has what the steps need.
@@ -45,6 +50,8 @@ pub(crate) trait Isa: Copy {
     type Floats: Copy;
     /// 64 bytes to look up.
     type Table: Copy;
+    /// Whether bytes are spread over lanes by one operation, so that [`Isa::unescape`] costs about what a product does.
+    const SPREADS: bool;
 
     fn load(self, tile: &TileBytes) -> Self::Tile;
     fn store(self, tile: Self::Tile, out: &mut TileBytes);
@@ -100,6 +107,11 @@ pub(crate) trait Isa: Copy {
     }
     /// The lanes whose low nibble is 0, and those whose high nibble is.
     fn zero_nibbles(self, line: Self::Tile) -> [u64; 2];
+    /// Whether any nibble of the lines is 0.
+    #[inline(always)]
+    fn any_zero_nibble(self, lines: &[TileBytes]) -> bool {
+        lines.iter().any(|line| self.zero_nibbles(self.load(line)) != [0, 0])
+    }
     /// Writes the bytes of the lanes in `mask` to the front of `out`, in lane order, and anything
     /// to the bytes behind them.
     ///
@@ -113,6 +125,17 @@ pub(crate) trait Isa: Copy {
     fn dot_low(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
     /// Adds each row's four products of high nibbles with `q`, to sums of their own.
     fn dot_high(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
+    /// Adds the products of the nibbles of lines, low and high, with the `q` of either; what is left for
+    /// [`Isa::finish`] is a `q_sum` of 0.
+    #[inline(always)]
+    fn dot_lines(self, sums: Self::Sums, lines: &[TileBytes], q: &[[[i8; TILE_COLS]; 2]]) -> Self::Sums {
+        let (mut low, mut high) = (self.zero(), self.zero());
+        for (line, q) in lines.iter().zip(q) {
+            let line = self.load(line);
+            (low, high) = (self.dot_low(low, line, &q[0]), self.dot_high(high, line, &q[1]));
+        }
+        self.add(sums, self.join_nibbles(low, high))
+    }
     /// The sums of both, as of one product: what is left for [`Isa::finish`] is a `q_sum` of 0.
     fn join_nibbles(self, low: Self::Sums, high: Self::Sums) -> Self::Sums;
     /// Sums of two halves of a segment.
@@ -148,6 +171,31 @@ pub(crate) fn prefetch(place: *const u8) {
     let _ = place;
 }
 
+/// Writes the next bytes over the lanes of `mask` of a tile that was just stored. Where there are up to `FEW` they cost a few
+/// instructions and no branch that depends on how many, but a vector that is loaded from the tile before long waits for
+/// them. With `spare` the byte behind the tile may be overwritten; without it there is such a branch.
+///
+/// # Safety
+/// 64 bytes at `tile` are writable, with `spare` 65; 64 bytes at `bytes` are readable.
+#[inline(always)]
+pub(crate) unsafe fn patch<const FEW: usize>(tile: *mut u8, mut mask: u64, mut bytes: *const u8, spare: bool) {
+    // SAFETY: there are at most 64 lanes; when none is left the place is the 65th.
+    unsafe {
+        if spare {
+            for _ in 0..FEW {
+                *tile.add(mask.trailing_zeros() as usize) = *bytes;
+                bytes = bytes.add(1);
+                mask &= mask.wrapping_sub(1);
+            }
+        }
+        while mask != 0 {
+            *tile.add(mask.trailing_zeros() as usize) = *bytes;
+            bytes = bytes.add(1);
+            mask &= mask - 1;
+        }
+    }
+}
+
 /// Defines a function whose body is compiled once for every level, with the level's [`Isa`] as its
 /// first argument.
 macro_rules! per_isa {
@@ -159,11 +207,11 @@ macro_rules! per_isa {
             #[allow(clippy::too_many_arguments)]
             fn body<I: $crate::isa::Isa>($isa: I, $($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,f16c,bmi2,popcnt")]
+            #[target_feature(enable = "avx2,f16c,bmi1,bmi2,popcnt")]
             #[allow(clippy::too_many_arguments)]
             fn avx2(token: $crate::Avx2, $($arg: $ty),*) $(-> $ret)? { body(token, $($arg),*) }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,gfni,avx2,f16c,bmi2,popcnt")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,gfni,avx2,f16c,bmi1,bmi2,popcnt")]
             #[allow(clippy::too_many_arguments)]
             fn avx512(token: $crate::Avx512, $($arg: $ty),*) $(-> $ret)? { body(token, $($arg),*) }
             match level {

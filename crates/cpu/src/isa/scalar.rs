@@ -13,6 +13,7 @@ impl Isa for Scalar {
     type Sums = [i32; TILE_ROWS];
     type Floats = [f32; LANES];
     type Table = TileBytes;
+    const SPREADS: bool = true;
 
     #[inline(always)]
     fn load(self, tile: &TileBytes) -> TileBytes {

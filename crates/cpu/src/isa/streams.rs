@@ -1,20 +1,23 @@
 //! `rans` chunks side by side: what the kernels of all levels share.
 //!
 //! A kernel takes up to four chunks of equal size at once, since one step of a chunk waits for the
-//! step before, and gives their tiles to one of two sinks: [`decode`] stores them, [`dot`] multiplies
-//! them with one token's activations before they ever reach memory.
+//! step before, and gives their tiles to one of three sinks: [`decode`] stores them, [`decode_lines`] packs them to
+//! the nibbles of the decoded form, and [`dot`] multiplies them with one token's activations; what the
+//! last two take never reaches memory.
 //!
 //! Reads are optimistic: pointers run on, loads are clamped to the end of their stream, and only at
 //! the end of the chunk are the pointers compared with where they must be and the states with
 //! STATE_MIN. What is stored or summed before is nonsense if that fails, and then it is thrown
 //! away.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use tersor_codec::{PADDING_BYTES, rans};
 use tersor_format::CodedTensor;
 
-use super::{Isa, TileBytes};
+use super::{Isa, TileBytes, Tiles};
+use crate::decoded::{join_escaped, narrow_tiles};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::scales::TileScales;
 use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
@@ -45,6 +48,11 @@ impl<'a> Stream<'a> {
             wide.as_ptr()..wide[part.len()..].as_ptr()
         };
         Some(Stream { states: parts.states, words: range(parts.words), escapes: range(parts.escapes), chunk: parts })
+    }
+
+    /// Whether there are far symbols, or bytes that stand for them.
+    fn has_far(&self) -> bool {
+        !self.chunk.far.is_empty() || count_zeros(self.chunk.escapes) > 0
     }
 }
 
@@ -103,8 +111,11 @@ pub(super) trait Decoder<const N: usize>: Sized {
     /// # Safety
     /// The features of `Isa`, here and below.
     unsafe fn new(tables: &Self::Tables, streams: &[Stream<'_>; N]) -> Self;
-    /// The next 64 symbol bytes of chunk `i`.
-    unsafe fn next(&mut self, i: usize) -> <Self::Isa as Isa>::Tile;
+    /// Stores the next 64 symbol bytes of chunk `i` to `out`, which is writable. `spare`: whether the byte
+    /// behind may be overwritten as well.
+    unsafe fn store(&mut self, isa: Self::Isa, i: usize, out: *mut TileBytes, spare: bool);
+    /// Adds the products of the next tiles of every chunk with `q` to the chunks' sums.
+    unsafe fn dot(&mut self, isa: Self::Isa, sums: &mut [<Self::Isa as Isa>::Sums; N], q: &[[i8; TILE_COLS]]);
     /// Whether all chunks ended as their encoder began.
     unsafe fn valid(&self) -> bool;
 }
@@ -138,6 +149,20 @@ pub(crate) struct Factor<'a> {
     x: &'a Activations,
 }
 
+/// Where a group's lines of nibbles go, `symbol byte = nibble + bias`.
+pub(crate) struct Lines<'a> {
+    /// The symbol byte of nibble 0.
+    pub bias: u8,
+    /// Whether nibble 0 is an escape.
+    pub escapes: bool,
+    /// (row tiles, lines)
+    pub lines: &'a mut [TileBytes],
+    /// (row tiles): where each one's escaped bytes begin.
+    pub offsets: &'a mut [u32],
+    /// 64 bytes more than there are symbols.
+    pub escaped: &'a mut [u8],
+}
+
 /// A kernel, with the tables of one tensor.
 pub(crate) trait Kernel {
     /// Parameters of the table.
@@ -146,6 +171,8 @@ pub(crate) trait Kernel {
     fn width(&self) -> usize;
     /// As [`store_group`].
     fn store(&self, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool;
+    /// As [`lines_group`].
+    fn lines(&self, group: Group<'_>, out: Lines<'_>) -> Option<usize>;
     /// As [`dot_group`].
     fn dot(&self, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool;
 }
@@ -168,6 +195,32 @@ pub(crate) fn decode(kernel: &dyn Kernel, tensor: &CodedTensor, chunks: Range<us
         rest = after;
         kernel.store(group, out, far)
     })
+}
+
+/// Decodes consecutive chunks to lines of nibbles. As in the decoded form the symbol bytes without a nibble of a row
+/// tile follow each other in `escaped`, from its offset on. Returns how many there are.
+///
+/// `None` if a chunk has far symbols or is corrupt, or a symbol has no nibble and there are no escapes: all is then of
+/// no use.
+pub(crate) fn decode_lines(kernel: &dyn Kernel, tensor: &CodedTensor, chunks: Range<usize>, out: Lines<'_>) -> Option<usize> {
+    let Lines { bias, escapes, mut lines, mut offsets, escaped } = out;
+    let mut taken = 0;
+    for group in groups(kernel, tensor, chunks) {
+        let row_tiles = group.chunks * tensor.chunk_row_tiles(group.first).len();
+        let (own, rest) = lines.split_at_mut(row_tiles * tensor.col_steps().div_ceil(2));
+        let (own_offsets, rest_offsets) = offsets.split_at_mut(row_tiles);
+        (lines, offsets) = (rest, rest_offsets);
+        let more = kernel.lines(group, Lines { bias, escapes, lines: own, offsets: own_offsets, escaped: &mut escaped[taken..] })?;
+        if !escapes && more > 0 {
+            return None;
+        }
+        for offset in own_offsets {
+            // At most 2^32 symbols, of which fewer are wide.
+            *offset += taken as u32;
+        }
+        taken += more;
+    }
+    Some(taken)
 }
 
 /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of
@@ -206,6 +259,30 @@ macro_rules! each_chunk {
 
 pub(super) use each_chunk;
 
+/// The methods of [`Decoder`] that take tiles, for a decoder whose method `next` has them in registers.
+macro_rules! tiles_in_registers {
+    ($n:ident) => {
+        #[inline(always)]
+        unsafe fn store(&mut self, isa: Self::Isa, i: usize, out: *mut $crate::isa::TileBytes, _spare: bool) {
+            // SAFETY: by the contract.
+            unsafe { $crate::isa::Isa::store(isa, self.next(i), &mut *out) };
+        }
+
+        #[inline(always)]
+        unsafe fn dot(&mut self, isa: Self::Isa, sums: &mut [<Self::Isa as $crate::isa::Isa>::Sums; $n], q: &[[i8; $crate::TILE_COLS]]) {
+            for q in q {
+                each_chunk!($n, |i| {
+                    // SAFETY: by the contract.
+                    let tile = unsafe { self.next(i) };
+                    sums[i] = $crate::isa::Isa::dot(isa, sums[i], tile, q);
+                });
+            }
+        }
+    };
+}
+
+pub(super) use tiles_in_registers;
+
 /// The sink that stores.
 ///
 /// # Safety
@@ -230,8 +307,8 @@ pub(super) unsafe fn store_group<D: Decoder<N>, const N: usize>(
         let mut decoder = D::new(tables, &streams);
         for step in 0..steps {
             each_chunk!(N, |i| {
-                let tile = decoder.next(i);
-                isa.store(tile, tiles.get_unchecked_mut(i * steps + step));
+                // The tile behind is written later, but for that of the next chunk.
+                decoder.store(isa, i, tiles.as_mut_ptr().add(i * steps + step), step + 1 < steps);
             });
         }
         decoder.valid()
@@ -240,6 +317,62 @@ pub(super) unsafe fn store_group<D: Decoder<N>, const N: usize>(
         && (group.first..)
             .zip(streams.iter().map(|s| &s.chunk).zip(out.chunks_exact(symbols)))
             .all(|(chunk, (parts, bytes))| take_far(group.tensor, chunk, parts.far, parts.escapes, bytes, far))
+}
+
+/// Tiles of a chunk that are decoded before they are narrowed: few, so that they stay in the L1 cache, and that the memory
+/// takes lines all the time and not only between chunks.
+const NARROWED_TILES: usize = 32;
+
+/// The sink that narrows. Returns how many symbols have no nibble.
+///
+/// # Safety
+/// As for [`store_group`].
+#[inline(always)]
+pub(super) unsafe fn lines_group<D: Decoder<N>, const N: usize>(
+    isa: D::Isa,
+    tables: &D::Tables,
+    group: Group<'_>,
+    out: Lines<'_>,
+) -> Option<usize> {
+    let streams = group.streams::<N>()?;
+    if streams.iter().any(Stream::has_far) {
+        return None;
+    }
+    let Lines { bias, escapes, lines, offsets, escaped } = out;
+    let (symbols, col_steps) = (group.tensor.chunk_symbols(group.first), group.tensor.col_steps());
+    let (row_tile_lines, row_tiles) = (col_steps.div_ceil(2), symbols / (col_steps * TILE_SYMBOLS));
+    assert!(lines.len() == N * row_tiles * row_tile_lines && offsets.len() == N * row_tiles);
+    // One more, whose first byte is spare.
+    let mut tiles = [const { MaybeUninit::<Tiles<{ NARROWED_TILES + 1 }>>::uninit() }; N];
+    // Of each chunk, which writes where there is room for all its symbols.
+    let mut taken = [0; N];
+    // SAFETY: by the contract, and for the tiles as in the comments below.
+    let valid = unsafe {
+        let mut decoder = D::new(tables, &streams);
+        for row_tile in 0..row_tiles {
+            for i in 0..N {
+                // At most 2^32 symbols, of which fewer are wide.
+                offsets[i * row_tiles + row_tile] = taken[i] as u32;
+            }
+            for start in (0..col_steps).step_by(NARROWED_TILES) {
+                let count = NARROWED_TILES.min(col_steps - start);
+                for step in 0..count {
+                    each_chunk!(N, |i| {
+                        // Behind the tile there is another.
+                        decoder.store(isa, i, tiles[i].as_mut_ptr().cast::<TileBytes>().add(step), true);
+                    });
+                }
+                for i in 0..N {
+                    // As many were just stored.
+                    let tiles = std::slice::from_raw_parts(tiles[i].as_ptr().cast(), count);
+                    let lines = &mut lines[(i * row_tiles + row_tile) * row_tile_lines + start / 2..][..count.div_ceil(2)];
+                    taken[i] += narrow_tiles(isa, tiles, bias, escapes.into(), lines, &mut escaped[i * symbols + taken[i]..]);
+                }
+            }
+        }
+        decoder.valid()
+    };
+    valid.then(|| join_escaped(symbols, &taken, offsets, escaped))
 }
 
 /// The sink that multiplies.
@@ -257,7 +390,7 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
     let Some(streams) = group.streams::<N>() else {
         return false;
     };
-    if streams.iter().any(|s| !s.chunk.far.is_empty() || count_zeros(s.chunk.escapes) > 0) {
+    if streams.iter().any(Stream::has_far) {
         return false;
     }
     let Factor { scales, x } = factor;
@@ -274,12 +407,7 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
             let mut acc = [[0.0; TILE_ROWS]; N];
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
                 let mut dots = [isa.zero(); N];
-                for q in q {
-                    each_chunk!(N, |i| {
-                        let tile = decoder.next(i);
-                        dots[i] = isa.dot(dots[i], tile, q);
-                    });
-                }
+                decoder.dot(isa, &mut dots, q);
                 for i in 0..N {
                     let sums = isa.finish_floats(dots[i], xsums[segment], 0);
                     SegmentScales::of(tile_scales[i], segment).add_floats(isa, &mut acc[i], sums, xscales[segment], xsums[segment]);
