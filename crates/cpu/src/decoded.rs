@@ -23,7 +23,7 @@ use crate::buffer::AlignedBytes;
 use crate::error::FirstError;
 use crate::isa::{Isa, TileBytes, per_isa};
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs};
+use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs, tiered};
 
 /// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with
 /// each other.
@@ -276,19 +276,11 @@ impl Store<'_> {
             scratch.escapes.ensure(symbols + TILE_SYMBOLS);
             scratch.far.clear();
             let lines = fields.as_chunks_mut().0;
-            let pairs = rans_pairs::Chunks::new(self.level, self.tensor);
-            let straight = pairs.and_then(|pairs| {
-                pairs.decode_lines(
-                    chunks.clone(),
-                    &mut scratch.pairs,
-                    bias,
-                    escapes,
-                    lines,
-                    offsets,
-                    &mut scratch.escapes,
-                    &mut scratch.far,
-                )
-            });
+            let Scratch { pairs, escapes: escaped, far, .. } = &mut *scratch;
+            let straight = match rans_pairs::Chunks::new(self.level, self.tensor) {
+                Some(kernel) => kernel.decode_lines(chunks.clone(), pairs, bias, escapes, lines, offsets, escaped, far),
+                None => tiered::decode_lines(self.level, self.tensor, chunks.clone(), pairs, bias, escapes, lines, offsets, escaped, far),
+            };
             let taken = match straight {
                 Some(taken) => taken,
                 None => self.narrow(chunks, bias, escapes, lines, offsets, scratch)?,

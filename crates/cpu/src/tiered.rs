@@ -28,15 +28,15 @@
 
 use std::ops::Range;
 
-use tersor_codec::pairs::LISTED_NIBBLE;
 use tersor_codec::tiered::{Chunk, Table, Tier};
-use tersor_codec::{PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
+use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::pairs::{Listed, PairBuffers, RawLines, put_listed, split};
+use crate::rans_pairs::{Nibbles, PART, room};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
@@ -48,6 +48,135 @@ const EIGHT_PAIRS: usize = TILES * TILE_SYMBOLS;
 /// the processor's own prefetcher stops at the end of a page.
 const PREFETCH_BYTES: usize = 4096;
 
+/// One chunk.
+struct Parts<'a> {
+    table: &'a Table,
+    chunk: Chunk<'a>,
+    raw: RawLines<'a>,
+    /// The pairs that no tier has, with [`PADDING_BYTES`] behind them.
+    escapes: &'a [u8],
+}
+
+impl<'a> Parts<'a> {
+    /// `None` if the codec is another one, or the chunk corrupt.
+    fn new(tensor: &'a CodedTensor, chunk: usize) -> Option<Parts<'a>> {
+        let AnyTable::Tiered(table) = tensor.table() else {
+            return None;
+        };
+        let symbols = tensor.chunk_symbols(chunk);
+        let parts = Chunk::parse(table, symbols, tensor.chunk(chunk)).ok()?;
+        let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
+        if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
+            return None;
+        }
+        let escapes = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
+        Some(Parts { table, chunk: parts, raw, escapes })
+    }
+
+    /// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
+    /// behind it are corrupt. `escapes`: those of the last tier, likewise. To the nibbles of all others `shift` is added.
+    fn inner<'b>(&self, level: Level, shift: u8, escapes: &'b [u8], buffers: &'b mut [AlignedBytes]) -> Option<&'b [u8]> {
+        let mut escaped = escapes;
+        let behind = self.table.tiers().iter().zip(self.chunk.tiers).skip(1);
+        for ((tier, (pairs, fields)), buffer) in behind.rev().zip(buffers) {
+            buffer.ensure(pairs.next_multiple_of(TILE_SYMBOLS) + PADDING_BYTES);
+            if !expand(level, tier, shift, pairs, fields.as_chunks().0, escaped, buffer.as_chunks_mut().0) {
+                return None;
+            }
+            escaped = &buffer[..pairs + PADDING_BYTES];
+        }
+        Some(escaped)
+    }
+
+    /// All pair bytes, and a buffer that is no longer needed; `None` if the tiers are corrupt.
+    fn pairs<'b>(&'b self, level: Level, buffers: &'b mut PairBuffers) -> Option<(&'b [TileBytes], &'b mut AlignedBytes)> {
+        let [behind @ .., pairs] = &mut buffers.0;
+        let Some(tier) = self.table.tiers().first() else {
+            return Some((self.chunk.escapes.as_chunks().0, pairs));
+        };
+        let (count, fields) = self.chunk.tiers[0];
+        let pairs = room(pairs, count.div_ceil(TILE_SYMBOLS));
+        let escaped = self.inner(level, 0, self.escapes, behind)?;
+        expand(level, tier, 0, count, fields.as_chunks().0, escaped, pairs).then_some((pairs, &mut behind[0]))
+    }
+
+    /// As [`decode_lines`], of one chunk whose pair bytes are lines, but for far symbols. `clean`: whether
+    /// none of the pairs of the tiers has a symbol without a nibble.
+    #[allow(clippy::too_many_arguments)] // Of the chunk, and the parts of the decoded form.
+    fn store_lines(
+        &self,
+        level: Level,
+        nibbles: Nibbles,
+        clean: bool,
+        buffers: &mut PairBuffers,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let scan = !(clean && nibbles.clean(self.chunk.escapes.iter().copied()));
+        if scan && !nibbles.escapes() {
+            return None;
+        }
+        let shift = nibbles.shift_byte();
+        let [behind @ .., buffer] = &mut buffers.0;
+        match self.table.tiers().first() {
+            None => {
+                lines.copy_from_slice(self.chunk.escapes.as_chunks().0);
+                shift_nibbles(level, shift, lines);
+            }
+            Some(tier) => {
+                let mut escapes = self.escapes;
+                if shift != 0 {
+                    let own = room(buffer, escapes.len().div_ceil(TILE_SYMBOLS));
+                    own.as_flattened_mut()[..escapes.len()].copy_from_slice(escapes);
+                    shift_nibbles(level, shift, own);
+                    escapes = &own.as_flattened()[..escapes.len()];
+                }
+                let escaped = self.inner(level, shift, escapes, behind)?;
+                let (count, fields) = self.chunk.tiers[0];
+                if !expand(level, tier, shift, count, fields.as_chunks().0, escaped, lines) {
+                    return None;
+                }
+            }
+        }
+        let (row_tile_lines, mut taken) = (lines.len() / offsets.len(), 0);
+        let mut listed = self.chunk.listed.iter().peekable();
+        for (row_tile, (lines, offset)) in lines.chunks_mut(row_tile_lines).zip(offsets).enumerate() {
+            *offset = taken as u32;
+            if scan || listed.peek().is_some() {
+                taken += nibbles.finish(level, row_tile, lines, &mut listed, scan, &mut out[taken..])?;
+            }
+        }
+        Some(taken)
+    }
+
+    /// As [`Parts::store_lines`], of any chunk.
+    fn narrow(
+        &self,
+        level: Level,
+        nibbles: Nibbles,
+        buffers: &mut PairBuffers,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let (pairs, bytes) = self.pairs(level, buffers)?;
+        let bytes = room(bytes, 2 * PART).as_flattened_mut();
+        let (row_tile_lines, mut taken) = (lines.len() / offsets.len(), 0);
+        let mut listed = self.chunk.listed.iter().peekable();
+        let row_tiles = lines.chunks_mut(row_tile_lines).zip(pairs.chunks(row_tile_lines)).zip(offsets);
+        for (row_tile, ((lines, pairs), offset)) in row_tiles.enumerate() {
+            *offset = taken as u32;
+            for (part, (lines, pairs)) in lines.chunks_mut(PART).zip(pairs.chunks(PART)).enumerate() {
+                let step = row_tile * row_tile_lines + part * PART;
+                let out = &mut out[taken..];
+                taken += nibbles.narrow(level, self.table.window(), self.raw, step, pairs, &mut listed, bytes, lines, out)?;
+            }
+        }
+        Some(taken)
+    }
+}
+
 /// Decodes a chunk. False if it is of another codec, or does not decode: `out` and `far` may then
 /// have changed.
 pub(crate) fn decode(
@@ -58,38 +187,75 @@ pub(crate) fn decode(
     out: &mut [u8],
     far: &mut Vec<FarAt>,
 ) -> bool {
-    let Some((table, parts)) = parse(tensor, chunk) else {
+    let Some(parts) = Parts::new(tensor, chunk) else {
         return false;
     };
-    // Pair bytes of all tiers but the first, and of the first.
-    let [behind @ .., pairs] = &mut buffers.0;
-    let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
+    let Some((pairs, _)) = parts.pairs(level, buffers) else {
         return false;
     };
-    let pairs: &[TileBytes] = match table.tiers().first() {
-        None => parts.escapes.as_chunks().0,
-        Some(tier) => {
-            let (count, fields) = parts.tiers[0];
-            pairs.ensure(count);
-            let pairs = &mut pairs.as_chunks_mut().0[..count.div_ceil(TILE_SYMBOLS)];
-            if !expand(level, tier, count, fields.as_chunks().0, escaped, pairs) {
-                return false;
-            }
-            pairs
-        }
-    };
-    if !split(level, table.base(), RawLines::NONE, pairs, out.as_chunks_mut().0) {
-        return false;
-    }
-    if !put_listed(parts.listed.iter(), table.base() + LISTED_NIBBLE, out) {
+    let (window, listed) = (parts.table.window(), parts.chunk.listed);
+    if !split(level, window.base(), parts.raw, pairs, out.as_chunks_mut().0) || !put_listed(listed.iter(), window.listed_byte(), out) {
         return false;
     }
     let known = far.len();
-    let valid = take_far(tensor, chunk, parts.far, parts.listed.bytes(), out, far);
+    let valid = take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
     if !valid {
         far.truncate(known);
     }
     valid
+}
+
+/// Decodes consecutive chunks to lines of nibbles, as `rans_pairs::Chunks::decode_lines` does. `None` also if the codec is
+/// another one.
+#[allow(clippy::too_many_arguments)] // The parts of the decoded form.
+pub(crate) fn decode_lines(
+    level: Level,
+    tensor: &CodedTensor,
+    chunks: Range<usize>,
+    buffers: &mut PairBuffers,
+    bias: u8,
+    escapes: bool,
+    mut lines: &mut [TileBytes],
+    mut offsets: &mut [u32],
+    escaped: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> Option<usize> {
+    let AnyTable::Tiered(table) = tensor.table() else {
+        return None;
+    };
+    // Row tiles may not begin within a pair.
+    if !tensor.col_steps().is_multiple_of(2) {
+        return None;
+    }
+    let nibbles = Nibbles::new(table.window(), bias, escapes);
+    let straight = nibbles.straight(table.window());
+    let clean = nibbles.clean(table.tiers().iter().flat_map(|tier| &tier.pair_bytes()[1..1 << tier.bits()]).copied());
+    let mut taken = 0;
+    for chunk in chunks {
+        let parts = Parts::new(tensor, chunk)?;
+        let (own, rest) = lines.split_at_mut(tensor.chunk_symbols(chunk) / (2 * TILE_SYMBOLS));
+        let (own_offsets, rest_offsets) = offsets.split_at_mut(tensor.chunk_row_tiles(chunk).len());
+        (lines, offsets) = (rest, rest_offsets);
+        let out = &mut escaped[taken..];
+        let more = match straight {
+            true => parts.store_lines(level, nibbles, clean, buffers, own, own_offsets, out),
+            false => parts.narrow(level, nibbles, buffers, own, own_offsets, out),
+        }?;
+        if !escapes && more > 0 {
+            return None;
+        }
+        for offset in own_offsets {
+            // At most 2^32 symbols, of which fewer are wide.
+            *offset += taken as u32;
+        }
+        taken += more;
+        let zeros = parts.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
+        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) {
+            return None;
+        }
+        far.extend(FarAt::of_chunk(tensor, chunk, parts.chunk.far));
+    }
+    Some(taken)
 }
 
 /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).
@@ -111,53 +277,41 @@ pub(crate) fn dot(
     }
     let mut rest = sums;
     for chunk in chunks {
-        let Some((table, parts)) = parse(tensor, chunk) else {
+        let Some(parts) = Parts::new(tensor, chunk) else {
             return false;
         };
-        if !parts.far.is_empty() || count_zeros(parts.listed.bytes()) > 0 {
+        if !parts.chunk.far.is_empty() || count_zeros(parts.chunk.listed.bytes()) > 0 {
             return false;
         }
         let [behind @ .., _] = &mut buffers.0;
-        let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
+        let Some(escaped) = parts.inner(level, 0, parts.escapes, behind) else {
             return false;
         };
         let row_tiles = tensor.chunk_row_tiles(chunk);
         let (sums, after) = rest.split_at_mut(row_tiles.len());
         rest = after;
-        if !dot_lines(level, table, &parts, escaped, row_tiles.start, scales, x, sums) {
+        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) {
             return false;
         }
     }
     true
 }
 
-fn parse(tensor: &CodedTensor, chunk: usize) -> Option<(&Table, Chunk<'_>)> {
-    let AnyTable::Tiered(table) = tensor.table() else {
-        return None;
-    };
-    Some((table, Chunk::parse(table, tensor.chunk_symbols(chunk), tensor.chunk(chunk)).ok()?))
+per_isa! {
+    /// Adds the nibbles of `shift` to those of all bytes, modulo 16.
+    fn shift_nibbles(isa; shift: u8, tiles: &mut [TileBytes]) {
+        for tile in tiles {
+            isa.store(shifted(isa, isa.load(tile), shift), tile);
+        }
+    }
 }
 
-/// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
-/// behind it are corrupt.
-fn inner<'a>(
-    level: Level,
-    tensor: &'a CodedTensor,
-    chunk: usize,
-    table: &Table,
-    parts: &Chunk<'a>,
-    buffers: &'a mut [AlignedBytes],
-) -> Option<&'a [u8]> {
-    let mut escaped = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
-    let behind = table.tiers().iter().zip(parts.tiers).skip(1);
-    for ((tier, (pairs, fields)), buffer) in behind.rev().zip(buffers) {
-        buffer.ensure(pairs.next_multiple_of(TILE_SYMBOLS) + PADDING_BYTES);
-        if !expand(level, tier, pairs, fields.as_chunks().0, escaped, buffer.as_chunks_mut().0) {
-            return None;
-        }
-        escaped = &buffer[..pairs + PADDING_BYTES];
-    }
-    Some(escaped)
+/// As [`shift_nibbles`], of one tile.
+#[inline(always)]
+fn shifted<I: Isa>(isa: I, tile: I::Tile, shift: u8) -> I::Tile {
+    // The sum of the high nibbles alone has no carry from the low ones.
+    let (both, high) = (isa.add_bytes(tile, isa.splat(shift)), isa.add_bytes(tile, isa.splat(shift & 0xf0)));
+    isa.select_bits(isa.splat(15), both, high)
 }
 
 /// The fields of eight tiles of `B` bits, in the low bits of each byte; the bits above them are
@@ -211,11 +365,11 @@ impl<'a> Escaped<'a> {
         Escaped { bytes, end: bytes.len() - PADDING_BYTES, taken: 0 }
     }
 
-    /// Replaces the bytes of 0 by the next pairs, or by anything beyond their end.
+    /// Replaces the bytes that equal `escape` by the next pairs, or by anything beyond their end.
     #[inline(always)]
-    fn fill<I: Isa>(&mut self, isa: I, tile: I::Tile, zero: I::Tile) -> I::Tile {
+    fn fill<I: Isa>(&mut self, isa: I, tile: I::Tile, escape: I::Tile) -> I::Tile {
         // SAFETY: the read begins at `end` at most, behind which 64 bytes follow.
-        let (tile, more) = unsafe { isa.unescape(tile, zero, self.bytes.as_ptr().add(self.taken.min(self.end))) };
+        let (tile, more) = unsafe { isa.unescape(tile, escape, self.bytes.as_ptr().add(self.taken.min(self.end))) };
         self.taken += more;
         tile
     }
@@ -226,15 +380,15 @@ impl<'a> Escaped<'a> {
 }
 
 per_isa! {
-    /// Pair bytes of one tier, whose fields lie in `lines`. `escaped`: the pairs of the tier behind,
-    /// with [`PADDING_BYTES`] after them. `out`: room for all tiles. False if a field beyond the last
+    /// Pair bytes of one tier, whose fields lie in `lines`, with `shift` added to their nibbles modulo 16. `escaped`: the pairs
+    /// of the tier behind, shifted, with [`PADDING_BYTES`] after them. `out`: room for all tiles. False if a field beyond the last
     /// pair is not 0, or escaped pairs are left or missing.
-    fn expand(isa; tier: &Tier, pairs: usize, lines: &[TileBytes], escaped: &[u8], out: &mut [TileBytes]) -> bool {
+    fn expand(isa; tier: &Tier, shift: u8, pairs: usize, lines: &[TileBytes], escaped: &[u8], out: &mut [TileBytes]) -> bool {
         match tier.bits() {
-            3 => expand_bits::<_, 3>(isa, tier, pairs, lines, escaped, out),
-            4 => expand_bits::<_, 4>(isa, tier, pairs, lines, escaped, out),
-            5 => expand_bits::<_, 5>(isa, tier, pairs, lines, escaped, out),
-            _ => expand_bits::<_, 6>(isa, tier, pairs, lines, escaped, out),
+            3 => expand_bits::<_, 3>(isa, tier, shift, pairs, lines, escaped, out),
+            4 => expand_bits::<_, 4>(isa, tier, shift, pairs, lines, escaped, out),
+            5 => expand_bits::<_, 5>(isa, tier, shift, pairs, lines, escaped, out),
+            _ => expand_bits::<_, 6>(isa, tier, shift, pairs, lines, escaped, out),
         }
     }
 }
@@ -243,13 +397,16 @@ per_isa! {
 fn expand_bits<I: Isa, const B: usize>(
     isa: I,
     tier: &Tier,
+    shift: u8,
     pairs: usize,
     lines: &[TileBytes],
     escaped: &[u8],
     out: &mut [TileBytes],
 ) -> bool {
-    let table = isa.table(tier.pair_bytes());
-    let zero = isa.splat(0);
+    let mut pair_bytes = [0; TILE_SYMBOLS];
+    isa.store(shifted(isa, isa.load(tier.pair_bytes()), shift), &mut pair_bytes);
+    // No other pair is shifted to what ESCAPE is.
+    let (table, escape) = (isa.table(&pair_bytes), isa.splat(pair_bytes[0]));
     let mut escaped = Escaped::new(escaped);
     let whole = pairs / EIGHT_PAIRS;
     let (eights, last) = lines.split_at(whole * B);
@@ -261,7 +418,7 @@ fn expand_bits<I: Isa, const B: usize>(
         let tiles = fields(isa, lines);
         for i in 0..TILES {
             let tile = isa.lookup(table, tiles[i]);
-            isa.store(escaped.fill(isa, tile, zero), &mut out[i]);
+            isa.store(escaped.fill(isa, tile, escape), &mut out[i]);
         }
     }
     if !last.is_empty() {
@@ -281,7 +438,7 @@ fn expand_bits<I: Isa, const B: usize>(
         unused.fill(1);
         for (own, out) in own[..count.div_ceil(TILE_SYMBOLS)].iter().zip(out_last) {
             let tile = isa.lookup(table, isa.load(own));
-            isa.store(escaped.fill(isa, tile, zero), out);
+            isa.store(escaped.fill(isa, tile, escape), out);
         }
     }
     escaped.used_up()
@@ -292,30 +449,46 @@ per_isa! {
     /// False if escaped pairs are left or missing.
     fn dot_lines(
         isa;
-        table: &Table,
-        parts: &Chunk<'_>,
+        parts: &Parts<'_>,
         escaped: &[u8],
         first: usize,
         scales: &KernelScales,
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
-        match table.tiers().first().map_or(8, Tier::bits) {
-            3 => dot_bits::<_, 3>(isa, table, parts, escaped, first, scales, x, sums),
-            4 => dot_bits::<_, 4>(isa, table, parts, escaped, first, scales, x, sums),
-            5 => dot_bits::<_, 5>(isa, table, parts, escaped, first, scales, x, sums),
-            6 => dot_bits::<_, 6>(isa, table, parts, escaped, first, scales, x, sums),
-            _ => dot_bits::<_, 8>(isa, table, parts, escaped, first, scales, x, sums),
+        match parts.raw.bits() {
+            0 => dot_raw::<_, 0>(isa, parts, escaped, first, scales, x, sums),
+            1 => dot_raw::<_, 1>(isa, parts, escaped, first, scales, x, sums),
+            _ => dot_raw::<_, 2>(isa, parts, escaped, first, scales, x, sums),
         }
     }
 }
 
+/// As [`dot_lines`], with `R` raw bits.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // Those of `dot_lines`.
-fn dot_bits<I: Isa, const B: usize>(
+fn dot_raw<I: Isa, const R: u32>(
     isa: I,
-    table: &Table,
-    parts: &Chunk<'_>,
+    parts: &Parts<'_>,
+    escaped: &[u8],
+    first: usize,
+    scales: &KernelScales,
+    x: &Activations,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
+    match parts.table.tiers().first().map_or(8, Tier::bits) {
+        3 => dot_bits::<_, R, 3>(isa, parts, escaped, first, scales, x, sums),
+        4 => dot_bits::<_, R, 4>(isa, parts, escaped, first, scales, x, sums),
+        5 => dot_bits::<_, R, 5>(isa, parts, escaped, first, scales, x, sums),
+        6 => dot_bits::<_, R, 6>(isa, parts, escaped, first, scales, x, sums),
+        _ => dot_bits::<_, R, 8>(isa, parts, escaped, first, scales, x, sums),
+    }
+}
+
+/// As [`dot_raw`], with `B` bits in the first tier.
+#[inline(always)]
+fn dot_bits<I: Isa, const R: u32, const B: usize>(
+    isa: I,
+    parts: &Parts<'_>,
     escaped: &[u8],
     first: usize,
     scales: &KernelScales,
@@ -324,15 +497,18 @@ fn dot_bits<I: Isa, const B: usize>(
 ) -> bool {
     // Without a tier pairs are bytes, and nothing is looked up or escaped.
     let bytes = B == 8;
-    let lookup = isa.table(table.tiers().first().map_or(&[0; TILE_SYMBOLS], Tier::pair_bytes));
+    let lookup = isa.table(parts.table.tiers().first().map_or(&[0; TILE_SYMBOLS], Tier::pair_bytes));
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
-    let base = i32::from(table.base()) - i32::from(SYMBOL_BIAS);
+    let window = parts.table.window();
+    let base = i32::from(window.base()) - i32::from(SYMBOL_BIAS);
     let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
     let (xscales, xsums) = (x.scales(0), x.sums(0));
-    let lines: &[TileBytes] = if bytes { parts.escapes } else { parts.tiers[0].1 }.as_chunks().0;
+    let lines: &[TileBytes] = if bytes { parts.chunk.escapes } else { parts.chunk.tiers[0].1 }.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
-    let mut listed = Listed::new(parts.listed.iter(), table.base() + LISTED_NIBBLE);
+    // Eight tiles of pairs have two raw lines for each raw bit.
+    let mut raw_lines: &[TileBytes] = parts.chunk.raw_lines.as_chunks().0;
+    let mut listed = Listed::new(parts.chunk.listed.iter(), window.listed_byte());
     let mut pairs = [[0; TILE_SYMBOLS]; TILES];
     for (i, acc) in sums.iter_mut().enumerate() {
         let tile_scales = scales.tile(first + i);
@@ -341,19 +517,30 @@ fn dot_bits<I: Isa, const B: usize>(
             let (mut low, mut high) = (isa.zero(), isa.zero());
             let mut beside = [0; TILE_ROWS];
             for (q, lines) in q.as_chunks::<{ 2 * TILES }>().0.iter().zip(&mut eights) {
-                for line in lines {
+                let (raw, rest) = raw_lines.split_at(2 * R as usize);
+                raw_lines = rest;
+                for line in lines.iter().chain(raw) {
                     prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
                 }
                 let tiles = fields(isa, lines);
                 for i in 0..TILES {
                     let tile = if bytes { tiles[i] } else { escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero) };
                     isa.store(tile, &mut pairs[i]);
-                    low = isa.dot_low(low, tile, &q[2 * i]);
-                    high = isa.dot_high(high, tile, &q[2 * i + 1]);
+                    match 4usize.checked_div(R as usize) {
+                        None => {
+                            low = isa.dot_low(low, tile, &q[2 * i]);
+                            high = isa.dot_high(high, tile, &q[2 * i + 1]);
+                        }
+                        Some(per_line) => {
+                            let line = isa.load(&raw[i / per_line]);
+                            (low, high) = isa.dot_symbols::<R>((low, high), tile, line, i % per_line, [&q[2 * i], &q[2 * i + 1]]);
+                        }
+                    }
                 }
                 listed.add(&pairs, q, &mut beside);
             }
-            let mut isum = isa.finish(isa.join_nibbles(low, high), 0);
+            let joined = if R == 0 { isa.join_nibbles(low, high) } else { isa.join_symbols::<R>(low, high) };
+            let mut isum = isa.finish(joined, 0);
             for (sum, beside) in isum.iter_mut().zip(beside) {
                 *sum += base * xsums[segment] + beside;
             }
