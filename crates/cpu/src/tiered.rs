@@ -48,6 +48,13 @@ const EIGHT_PAIRS: usize = TILES * TILE_SYMBOLS;
 /// the processor's own prefetcher stops at the end of a page.
 const PREFETCH_BYTES: usize = 4096;
 
+/// Lines at the beginning of each part that are fetched before any part is read.
+const ANNOUNCED_LINES: usize = 32;
+
+/// Lines of nibbles for each listed symbol from which on it pays to put these into the lines one by one: that takes
+/// 9 ns, where a line takes 2 ns more by way of symbol bytes.
+const LINES_PER_LISTED: usize = 4;
+
 /// One chunk.
 struct Parts<'a> {
     table: &'a Table,
@@ -68,6 +75,11 @@ impl<'a> Parts<'a> {
         let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
         if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
             return None;
+        }
+        for part in parts.tiers.iter().map(|(_, fields)| *fields).chain([parts.raw_lines]) {
+            for line in part.chunks(TILE_SYMBOLS).take(ANNOUNCED_LINES) {
+                prefetch(line.as_ptr());
+            }
         }
         let escapes = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
         Some(Parts { table, chunk: parts, raw, escapes })
@@ -237,7 +249,8 @@ pub(crate) fn decode_lines(
         let (own_offsets, rest_offsets) = offsets.split_at_mut(tensor.chunk_row_tiles(chunk).len());
         (lines, offsets) = (rest, rest_offsets);
         let out = &mut escaped[taken..];
-        let more = match straight {
+        let few = parts.chunk.listed.bytes().len() <= own.len() / LINES_PER_LISTED;
+        let more = match straight && few {
             true => parts.store_lines(level, nibbles, clean, buffers, own, own_offsets, out),
             false => parts.narrow(level, nibbles, buffers, own, own_offsets, out),
         }?;
@@ -519,13 +532,22 @@ fn dot_bits<I: Isa, const R: u32, const B: usize>(
             for (q, lines) in q.as_chunks::<{ 2 * TILES }>().0.iter().zip(&mut eights) {
                 let (raw, rest) = raw_lines.split_at(2 * R as usize);
                 raw_lines = rest;
-                for line in lines.iter().chain(raw) {
+                for line in lines {
+                    prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+                }
+                for line in raw {
                     prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
                 }
                 let tiles = fields(isa, lines);
                 for i in 0..TILES {
                     let tile = if bytes { tiles[i] } else { escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero) };
                     isa.store(tile, &mut pairs[i]);
+                }
+                if R > 0 {
+                    std::hint::black_box(&mut pairs);
+                }
+                for i in 0..TILES {
+                    let tile = isa.load(&pairs[i]);
                     match 4usize.checked_div(R as usize) {
                         None => {
                             low = isa.dot_low(low, tile, &q[2 * i]);
@@ -549,4 +571,130 @@ fn dot_bits<I: Isa, const R: u32, const B: usize>(
         finish_rows(tile_scales, acc);
     }
     (bytes || escaped.used_up()) && listed.valid()
+}
+
+#[cfg(test)]
+mod tests {
+    use tersor_codec::{Codec, decode_chunk_bytes};
+    use tersor_format::{EncodedTensor, encode_tensor};
+    use tersor_quant::{QuantizedTensor, Scales};
+
+    use super::*;
+    use crate::decoded::narrow_row_tile;
+    use crate::testing::levels;
+
+    /// Gaussian symbols about `mean`, one in a thousand far if `far`.
+    fn tensor(rows: usize, cols: usize, deviation: f64, mean: f64, far: bool, chunk_symbols: u32) -> EncodedTensor {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut unit = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        let mut symbol = || {
+            let gauss = (-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos();
+            if far && unit() < 1e-3 { 1000 } else { (mean + deviation * gauss).round().clamp(-127.0, 127.0) as i16 }
+        };
+        let symbols = (0..rows * cols).map(|_| symbol()).collect();
+        let scales = Scales::Row { scales: vec![0x3c00; rows], scale_exponent: 0 };
+        encode_tensor(&QuantizedTensor { rows, cols, symbols, scales }, Codec::Tiered, chunk_symbols).unwrap()
+    }
+
+    /// Symbol bytes and far symbols of a chunk by the codec's decoder.
+    fn by_codec(tensor: &CodedTensor, chunk: usize) -> (Vec<u8>, Vec<FarAt>) {
+        let mut bytes = vec![0; tensor.chunk_symbols(chunk)];
+        let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut bytes).unwrap();
+        (bytes, FarAt::of_chunk(tensor, chunk, list).collect())
+    }
+
+    fn window(tensor: &CodedTensor) -> tersor_codec::pairs::Window {
+        match tensor.table() {
+            AnyTable::Tiered(table) => table.window(),
+            _ => unreachable!("it was coded so"),
+        }
+    }
+
+    /// Deviations whose tables have no, one and two raw bits, and one for which none have all symbols of a window.
+    const DEVIATIONS: [(f64, u8); 6] = [(0.9, 0), (1.4, 0), (2.0, 0), (2.8, 1), (5.0, 2), (30.0, 2)];
+
+    /// No kernel gives up, with row tiles that begin within a pair too.
+    #[test]
+    fn symbol_bytes_are_those_of_the_codec() {
+        for (deviation, raw_bits) in DEVIATIONS {
+            for (row_tiles, cols, far) in (1..=5).flat_map(|n| [(n, 128, false), (n, 36, true), (n, 4, true), (n, 1100, true)]) {
+                let encoded = tensor(row_tiles * 16, cols, deviation, 0.0, far, 2 * 16 * cols as u32);
+                let tensor = encoded.tensor();
+                assert!(window(tensor).raw_bits() == raw_bits || cols * row_tiles < 1100, "deviation {deviation}");
+                for (level, chunk) in levels().into_iter().flat_map(|level| (0..tensor.chunk_count()).map(move |chunk| (level, chunk))) {
+                    let (want, want_far) = by_codec(tensor, chunk);
+                    let (mut bytes, mut far) = (vec![0; want.len()], Vec::new());
+                    assert!(decode(level, tensor, chunk, &mut PairBuffers::default(), &mut bytes, &mut far));
+                    assert!(bytes == want && far == want_far, "{level} {deviation} {row_tiles} {cols}");
+                }
+            }
+        }
+    }
+
+    /// Lines of windows that agree with the form and of others, with and without escapes.
+    #[test]
+    fn lines_are_narrowed_symbol_bytes() {
+        let mut ways = [0; 3];
+        for (deviation, mean, far) in DEVIATIONS.iter().flat_map(|&(deviation, _)| {
+            [(deviation, 0.0, false), (deviation, 0.4, true), (deviation, 0.9, false), (deviation, -30.0, false)]
+        }) {
+            let encoded = tensor(5 * 16, 520, deviation, mean, far, 2 * 16 * 520);
+            let (tensor, window) = (encoded.tensor(), window(encoded.tensor()));
+            let chunks = 0..tensor.chunk_count();
+            let (mut bytes, mut want_far) = (Vec::new(), Vec::new());
+            for (own, far) in chunks.clone().map(|chunk| by_codec(tensor, chunk)) {
+                bytes.extend(own);
+                want_far.extend(far);
+            }
+            let least = *bytes.iter().min().unwrap();
+            let forms = [(120, true), (least, false), (least + 1, false)];
+            for (level, (bias, escapes)) in levels().into_iter().flat_map(|level| forms.map(|form| (level, form))) {
+                let mut want = (vec![[0; TILE_SYMBOLS]; bytes.len() / 128], vec![0; 5], vec![0; bytes.len() + 64]);
+                let mut got = want.clone();
+                let mut taken = 0;
+                let tiles = bytes.as_chunks().0.chunks(tensor.col_steps());
+                for ((tiles, lines), offset) in tiles.zip(want.0.chunks_mut(tensor.col_steps() / 2)).zip(&mut want.1) {
+                    *offset = taken as u32;
+                    taken += narrow_row_tile(Level::Scalar, tiles, bias, escapes.into(), lines, &mut want.2[taken..]);
+                }
+                let (mut far, mut buffers) = (Vec::new(), PairBuffers::default());
+                let (lines, offsets, out) = (&mut got.0, &mut got.1, &mut got.2);
+                let found = decode_lines(level, tensor, chunks.clone(), &mut buffers, bias, escapes, lines, offsets, out, &mut far);
+                let what = format!("{level} {deviation} {mean} {bias} {escapes}");
+                assert_eq!(found, (escapes || taken == 0).then_some(taken), "{what}");
+                if found.is_some() {
+                    assert!(got.0 == want.0 && got.1 == want.1 && got.2[..taken] == want.2[..taken] && far == want_far, "{what}");
+                    let nibbles = Nibbles::new(window, bias, escapes);
+                    ways[usize::from(nibbles.straight(window)) + usize::from(nibbles.straight(window) && nibbles.shift_byte() != 0)] += 1;
+                }
+            }
+        }
+        assert!(ways.iter().all(|count| *count > 0), "all ways were tried: {ways:?}");
+    }
+
+    /// Products that the fused kernel leaves to others, and those that it may not.
+    #[test]
+    fn products_are_given_up_for_a_reason_only() {
+        for (deviation, _) in DEVIATIONS {
+            for (cols, far, expected) in [(64, false, true), (576, false, true), (520, false, false), (36, false, false), (64, true, false)]
+            {
+                let encoded = tensor(20 * 16, cols, deviation, 0.0, far, 16 * 16 * 64);
+                let (tensor, scales) = (encoded.tensor(), KernelScales::from_coded(encoded.tensor()).unwrap());
+                let values: Vec<f32> = (0..cols).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
+                let x = Activations::quantize(Level::Scalar, &values, 1, cols, scales.segment());
+                let mut want = None;
+                for level in levels() {
+                    let mut sums = vec![[0.0; TILE_ROWS]; 20];
+                    let done = dot(level, tensor, 0..tensor.chunk_count(), &mut PairBuffers::default(), &scales, &x, &mut sums);
+                    assert_eq!(done, expected, "{level}: deviation {deviation}, {cols} columns, far {far}");
+                    assert_eq!(&sums, want.get_or_insert(sums.clone()), "{level}: deviation {deviation}, {cols} columns");
+                }
+            }
+        }
+    }
 }
