@@ -80,7 +80,7 @@ const BITS_MAX: usize = 6;
 /// Widths of fields.
 const BITS: std::ops::RangeInclusive<u8> = 3..=BITS_MAX as u8;
 /// What having raw bits is judged to cost, in bits for each symbol beside the bits themselves: they make products a
-/// fifth slower, and decoding to lines of nibbles, which are then no longer the pairs themselves, twice as slow.
+/// fifth slower, and decoding to lines of nibbles, which are then no longer the pairs themselves, twice as slow in the cache.
 const RAW_JUDGED_BITS: f64 = 0.1;
 /// Where the raw bits begin in the byte of the table that has the number of tiers.
 const RAW_BITS_SHIFT: u32 = 4;

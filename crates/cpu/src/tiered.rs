@@ -11,20 +11,22 @@
 //! eights of tiles of pairs, 64 columns, and no far symbols; otherwise the caller decodes and multiplies.
 //!
 //! Cost: for a tile of 64 pairs, 128 symbols, at AVX-512 at most two shifts, a permute, a test, a load, an
-//! expand and a store, two masks of nibbles and two dot products; for the tiers behind the same for every 64
+//! expand and a store, two masks of nibbles and two dot products, with raw bits a shift, an addition and two selections more; for the tiers behind the same for every 64
 //! pairs of theirs, without the products. A listed symbol costs some ten cycles. No step waits for the one
 //! before but for a count, so a chunk alone fills the core. On Zen 4 the bound is one pair of pipes, which
 //! the test, the expand and the products keep busy for 4.5 cycles a tile of pairs; 9 are seen.
 //!
 //! Measured (AMD EPYC, Zen 4, one of two shared and busy cores, `cargo run --release -p tersor-cpu
 //! --example gemv -- avx512 48 tiered`), in G weights/s fused with the dot, from the cache and from
-//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 50 and 43 (plain 100 and 62), at
-//! 3.06 bits 48 and 45 (51 and 46); `rans` does 13 there. At AVX2 13 in the cache. In bulk to symbol bytes 34.
-//! It loses above 3.3 bits, where too many symbols are listed: 15 and 12 at 3.79 bits (51 and 41).
+//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 49 and 45 (plain 110 and 77), at
+//! 3.06 bits 47 and 37 to 44 (54 and 45), at 3.79 bits 34 and 23 to 29 with two raw bits (54 and 43 to 50), 36 and 28 with
+//! one; with none, and listed symbols instead, 14 and 11. `rans` does 13 there. In bulk to symbol bytes 28 to 34, to the
+//! decoded form 64 and 27, 41 and 17, 18 and 12; by way of symbol bytes that was 18 and 11 at most.
 //!
 //! Tried without gain: two accumulators for each product; to call for listed symbols out of line (6 bits: 38).
 //! The store of every tile looks wasteful, but without it the compiler moves and spills what it kept in
-//! registers: 21 instead of 48. Single symbols instead of pairs, one expand for each tile, made 40.
+//! registers: 21 instead of 48. With raw bits it does so nevertheless, and pairs that come back from memory are faster: at
+//! 3.06 bits with one raw bit 39 instead of 32; without raw bits they are slower, 43 instead of 49. Single symbols instead of pairs, one expand for each tile, made 40.
 
 use std::ops::Range;
 
@@ -543,6 +545,7 @@ fn dot_bits<I: Isa, const R: u32, const B: usize>(
                     let tile = if bytes { tiles[i] } else { escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero) };
                     isa.store(tile, &mut pairs[i]);
                 }
+                // The compiler would move all products behind all expands, and has no registers for what is then alive.
                 if R > 0 {
                     std::hint::black_box(&mut pairs);
                 }
