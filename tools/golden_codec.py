@@ -247,8 +247,8 @@ def tiered_tiers(pairs, widths):
     return tiers
 
 
-def tiered_table(base, widths, tiers):
-    return bytes([base, len(widths), *widths]) + b"".join(bytes(tier) for tier in tiers)
+def tiered_table(base, raw_bits, widths, tiers):
+    return bytes([base, len(widths) + 16 * raw_bits, *widths]) + b"".join(bytes(tier) for tier in tiers)
 
 
 # By width and tile of eight: where the bits of its fields lie, lowest first, as (line, bit).
@@ -297,8 +297,8 @@ def listed_bytes(listed):
     return struct.pack(f"<{len(gaps)}H", *gaps) + bytes(byte for _, byte in listed)
 
 
-def tiered_chunk(symbols, base, widths, tiers):
-    pairs, _, listed = split_pairs(symbols, base)
+def tiered_chunk(symbols, base, raw_bits, widths, tiers):
+    pairs, raw, listed = split_pairs(symbols, base, raw_bits)
     counts, packed = [], []
     for bits, tier in zip(widths, tiers):
         fields = [tier.index(pair) + 1 if pair in tier else 0 for pair in pairs]
@@ -307,7 +307,7 @@ def tiered_chunk(symbols, base, widths, tiers):
         pairs = [pair for pair, field in zip(pairs, fields) if field == 0]
     far = [(position, symbol) for position, symbol in enumerate(symbols) if symbol_byte(symbol) == 0]
     out = struct.pack(f"<{3 + len(counts[1:])}I", len(listed), len(far), len(pairs), *counts[1:])
-    out += listed_bytes(listed) + bytes(pairs)
+    out += listed_bytes(listed) + bytes(pairs) + raw_lines(raw, raw_bits)
     return out + b"".join(reversed(packed)) + far_bytes(far)
 
 
@@ -399,7 +399,7 @@ def chunk_cases():
             seed += 1
             symbols = weights(n, 2 + len(widths), seed)
             tiers = tiered_tiers(split_pairs(symbols, base)[0], widths)
-            yield case("tiered", symbols, tiered_table(base, widths, tiers), tiered_chunk(symbols, base, widths, tiers))
+            yield case("tiered", symbols, tiered_table(base, 0, widths, tiers), tiered_chunk(symbols, base, 0, widths, tiers))
     for raw_bits, base, spread in [(0, 120, 3), (0, 123, 4), (1, 112, 7), (1, 110, 9), (2, 96, 14), (2, 99, 20)]:
         for n, entries in [(1, 2), (63, 3), (67, 7), (128, 20), (200, 60), (640, 40), (1000, 255), (1200, 100)]:
             seed += 1
@@ -407,6 +407,12 @@ def chunk_cases():
             freqs = pair_frequencies(split_pairs(symbols, base, raw_bits)[0], entries)
             table = rans_pairs_table(base, raw_bits, freqs)
             yield case("rans-pairs", symbols, table, rans_pairs_chunk(symbols, base, raw_bits, freqs))
+    for raw_bits, base, widths in [(1, 112, ()), (1, 110, (6, 5)), (1, 113, (4, 4, 5)), (2, 96, (3,)), (2, 99, (6, 6, 6))]:
+        for n in [1, 64, 67, 200, 640, 1000, 1200]:
+            seed += 1
+            symbols = weights(n, 7 * raw_bits, seed)
+            tiers = tiered_tiers(split_pairs(symbols, base, raw_bits)[0], widths)
+            yield case("tiered", symbols, tiered_table(base, raw_bits, widths, tiers), tiered_chunk(symbols, base, raw_bits, widths, tiers))
 
 
 def compositions(total, parts):

@@ -125,7 +125,7 @@ fn code_bits(tensor: &CodedTensor) -> Result<f64, DecodeError> {
                 let chunk = tiered::Chunk::parse(table, symbols, chunk)?;
                 let fields: usize = chunk.tiers.iter().map(|(_, fields)| fields.len()).sum();
                 let listed = chunk.listed.bytes().len() * pairs::LISTED_BYTES;
-                (fields + chunk.escapes.len() + listed) as f64 * 8.0 + far_bits(chunk.far.len())
+                (fields + chunk.escapes.len() + chunk.raw_lines.len() + listed) as f64 * 8.0 + far_bits(chunk.far.len())
             }
             Codec::RansPairs => {
                 let Table::RansPairs(table) = tensor.table() else { unreachable!("a table is of its codec") };

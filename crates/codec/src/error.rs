@@ -134,7 +134,7 @@ pub enum TableError {
         /// The last one allowed.
         base_max: u8,
     },
-    /// More raw bits than a `rans-pairs` window can have.
+    /// More raw bits than a window of `tiered` or `rans-pairs` can have.
     #[error("{raw_bits} raw bits a symbol, allowed is 0..={raw_bits_max}")]
     RawBits {
         /// Raw bits announced.

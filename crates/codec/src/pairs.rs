@@ -4,8 +4,7 @@
 //! A pair is the symbols at the same lane of two consecutive tiles of 64: `2p` and `2p + 1`; a pair whose
 //! second tile is beyond the chunk has 0 for it. A *window* is `16 << raw_bits` consecutive symbols. The
 //! low `raw_bits` bits of a symbol's place in it are stored as they are, the *raw bits*; the rest is a
-//! nibble. A *pair byte* has the nibble of the first tile's symbol in its low half. `tiered` has no raw
-//! bits.
+//! nibble. A *pair byte* has the nibble of the first tile's symbol in its low half.
 //!
 //! # Listed symbols
 //! A symbol outside the window is coded as place `8 << raw_bits`, nibble 8, and *listed*:
@@ -230,9 +229,10 @@ impl Nibbles {
         self.counts.iter().sum()
     }
 
-    /// Bits of what lies beside the pairs.
-    pub(crate) fn listed_bits(&self) -> f64 {
-        self.listed as f64 * 8.0 * LISTED_BYTES as f64 + self.far as f64 * 8.0 * FAR_BYTES as f64
+    /// Bits of what lies beside the pairs: raw and listed symbols. `window`: that of the nibbles.
+    pub(crate) fn beside_bits(&self, window: Window) -> f64 {
+        let raw_bits = self.symbols() as f64 * f64::from(window.raw_bits);
+        raw_bits + self.listed as f64 * 8.0 * LISTED_BYTES as f64 + self.far as f64 * 8.0 * FAR_BYTES as f64
     }
 }
 
@@ -353,10 +353,10 @@ impl<'a> Listed<'a> {
     }
 }
 
-/// The window of the most symbols; of equals the one nearest to the middle of the alphabet.
-pub(crate) fn fullest_window(population: &Population) -> Window {
+/// The window with `raw_bits` of the most symbols; of equals the one nearest to the middle of the alphabet.
+pub(crate) fn fullest_window(population: &Population, raw_bits: u8) -> Window {
     // The first of equals.
-    Window::all(0).into_iter().min_by_key(|&window| Nibbles::new(population, window).listed).expect("there are windows")
+    Window::all(raw_bits).into_iter().min_by_key(|&window| Nibbles::new(population, window).listed).expect("there are windows")
 }
 
 #[cfg(test)]
@@ -431,13 +431,14 @@ mod tests {
         let base = |symbols: &[i16]| {
             let mut histogram = Histogram::new();
             histogram.add(symbols);
-            fullest_window(&Population::new(&histogram)).base
+            let population = Population::new(&histogram);
+            [0, 2].map(|raw_bits| fullest_window(&population, raw_bits).base)
         };
-        assert_eq!(base(&[0, 0, 1]), 120, "-8..=7 if that will do");
-        assert_eq!(base(&[0, 12]), 125, "as near to it as possible");
-        assert_eq!(base(&[-127; 3]), 1);
-        assert_eq!(base(&[127, 200]), 240);
-        assert_eq!(base(&[300]), 120);
+        assert_eq!(base(&[0, 0, 1]), [120, 96], "-8..=7 and -32..=31 if that will do");
+        assert_eq!(base(&[0, 12]), [125, 96], "as near to it as possible");
+        assert_eq!(base(&[-127; 3]), [1, 1]);
+        assert_eq!(base(&[127, 200]), [240, 192]);
+        assert_eq!(base(&[300]), [120, 96]);
     }
 
     #[test]

@@ -169,7 +169,7 @@ impl Table {
         let pairs = std::iter::once(ESCAPE).chain(ranked.iter().map(|&(pair, _)| pair));
         let mut entries: Vec<(u8, u16)> = pairs.zip(&freqs).map(|(pair, &freq)| (pair, freq as u16)).collect();
         entries.sort_unstable();
-        (least_bits + beside_bits(window, &nibbles), Self::new(window, entries))
+        (least_bits + nibbles.beside_bits(window), Self::new(window, entries))
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
@@ -205,7 +205,7 @@ impl Table {
         bits_of[usize::from(ESCAPE)] = f64::INFINITY;
         let pairs = nibbles.pair_counts().into_iter().zip(bits_of);
         let codes: f64 = pairs.map(|(count, own)| count * own.min(escaped_bits)).sum();
-        codes + beside_bits(self.window, &nibbles)
+        codes + nibbles.beside_bits(self.window)
     }
 
     /// Symbols that are not listed.
@@ -231,7 +231,7 @@ fn likely_window(population: &Population, raw_bits: u8) -> (Window, f64) {
     let mut least_bits = f64::INFINITY;
     for window in Window::all(raw_bits) {
         let nibbles = Nibbles::new(population, window);
-        let beside_bits = beside_bits(window, &nibbles);
+        let beside_bits = nibbles.beside_bits(window);
         if beside_bits >= least_bits {
             continue;
         }
@@ -246,11 +246,6 @@ fn likely_window(population: &Population, raw_bits: u8) -> (Window, f64) {
         }
     }
     best.expect("the bits of the first window are finite")
-}
-
-/// Bits of raw and listed symbols.
-fn beside_bits(window: Window, nibbles: &Nibbles) -> f64 {
-    nibbles.symbols() as f64 * f64::from(window.raw_bits()) + nibbles.listed_bits()
 }
 
 /// The parts of a chunk.

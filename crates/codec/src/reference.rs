@@ -278,7 +278,7 @@ fn decode_tiered(table: &tiered::Table, chunk: &[u8], symbols: usize) -> Result<
             return Err(DecodeError::TierCount { tier, escapes: pairs - left, pairs });
         }
     }
-    symbols_of_pairs(&pairs, &|_, _| 0, table.base(), 0, chunk.listed, chunk.far, symbols)
+    symbols_of_pairs(&pairs, table.window(), chunk.raw_lines, chunk.listed, chunk.far, symbols)
 }
 
 fn decode_rans_pairs(table: &rans_pairs::Table, chunk: &[u8], symbols: usize) -> Result<Vec<i16>, DecodeError> {
@@ -306,32 +306,30 @@ fn decode_rans_pairs(table: &rans_pairs::Table, chunk: &[u8], symbols: usize) ->
         return Err(DecodeError::EscapesLeft { left_bytes: escapes.len() });
     }
     check_final_states(&states, 0, 256)?;
-    let bits = usize::from(table.window().raw_bits());
-    // A lane's symbols follow each other, tile by tile, in the bits of its bytes.
-    let raw = |lane: usize, tile: usize| match bits {
-        0 => 0,
-        _ => {
-            let bit = tile * bits;
-            i16::from(chunk.raw_lines[bit / 8 * 64 + lane] >> (bit % 8)) % (1 << bits)
-        }
-    };
-    let room = (8 * chunk.raw_lines.len()).checked_div(bits).unwrap_or(0);
-    if (symbols..room).any(|i| raw(i % 64, i / 64) != 0) {
-        return Err(DecodeError::PaddingNotZero);
-    }
-    symbols_of_pairs(&pairs, &raw, table.window().base(), bits, chunk.listed, chunk.far, symbols)
+    symbols_of_pairs(&pairs, table.window(), chunk.raw_lines, chunk.listed, chunk.far, symbols)
 }
 
-/// `raw(lane, tile)`: the raw bits of a symbol, as many as `raw_bits`. `base`: symbol byte of the window's first symbol.
 fn symbols_of_pairs(
     pairs: &[u8],
-    raw: &dyn Fn(usize, usize) -> i16,
-    base: u8,
-    raw_bits: usize,
+    window: pairs::Window,
+    raw_lines: &[u8],
     listed: pairs::Listed<'_>,
     far: FarList<'_>,
     symbols: usize,
 ) -> Result<Vec<i16>, DecodeError> {
+    let raw_bits = usize::from(window.raw_bits());
+    // A lane's symbols follow each other, tile by tile, in the bits of its bytes.
+    let raw = |lane: usize, tile: usize| match raw_bits {
+        0 => 0,
+        _ => {
+            let bit = tile * raw_bits;
+            i16::from(raw_lines[bit / 8 * 64 + lane] >> (bit % 8)) % (1 << raw_bits)
+        }
+    };
+    let room = (8 * raw_lines.len()).checked_div(raw_bits).unwrap_or(0);
+    if (symbols..room).any(|i| raw(i % 64, i / 64) != 0) {
+        return Err(DecodeError::PaddingNotZero);
+    }
     let mut listed_symbols = Escapes::new(listed.bytes(), far);
     let mut listed = listed.iter().peekable();
     let mut out = Vec::new();
@@ -342,7 +340,7 @@ fn symbols_of_pairs(
         out.push(match listed.next_if(|&(position, _)| position == i) {
             Some(_) if place != i16::from(pairs::LISTED_NIBBLE) * (1 << raw_bits) => return Err(DecodeError::ListedNibble { position: i }),
             Some(_) => listed_symbols.next(i)?,
-            None => i16::from(base) + place - SYMBOL_BIAS,
+            None => i16::from(window.base()) + place - SYMBOL_BIAS,
         });
     }
     // Pairs of which only the first symbol is there.

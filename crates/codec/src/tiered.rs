@@ -5,33 +5,35 @@
 //! A pair is the symbols at the same lane of two consecutive tiles of 64 (`pairs.rs`). Where both lie
 //! in a window of 16 consecutive symbols, which holds all but a few in ten thousand, they are two
 //! nibbles, one *pair byte*: the symbol of the first tile in the low one, counted from the window's
-//! first. Symbols outside the window are *listed* with their position.
+//! first. Symbols outside the window are *listed* with their position. Above some 3.2 bits of entropy
+//! these would be many: there the window has 32 or 64 symbols, and the low one or two bits of every
+//! symbol, nearly uniform, are *raw*, stored as they are.
 //!
 //! Pair bytes are coded by up to three *tiers*, each with fields of its own width, 3 to 6 bits, and
 //! a pair byte for every field value but 0. Field 0 is ESCAPE: the pair is coded in the next tier,
 //! and behind the last tier as a byte of itself. So the first tier has a field for every pair of the
 //! chunk, the second one for every pair that the first escapes, and so on. A pair of tier `t` has a
 //! code of `bits[0] + ... + bits[t]`, half of that a symbol. Without a tier all pairs are bytes: plain
-//! nibbles, what is best above some 3.6 bits of entropy.
+//! nibbles, for symbols that are nearly uniform.
 //!
 //! The most frequent pairs go to the first tier, the next to the second. Of all lists of widths the
-//! table takes the cheapest, as if the symbols of a pair were independent: for Gaussian symbols
-//! 4-4-5 at 2.25 bits of entropy, 5-5-6 at 2.5, 6-6-6 from 2.9 on.
+//! table takes the cheapest, as if the symbols of a pair were independent: for Gaussian symbols 4-4-5 at
+//! 2.25 bits of entropy, 5-5-6 at 2.5, 6-6-6 from 2.9 on. It takes raw bits where they save more than a
+//! tenth of a bit a symbol, for they cost speed: from 3.25 bits of entropy on, two from 3.7 on.
 //!
 //! # Bytes of the table
 //! ```text
-//! u8 base | u8 tiers (0..=3) | tiers x u8 bits (3..=6) | for each tier 2^bits - 1 x u8 pair byte
+//! u8 base | u8 tiers (0..=3) + 16 * raw_bits (0..=2) | tiers x u8 bits (3..=6) | for each tier 2^bits - 1 x u8 pair byte
 //! ```
-//! `base` is the symbol byte of the window's first symbol, 1..=240. The pair bytes of a tier ascend
-//! strictly, none is 0, and none occurs in two tiers.
+//! `base` is the symbol byte of the window's first symbol, 1..=256 - (16 << raw_bits). The pair bytes of
+//! a tier ascend strictly, none is 0, and none occurs in two tiers.
 //!
 //! # Bytes of a chunk (little-endian)
 //! ```text
-//! u32 listed | u32 far_count | u32 escape_bytes | (tiers - 1, but not -1) x u32 pairs | listed x u16 gap | listed x u8 symbol byte | escapes | fields of the last tier | ... | fields of the first tier | far entries
+//! u32 listed | u32 far_count | u32 escape_bytes | (tiers - 1, but not -1) x u32 pairs | listed x u16 gap | listed x u8 symbol byte | escapes | raw lines | fields of the last tier | ... | fields of the first tier | far entries
 //! ```
-//! A listed symbol lies `gap` symbols behind the one that follows the last listed one; its symbol byte
-//! (0 for a far one) replaces what the pair says, in which it has nibble 8. `pairs` are those of the second and the third tier.
-//! A pair whose second tile is beyond the chunk has 0 for it. Fields are packed by tiles of 64, eight
+//! `pairs` are those of the second and the third tier. **listed**, **raw lines**: `pairs.rs`. A pair whose
+//! second tile is beyond the chunk has 0 for it. Fields are packed by tiles of 64, eight
 //! tiles to `bits` *lines* of 64 bytes. Byte `j` of a line belongs to field `j` of its tiles:
 //!
 //! ```text
@@ -54,18 +56,19 @@
 //! ignores the bits that belong to other tiles, and one byte expand that fills in the escaped pairs.
 //! These were decoded before in the same way, from the tier behind, so a tier costs in proportion to
 //! its pairs. Nibbles are multiplied as they are, with no table: what the window's first symbol is
-//! worth is added to the sums. No step waits for the one before but for the address of the next
+//! worth is added to the sums. Raw bits join them by a shift and a selection. No step waits for the one before but for the address of the next
 //! escaped pair, so one chunk alone keeps a core busy. Tiers lie in the order in which they are
 //! decoded: a chunk is read from front to back.
 //!
 //! # Proof of validity
-//! Every tier escapes as many pairs as the next one has; unused fields and halves are zero; listed
-//! symbols lie in the chunk and have nibble 8; far list and listed bytes of 0 name the same positions.
+//! Every tier escapes as many pairs as the next one has; unused fields, halves and raw bits are zero; listed
+//! symbols lie in the chunk and have nibble 8 and raw bits 0; far list and listed bytes of 0 name the same
+//! positions.
 
 use crate::error::{DecodeError, EncodeError, TableError};
 use crate::escape::{check_symbols, take_u32};
 use crate::histogram::Population;
-use crate::pairs::{LISTED_BYTES, Listed, Nibbles, Placed, TILE, Window, fullest_window, pairs_of, ranked_pairs};
+use crate::pairs::{LISTED_BYTES, Listed, Nibbles, Placed, RAW_BITS_MAX, TILE, Window, fullest_window, pairs_of, ranked_pairs};
 use crate::{ESCAPE, FAR_BYTES, FarList, Histogram};
 
 /// Most tiers of a table.
@@ -76,6 +79,11 @@ const TILES: usize = 8;
 const BITS_MAX: usize = 6;
 /// Widths of fields.
 const BITS: std::ops::RangeInclusive<u8> = 3..=BITS_MAX as u8;
+/// What having raw bits is judged to cost, in bits for each symbol beside the bits themselves: they make products a
+/// fifth slower, and decoding to lines of nibbles, which are then no longer the pairs themselves, twice as slow in the cache.
+const RAW_JUDGED_BITS: f64 = 0.1;
+/// Where the raw bits begin in the byte of the table that has the number of tiers.
+const RAW_BITS_SHIFT: u32 = 4;
 
 /// One tier of a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -157,21 +165,35 @@ fn places(bits: u8, tile: usize) -> impl Iterator<Item = Place> {
 /// The tiers of a tensor.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Table {
-    /// Without raw bits.
     window: Window,
     tiers: Vec<Tier>,
 }
 
 impl Table {
-    /// The window with the most symbols, and the widths and pairs that cost the fewest bits, the table
-    /// counted; of equals the window nearest to -8..=7, and the table with the fewest tiers.
+    /// The table that costs the fewest bits, itself counted and [`RAW_JUDGED_BITS`]; of equals the one with the fewest raw bits, then with
+    /// the fewest tiers. Of the windows with as many raw bits it takes the one with the most symbols, of equals the
+    /// one nearest to the middle of the alphabet.
     pub(crate) fn build(histogram: &Histogram) -> Result<Self, TableError> {
         let population = Population::new(histogram);
         if population.core_total + population.far_total == 0 {
             return Err(TableError::EmptyHistogram);
         }
-        let window = fullest_window(&population);
-        let counts = Nibbles::new(&population, window).pair_counts();
+        let mut best: Option<(f64, Self)> = None;
+        for raw_bits in 0..=RAW_BITS_MAX {
+            let (bits, table) = Self::best_of(&population, fullest_window(&population, raw_bits));
+            let judged_bits = if raw_bits > 0 { bits + RAW_JUDGED_BITS * histogram.total() as f64 } else { bits };
+            if best.as_ref().is_none_or(|(least_bits, _)| judged_bits < *least_bits) {
+                best = Some((judged_bits, table));
+            }
+        }
+        let (_, table) = best.ok_or(TableError::EmptyHistogram)?;
+        Ok(table)
+    }
+
+    /// The best table of a window, and what it costs in bits.
+    fn best_of(population: &Population, window: Window) -> (f64, Self) {
+        let nibbles = Nibbles::new(population, window);
+        let counts = nibbles.pair_counts();
         // All pairs, for a tier is full: those that do not occur are the last.
         let ranked = ranked_pairs(&counts);
         let mut before = vec![0.0; 256];
@@ -199,18 +221,20 @@ impl Table {
                 }
             }
         }
+        let (bits, widths) = best;
         let ranked: Vec<u8> = ranked.into_iter().map(|(pair, _)| pair).collect();
         let mut ranked = &ranked[..];
-        let tiers = best.1.into_iter().map(|bits| {
+        let tiers = widths.into_iter().map(|bits| {
             let (own, rest) = ranked.split_at((1 << bits) - 1);
             ranked = rest;
             Tier::new(bits, own)
         });
-        Ok(Self { window, tiers: tiers.collect() })
+        let tiers = tiers.collect();
+        (bits + nibbles.beside_bits(window), Self { window, tiers })
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
-        out.extend([self.window.base(), self.tiers.len() as u8]);
+        out.extend([self.window.base(), self.tiers.len() as u8 | self.window.raw_bits() << RAW_BITS_SHIFT]);
         out.extend(self.tiers.iter().map(|tier| tier.bits));
         for tier in &self.tiers {
             out.extend(tier.coded());
@@ -220,9 +244,12 @@ impl Table {
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, TableError> {
         let available_bytes = bytes.len();
         let truncated = |needed_bytes| TableError::Truncated { needed_bytes, available_bytes };
-        let (&[base, count], rest) = bytes.split_first_chunk().ok_or(truncated(2))?;
-        let window = Window::new(base, 0)?;
-        let count = usize::from(count);
+        let (&[base, counts], rest) = bytes.split_first_chunk().ok_or(truncated(2))?;
+        let (raw_bits, count) = (counts >> RAW_BITS_SHIFT, usize::from(counts & ((1 << RAW_BITS_SHIFT) - 1)));
+        if raw_bits > RAW_BITS_MAX {
+            return Err(TableError::RawBits { raw_bits, raw_bits_max: RAW_BITS_MAX });
+        }
+        let window = Window::new(base, raw_bits)?;
         if count > TIERS_MAX {
             return Err(TableError::Tiers { tiers: count, tiers_max: TIERS_MAX });
         }
@@ -264,12 +291,12 @@ impl Table {
         }
         let pairs = nibbles.pair_counts().into_iter().zip(bits_of);
         let fields: f64 = pairs.map(|(count, own)| count * if own.is_finite() { own } else { bits + 8.0 }).sum();
-        fields + nibbles.listed_bits()
+        fields + nibbles.beside_bits(self.window)
     }
 
-    /// Symbol byte of the window's first symbol.
-    pub fn base(&self) -> u8 {
-        self.window.base()
+    /// Symbols that are not listed.
+    pub fn window(&self) -> Window {
+        self.window
     }
 
     /// The tiers, first to last.
@@ -285,6 +312,8 @@ pub struct Chunk<'a> {
     pub tiers: [(usize, &'a [u8]); TIERS_MAX],
     /// Pair bytes that no tier has.
     pub escapes: &'a [u8],
+    /// Raw bits, whole lines of 64 bytes: `window.raw_line_bytes(pairs)`.
+    pub raw_lines: &'a [u8],
     /// Symbols outside the window.
     pub listed: Listed<'a>,
     /// Far symbols.
@@ -317,7 +346,9 @@ impl<'a> Chunk<'a> {
             tiers[tier].0 = pairs;
         }
         let field_bytes: usize = table.tiers.iter().zip(&tiers).map(|(tier, (pairs, _))| tier.field_bytes(*pairs)).sum();
-        let needed_bytes = header_bytes as u64 + listed * LISTED_BYTES as u64 + escape_bytes + field_bytes as u64 + far_bytes;
+        let raw_line_bytes = table.window.raw_line_bytes(pairs_of(symbols));
+        let own_bytes = header_bytes + raw_line_bytes + field_bytes;
+        let needed_bytes = own_bytes as u64 + listed * LISTED_BYTES as u64 + escape_bytes + far_bytes;
         if needed_bytes > available_bytes {
             return Err(truncated(needed_bytes));
         }
@@ -330,10 +361,11 @@ impl<'a> Chunk<'a> {
             part
         };
         let (listed, escapes) = (take(LISTED_BYTES * listed as usize), take(escape_bytes as usize));
+        let raw_lines = take(raw_line_bytes);
         for (tier, (pairs, fields)) in table.tiers.iter().zip(&mut tiers).rev() {
             *fields = take(tier.field_bytes(*pairs));
         }
-        Ok(Self { tiers, escapes, listed: Listed::parse(listed, symbols)?, far: FarList::parse(rest, symbols)? })
+        Ok(Self { tiers, escapes, raw_lines, listed: Listed::parse(listed, symbols)?, far: FarList::parse(rest, symbols)? })
     }
 }
 
@@ -357,6 +389,7 @@ pub(crate) fn encode(table: &Table, symbols: &[i16], out: &mut Vec<u8>) -> Resul
     out.extend(counts.iter().skip(1).flat_map(|count| count.to_le_bytes()));
     placed.write_listed(out);
     out.extend(pairs);
+    out.extend(table.window.raw_lines(&placed.codes));
     for fields in packed.iter().rev() {
         out.extend(fields);
     }
@@ -393,7 +426,7 @@ pub(crate) fn decode<'a>(table: &Table, bytes: &'a [u8], out: &mut [u8]) -> Resu
         pairs = vec![0; chunk.tiers[index].0];
         decode_tier(table, &chunk, index, &escaped, &mut pairs)?;
     }
-    table.window.join(&pairs, &[], out)?;
+    table.window.join(&pairs, chunk.raw_lines, out)?;
     chunk.listed.put(table.window, chunk.far, out)?;
     Ok(chunk.far)
 }
@@ -448,15 +481,15 @@ mod tests {
         histogram
     }
 
-    /// Pair bytes 0x80, 0x81, ... in the order of the tiers; the window is -8..=7.
-    fn table(widths: &[u8]) -> Table {
+    /// Pair bytes 0x80, 0x81, ... in the order of the tiers; nibble 8 begins with symbol 0.
+    fn table(widths: &[u8], raw_bits: u8) -> Table {
         let mut next = 0x80;
         let tiers = widths.iter().map(|&bits| {
             let own: Vec<u8> = (next..next + (1 << bits) - 1).collect();
             next += own.len() as u8;
             Tier::new(bits, &own)
         });
-        Table { window: Window::new(120, 0).unwrap(), tiers: tiers.collect() }
+        Table { window: Window::new(128 - (8 << raw_bits), raw_bits).unwrap(), tiers: tiers.collect() }
     }
 
     #[test]
@@ -464,25 +497,26 @@ mod tests {
         let mut symbols = vec![0; 5000];
         symbols.extend([1; 3000].iter().chain(&[-1; 2900]).chain(&[5; 200]).chain(&[100; 10]));
         let built = Table::build(&histogram(&symbols)).unwrap();
-        assert_eq!(built.base(), 120);
+        assert_eq!(built.window, Window::new(120, 0).unwrap());
         // Seven of the nine pairs of -1, 0 and 1: without (-1, -1), and of the equals (1, -1) and (-1, 1) the smaller byte.
         assert_eq!(built.tiers[0], Tier::new(3, &[0x78, 0x79, 0x87, 0x88, 0x89, 0x98, 0x99]));
     }
 
     #[test]
     fn expected_bits_by_hand() {
-        let table = table(&[3, 4]);
+        let table = |raw_bits| table(&[3, 4], raw_bits);
         // Eight times 0, in four pairs (0, 0), 0x88, which is the second of the second tier.
-        assert_eq!(table.payload_bits(&histogram(&[0; 8])), 4.0 * 7.0);
+        assert_eq!(table(0).payload_bits(&histogram(&[0; 8])), 4.0 * 7.0);
         // (-8, -8) has no field: three bits, four bits, and a byte.
-        assert_eq!(table.payload_bits(&histogram(&[-8; 2])), 15.0);
+        assert_eq!(table(0).payload_bits(&histogram(&[-8; 2])), 15.0);
         // Listed symbols take a pair of 0, and 24 bits; a far one 48 more.
-        assert_eq!(table.payload_bits(&histogram(&[100, 1000])), 7.0 + 2.0 * 24.0 + 48.0);
+        assert_eq!(table(0).payload_bits(&histogram(&[100, 1000])), 7.0 + 2.0 * 24.0 + 48.0);
+        assert_eq!(table(2).payload_bits(&histogram(&[0, 1, 2, 3])), 2.0 * 7.0 + 4.0 * 2.0);
     }
 
     #[test]
     fn bytes_by_hand() {
-        let table = table(&[3, 4]);
+        let table = table(&[3, 4], 0);
         // Two tiles: the first three symbols have partners, the others not.
         let mut symbols = vec![-8; 67];
         symbols[..4].copy_from_slice(&[-7, -1, -7, 100]);
@@ -520,6 +554,38 @@ mod tests {
     }
 
     #[test]
+    fn raw_bits_by_hand() {
+        let table = table(&[3], 1);
+        let mut symbols = vec![-16; 68];
+        symbols[..5].copy_from_slice(&[-13, 3, 1, 100, -15]);
+        symbols[64..].copy_from_slice(&[1, 0, 300, 2]);
+        let mut out = Vec::new();
+        encode(&table, &symbols, &mut out).unwrap();
+        // Listed: 100 at 3, 300 at 66. Pairs: 0x81, then 0x89, 0x88 and 0x98 without a field, then zeros, which have none either.
+        let mut expected = vec![2, 0, 0, 0, 1, 0, 0, 0, 63, 0, 0, 0, 3, 0, 62, 0, 228, 0];
+        expected.extend([[0x89, 0x88, 0x98].as_slice(), &[0; 60]].concat());
+        // Raw bits: of -13 and 1, of 3 and 0, of 1 and of the listed 300; of the listed 100 and of 2; of -15.
+        expected.extend([[0b11, 0b01, 0b01, 0b00, 0b01].as_slice(), &[0; 59]].concat());
+        expected.extend([[2].as_slice(), &[0; 63]].concat());
+        expected.extend([66, 0, 0, 0, 44, 1]);
+        assert_eq!(out, expected);
+        let mut bytes = [0; 68];
+        decode(&table, &out, &mut bytes).unwrap();
+        let want: Vec<u8> = symbols.iter().map(|&symbol| if symbol == 300 { 0 } else { (symbol + 128) as u8 }).collect();
+        assert_eq!(bytes[..], want);
+
+        let mut refused = |at: usize, value: u8| {
+            let mut broken = out.clone();
+            broken[at] = value;
+            decode(&table, &broken, &mut bytes).unwrap_err()
+        };
+        let raw = 18 + 63;
+        assert_eq!(refused(raw + 4, 0b11), DecodeError::PaddingNotZero, "raw bits of a partner beyond the last symbol");
+        assert_eq!(refused(raw + 5, 0b100), DecodeError::PaddingNotZero, "a step that is not there");
+        assert_eq!(refused(raw + 3, 0b01), DecodeError::ListedNibble { position: 3 });
+    }
+
+    #[test]
     fn where_no_pair_is_frequent_nibbles_stay_plain() {
         let symbols: Vec<i16> = (0..4096).map(|i| (i * 7 + i / 16) % 16 - 8).collect();
         let table = Table::build(&histogram(&symbols)).unwrap();
@@ -534,6 +600,32 @@ mod tests {
         out[8] = 63;
         out.pop();
         assert_eq!(decode(&table, &out, &mut bytes), Err(DecodeError::TierCount { tier: 0, escapes: 64, pairs: 63 }));
+    }
+
+    /// `round(gauss * sigma)`, by Box and Muller.
+    fn gaussian(sigma: f64) -> Vec<i16> {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut uniform = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+        };
+        let mut gauss = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+        (0..1 << 16).map(|_| (gauss() * sigma).round() as i16).collect()
+    }
+
+    /// With them no Gaussian costs much more than its entropy.
+    #[test]
+    fn raw_bits_follow_the_spread() {
+        let built = [0.9, 1.1, 1.9, 2.8, 6.5].map(|sigma| {
+            let histogram = histogram(&gaussian(sigma));
+            let table = Table::build(&histogram).unwrap();
+            let excess = table.payload_bits(&histogram) / 65536.0 - histogram.entropy_bits();
+            assert!(excess < 0.26, "sigma {sigma}: {excess} bits more than the entropy");
+            table.window.raw_bits()
+        });
+        assert_eq!(built, [0, 0, 0, 1, 2]);
     }
 
     #[test]
@@ -570,6 +662,9 @@ mod tests {
         assert_eq!(refused(&[&good[..], &[0]].concat()), TableError::TrailingBytes { extra_bytes: 1 });
         assert_eq!(refused(&[0, 1]), TableError::PairWindow { base: 0, base_max: 240 });
         assert_eq!(refused(&[241, 1]), TableError::PairWindow { base: 241, base_max: 240 });
+        assert_eq!(refused(&[225, 0x11]), TableError::PairWindow { base: 225, base_max: 224 });
+        assert_eq!(refused(&[120, 0x31]), TableError::RawBits { raw_bits: 3, raw_bits_max: 2 });
+        assert_eq!(Table::read(&[192, 0x20]).unwrap().window, Window::new(192, 2).unwrap());
         assert_eq!(refused(&[120, 4, 3, 3, 3, 3]), TableError::Tiers { tiers: 4, tiers_max: 3 });
         assert_eq!(Table::read(&[120, 0]).unwrap().tiers.len(), 0);
         assert_eq!(refused(&[120, 1, 7]), TableError::TierBits { tier: 0, bits: 7 });

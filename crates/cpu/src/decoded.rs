@@ -27,7 +27,7 @@ use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
 use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
-use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs};
+use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs, tiered};
 
 /// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with
 /// each other.
@@ -312,8 +312,10 @@ impl Store<'_> {
         if let Some(kernel) = RansKernel::new(self.level, self.tensor.table()) {
             return streams::decode_lines(kernel.get(), self.tensor, chunks, Lines { bias, escapes, lines, offsets, escaped });
         }
-        let kernel = rans_pairs::Chunks::new(self.level, self.tensor)?;
-        kernel.decode_lines(chunks, pairs, bias, escapes, lines, offsets, escaped, far)
+        match rans_pairs::Chunks::new(self.level, self.tensor) {
+            Some(kernel) => kernel.decode_lines(chunks, pairs, bias, escapes, lines, offsets, escaped, far),
+            None => tiered::decode_lines(self.level, self.tensor, chunks, pairs, bias, escapes, lines, offsets, escaped, far),
+        }
     }
 
     /// Decodes chunks to symbol bytes, and packs these; returns how many escapes there are, in `scratch`.

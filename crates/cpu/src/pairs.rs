@@ -24,9 +24,6 @@ pub(crate) struct RawLines<'a> {
 }
 
 impl<'a> RawLines<'a> {
-    /// Of symbols without raw bits.
-    pub(crate) const NONE: RawLines<'static> = RawLines { bits: 0, lines: &[], step: 0 };
-
     /// The lines of a chunk, whose symbols have `bits` raw bits each.
     pub(crate) fn new(bits: u8, lines: &'a [u8]) -> RawLines<'a> {
         RawLines { bits: bits.into(), lines: lines.as_chunks().0, step: 0 }

@@ -41,7 +41,7 @@ const WIDTH_MAX: usize = 4;
 /// with a quarter of them the product takes 7 % longer.
 const BLOCK: usize = 256;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
-const PART: usize = 64;
+pub(crate) const PART: usize = 64;
 /// Bytes at the beginning of a chunk, and of its words, that are fetched while the chunks before are decoded.
 const ANNOUNCED_BYTES: usize = 1024;
 /// Tiles of pairs that the buffer holds.
@@ -251,14 +251,11 @@ impl<'a> Chunks<'a> {
         escaped: &mut [u8],
         far: &mut Vec<FarAt>,
     ) -> Option<usize> {
-        let nibbles = Nibbles { shift: i16::from(self.window.base()) - i16::from(bias), bias, escapes };
+        let nibbles = Nibbles::new(self.window, bias, escapes);
         // Row tiles may not begin within a pair.
         if !self.tensor.col_steps().is_multiple_of(2) {
             return None;
         }
-        // Pair bytes are lines but for a constant; with escapes if the window is -8..=7 or -7..=8, one symbol more
-        // than has a nibble.
-        let straight = self.window.raw_bits() == 0 && (!escapes || (0..=1).contains(&nibbles.shift));
         let mut taken = 0;
         let (mut lines, mut offsets) = (lines, offsets);
         for group in self.groups(chunks) {
@@ -270,7 +267,7 @@ impl<'a> Chunks<'a> {
             let (own_offsets, rest_offsets) = offsets.split_at_mut(group.len() * row_tiles);
             (lines, offsets) = (rest, rest_offsets);
             let escaped = &mut escaped[taken..];
-            let more = match straight {
+            let more = match nibbles.straight(self.window) {
                 true => self.store_lines(nibbles, streams, own, own_offsets, escaped),
                 false => self.narrow(nibbles, streams, buffers, own, own_offsets, escaped),
             }?;
@@ -352,23 +349,9 @@ impl<'a> Chunks<'a> {
                         offsets[i * row_tiles + step / row_tile_steps] = taken[i] as u32;
                     }
                     let pairs = &buffer[i * BLOCK..][step - start..next - start];
-                    let raw = stream.raw.skip(step);
                     let lines = &mut lines[i * steps..][step..next];
                     let room = &mut escaped[i * symbols + taken[i]..];
-                    let end_position = 2 * next * TILE_SYMBOLS;
-                    if listed[i].peek().is_none_or(|(own, _)| *own >= end_position) {
-                        taken[i] += narrow_pairs(self.level, self.window.base(), nibbles, raw, pairs, lines, room);
-                    } else {
-                        let position = 2 * step * TILE_SYMBOLS;
-                        let bytes = &mut bytes[..end_position - position];
-                        split(self.level, self.window.base(), raw, pairs, bytes.as_chunks_mut().0);
-                        let own = std::iter::from_fn(|| listed[i].next_if(|(own, _)| *own < end_position));
-                        if !put_listed(own.map(|(own, byte)| (own - position, byte)), self.window.listed_byte(), bytes) {
-                            return None;
-                        }
-                        let lowest = u8::from(nibbles.escapes);
-                        taken[i] += narrow_row_tile(self.level, bytes.as_chunks().0, nibbles.bias, lowest, lines, room);
-                    }
+                    taken[i] += nibbles.narrow(self.level, self.window, stream.raw, step, pairs, &mut listed[i], bytes, lines, room)?;
                     step = next;
                 }
             }
@@ -441,14 +424,14 @@ impl<'a> Chunks<'a> {
 }
 
 /// Room for `tiles` tiles, with arbitrary contents.
-fn room(buffer: &mut AlignedBytes, tiles: usize) -> &mut [TileBytes] {
+pub(crate) fn room(buffer: &mut AlignedBytes, tiles: usize) -> &mut [TileBytes] {
     buffer.ensure(tiles * TILE_SYMBOLS);
     &mut buffer.as_chunks_mut().0[..tiles]
 }
 
 /// Lines of nibbles, as the decoded form has them.
 #[derive(Clone, Copy)]
-struct Nibbles {
+pub(crate) struct Nibbles {
     /// What the nibble of a symbol is more than that of its pair byte.
     shift: i16,
     /// The symbol byte of nibble 0.
@@ -458,8 +441,23 @@ struct Nibbles {
 }
 
 impl Nibbles {
+    /// Of pair bytes in a window. `bias`: the symbol byte of nibble 0, an escape with `escapes`.
+    pub(crate) fn new(window: Window, bias: u8, escapes: bool) -> Nibbles {
+        Nibbles { shift: i16::from(window.base()) - i16::from(bias), bias, escapes }
+    }
+
+    /// Whether the pair bytes are lines but for a constant: with escapes if the window is -8..=7 or -7..=8, one symbol
+    /// more than has a nibble.
+    pub(crate) fn straight(self, window: Window) -> bool {
+        window.raw_bits() == 0 && (!self.escapes || (0..=1).contains(&self.shift))
+    }
+
+    pub(crate) fn escapes(self) -> bool {
+        self.escapes
+    }
+
     /// What both nibbles of a line are more than those of the pair bytes, modulo 16.
-    fn shift_byte(self) -> u8 {
+    pub(crate) fn shift_byte(self) -> u8 {
         17 * (self.shift & 15) as u8
     }
 
@@ -469,7 +467,7 @@ impl Nibbles {
     }
 
     /// Whether all symbols of these pairs have a nibble, and none an escape.
-    fn clean(self, pairs: impl Iterator<Item = u8>) -> bool {
+    pub(crate) fn clean(self, pairs: impl Iterator<Item = u8>) -> bool {
         let least = i16::from(self.escapes);
         pairs
             .map(i16::from)
@@ -484,7 +482,7 @@ impl Nibbles {
 
     /// Puts the listed symbols of the row tile `row_tile` of a chunk in their places, and the escaped bytes of the
     /// row tile into `out`; returns how many they are. `scan`: whether there may be escapes that are not listed.
-    fn finish(
+    pub(crate) fn finish(
         self,
         level: Level,
         row_tile: usize,
@@ -515,6 +513,37 @@ impl Nibbles {
             (true, true) => Some(take_escapes(level, lines, self.escaped(), &wide, out)),
             (true, false) => None,
         }
+    }
+
+    /// Lines of tiles of pairs of one row tile, of which the first is the `step`th of the chunk, and their escaped bytes into
+    /// `out`; returns how many of the latter, or `None` if a listed symbol was not coded as such.
+    ///
+    /// `raw`: of the chunk; `bytes`: room for the tiles' symbol bytes; `out`: as for [`narrow_pairs`].
+    #[allow(clippy::too_many_arguments)] // What a chunk decodes to, and where it goes.
+    pub(crate) fn narrow(
+        self,
+        level: Level,
+        window: Window,
+        raw: RawLines<'_>,
+        step: usize,
+        pairs: &[TileBytes],
+        listed: &mut Peekable<impl Iterator<Item = (usize, u8)>>,
+        bytes: &mut [u8],
+        lines: &mut [TileBytes],
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let raw = raw.skip(step);
+        let (start, end) = (2 * step * TILE_SYMBOLS, 2 * (step + pairs.len()) * TILE_SYMBOLS);
+        if listed.peek().is_none_or(|(position, _)| *position >= end) {
+            return Some(narrow_pairs(level, window.base(), self, raw, pairs, lines, out));
+        }
+        let bytes = &mut bytes[..end - start];
+        split(level, window.base(), raw, pairs, bytes.as_chunks_mut().0);
+        let own = std::iter::from_fn(|| listed.next_if(|(position, _)| *position < end));
+        if !put_listed(own.map(|(position, byte)| (position - start, byte)), window.listed_byte(), bytes) {
+            return None;
+        }
+        Some(narrow_row_tile(level, bytes.as_chunks().0, self.bias, self.escapes.into(), lines, out))
     }
 }
 

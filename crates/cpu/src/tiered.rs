@@ -11,32 +11,34 @@
 //! eights of tiles of pairs, 64 columns, and no far symbols; otherwise the caller decodes and multiplies.
 //!
 //! Cost: for a tile of 64 pairs, 128 symbols, at AVX-512 at most two shifts, a permute, a test, a load, an
-//! expand and a store, two masks of nibbles and two dot products; for the tiers behind the same for every 64
+//! expand and a store, two masks of nibbles and two dot products, with raw bits a shift, an addition and two selections more; for the tiers behind the same for every 64
 //! pairs of theirs, without the products. A listed symbol costs some ten cycles. No step waits for the one
 //! before but for a count, so a chunk alone fills the core. On Zen 4 the bound is one pair of pipes, which
 //! the test, the expand and the products keep busy for 4.5 cycles a tile of pairs; 9 are seen.
 //!
 //! Measured (AMD EPYC, Zen 4, one of two shared and busy cores, `cargo run --release -p tersor-cpu
 //! --example gemv -- avx512 48 tiered`), in G weights/s fused with the dot, from the cache and from
-//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 50 and 43 (plain 100 and 62), at
-//! 3.06 bits 48 and 45 (51 and 46); `rans` does 13 there. At AVX2 13 in the cache. In bulk to symbol bytes 34.
-//! It loses above 3.3 bits, where too many symbols are listed: 15 and 12 at 3.79 bits (51 and 41).
+//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 49 and 45 (plain 110 and 77), at
+//! 3.06 bits 47 and 37 to 44 (54 and 45), at 3.79 bits 34 and 23 to 29 with two raw bits (54 and 43 to 50), 36 and 28 with
+//! one; with none, and listed symbols instead, 14 and 11. `rans` does 13 there. In bulk to symbol bytes 28 to 34, to the
+//! decoded form 64 and 27, 41 and 17, 18 and 12; by way of symbol bytes that was 18 and 11 at most.
 //!
 //! Tried without gain: two accumulators for each product; to call for listed symbols out of line (6 bits: 38).
 //! The store of every tile looks wasteful, but without it the compiler moves and spills what it kept in
-//! registers: 21 instead of 48. Single symbols instead of pairs, one expand for each tile, made 40.
+//! registers: 21 instead of 48. With raw bits it does so nevertheless, and pairs that come back from memory are faster: at
+//! 3.06 bits with one raw bit 39 instead of 32; without raw bits they are slower, 43 instead of 49. Single symbols instead of pairs, one expand for each tile, made 40.
 
 use std::ops::Range;
 
-use tersor_codec::pairs::LISTED_NIBBLE;
 use tersor_codec::tiered::{Chunk, Table, Tier};
-use tersor_codec::{PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
+use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::pairs::{Listed, PairBuffers, RawLines, put_listed, split};
+use crate::rans_pairs::{Nibbles, PART, room};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
@@ -48,6 +50,147 @@ const EIGHT_PAIRS: usize = TILES * TILE_SYMBOLS;
 /// the processor's own prefetcher stops at the end of a page.
 const PREFETCH_BYTES: usize = 4096;
 
+/// Lines at the beginning of each part that are fetched before any part is read.
+const ANNOUNCED_LINES: usize = 32;
+
+/// Lines of nibbles for each listed symbol from which on it pays to put these into the lines one by one: that takes
+/// 9 ns, where a line takes 2 ns more by way of symbol bytes.
+const LINES_PER_LISTED: usize = 4;
+
+/// One chunk.
+struct Parts<'a> {
+    table: &'a Table,
+    chunk: Chunk<'a>,
+    raw: RawLines<'a>,
+    /// The pairs that no tier has, with [`PADDING_BYTES`] behind them.
+    escapes: &'a [u8],
+}
+
+impl<'a> Parts<'a> {
+    /// `None` if the codec is another one, or the chunk corrupt.
+    fn new(tensor: &'a CodedTensor, chunk: usize) -> Option<Parts<'a>> {
+        let AnyTable::Tiered(table) = tensor.table() else {
+            return None;
+        };
+        let symbols = tensor.chunk_symbols(chunk);
+        let parts = Chunk::parse(table, symbols, tensor.chunk(chunk)).ok()?;
+        let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
+        if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
+            return None;
+        }
+        for part in parts.tiers.iter().map(|(_, fields)| *fields).chain([parts.raw_lines]) {
+            for line in part.chunks(TILE_SYMBOLS).take(ANNOUNCED_LINES) {
+                prefetch(line.as_ptr());
+            }
+        }
+        let escapes = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
+        Some(Parts { table, chunk: parts, raw, escapes })
+    }
+
+    /// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
+    /// behind it are corrupt. `escapes`: those of the last tier, likewise. To the nibbles of all others `shift` is added.
+    fn inner<'b>(&self, level: Level, shift: u8, escapes: &'b [u8], buffers: &'b mut [AlignedBytes]) -> Option<&'b [u8]> {
+        let mut escaped = escapes;
+        let behind = self.table.tiers().iter().zip(self.chunk.tiers).skip(1);
+        for ((tier, (pairs, fields)), buffer) in behind.rev().zip(buffers) {
+            buffer.ensure(pairs.next_multiple_of(TILE_SYMBOLS) + PADDING_BYTES);
+            if !expand(level, tier, shift, pairs, fields.as_chunks().0, escaped, buffer.as_chunks_mut().0) {
+                return None;
+            }
+            escaped = &buffer[..pairs + PADDING_BYTES];
+        }
+        Some(escaped)
+    }
+
+    /// All pair bytes, and a buffer that is no longer needed; `None` if the tiers are corrupt.
+    fn pairs<'b>(&'b self, level: Level, buffers: &'b mut PairBuffers) -> Option<(&'b [TileBytes], &'b mut AlignedBytes)> {
+        let [behind @ .., pairs] = &mut buffers.0;
+        let Some(tier) = self.table.tiers().first() else {
+            return Some((self.chunk.escapes.as_chunks().0, pairs));
+        };
+        let (count, fields) = self.chunk.tiers[0];
+        let pairs = room(pairs, count.div_ceil(TILE_SYMBOLS));
+        let escaped = self.inner(level, 0, self.escapes, behind)?;
+        expand(level, tier, 0, count, fields.as_chunks().0, escaped, pairs).then_some((pairs, &mut behind[0]))
+    }
+
+    /// As [`decode_lines`], of one chunk whose pair bytes are lines, but for far symbols. `clean`: whether
+    /// none of the pairs of the tiers has a symbol without a nibble.
+    #[allow(clippy::too_many_arguments)] // Of the chunk, and the parts of the decoded form.
+    fn store_lines(
+        &self,
+        level: Level,
+        nibbles: Nibbles,
+        clean: bool,
+        buffers: &mut PairBuffers,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let scan = !(clean && nibbles.clean(self.chunk.escapes.iter().copied()));
+        if scan && !nibbles.escapes() {
+            return None;
+        }
+        let shift = nibbles.shift_byte();
+        let [behind @ .., buffer] = &mut buffers.0;
+        match self.table.tiers().first() {
+            None => {
+                lines.copy_from_slice(self.chunk.escapes.as_chunks().0);
+                shift_nibbles(level, shift, lines);
+            }
+            Some(tier) => {
+                let mut escapes = self.escapes;
+                if shift != 0 {
+                    let own = room(buffer, escapes.len().div_ceil(TILE_SYMBOLS));
+                    own.as_flattened_mut()[..escapes.len()].copy_from_slice(escapes);
+                    shift_nibbles(level, shift, own);
+                    escapes = &own.as_flattened()[..escapes.len()];
+                }
+                let escaped = self.inner(level, shift, escapes, behind)?;
+                let (count, fields) = self.chunk.tiers[0];
+                if !expand(level, tier, shift, count, fields.as_chunks().0, escaped, lines) {
+                    return None;
+                }
+            }
+        }
+        let (row_tile_lines, mut taken) = (lines.len() / offsets.len(), 0);
+        let mut listed = self.chunk.listed.iter().peekable();
+        for (row_tile, (lines, offset)) in lines.chunks_mut(row_tile_lines).zip(offsets).enumerate() {
+            *offset = taken as u32;
+            if scan || listed.peek().is_some() {
+                taken += nibbles.finish(level, row_tile, lines, &mut listed, scan, &mut out[taken..])?;
+            }
+        }
+        Some(taken)
+    }
+
+    /// As [`Parts::store_lines`], of any chunk.
+    fn narrow(
+        &self,
+        level: Level,
+        nibbles: Nibbles,
+        buffers: &mut PairBuffers,
+        lines: &mut [TileBytes],
+        offsets: &mut [u32],
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let (pairs, bytes) = self.pairs(level, buffers)?;
+        let bytes = room(bytes, 2 * PART).as_flattened_mut();
+        let (row_tile_lines, mut taken) = (lines.len() / offsets.len(), 0);
+        let mut listed = self.chunk.listed.iter().peekable();
+        let row_tiles = lines.chunks_mut(row_tile_lines).zip(pairs.chunks(row_tile_lines)).zip(offsets);
+        for (row_tile, ((lines, pairs), offset)) in row_tiles.enumerate() {
+            *offset = taken as u32;
+            for (part, (lines, pairs)) in lines.chunks_mut(PART).zip(pairs.chunks(PART)).enumerate() {
+                let step = row_tile * row_tile_lines + part * PART;
+                let out = &mut out[taken..];
+                taken += nibbles.narrow(level, self.table.window(), self.raw, step, pairs, &mut listed, bytes, lines, out)?;
+            }
+        }
+        Some(taken)
+    }
+}
+
 /// Decodes a chunk. False if it is of another codec, or does not decode: `out` and `far` may then
 /// have changed.
 pub(crate) fn decode(
@@ -58,38 +201,76 @@ pub(crate) fn decode(
     out: &mut [u8],
     far: &mut Vec<FarAt>,
 ) -> bool {
-    let Some((table, parts)) = parse(tensor, chunk) else {
+    let Some(parts) = Parts::new(tensor, chunk) else {
         return false;
     };
-    // Pair bytes of all tiers but the first, and of the first.
-    let [behind @ .., pairs] = &mut buffers.0;
-    let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
+    let Some((pairs, _)) = parts.pairs(level, buffers) else {
         return false;
     };
-    let pairs: &[TileBytes] = match table.tiers().first() {
-        None => parts.escapes.as_chunks().0,
-        Some(tier) => {
-            let (count, fields) = parts.tiers[0];
-            pairs.ensure(count);
-            let pairs = &mut pairs.as_chunks_mut().0[..count.div_ceil(TILE_SYMBOLS)];
-            if !expand(level, tier, count, fields.as_chunks().0, escaped, pairs) {
-                return false;
-            }
-            pairs
-        }
-    };
-    if !split(level, table.base(), RawLines::NONE, pairs, out.as_chunks_mut().0) {
-        return false;
-    }
-    if !put_listed(parts.listed.iter(), table.base() + LISTED_NIBBLE, out) {
+    let (window, listed) = (parts.table.window(), parts.chunk.listed);
+    if !split(level, window.base(), parts.raw, pairs, out.as_chunks_mut().0) || !put_listed(listed.iter(), window.listed_byte(), out) {
         return false;
     }
     let known = far.len();
-    let valid = take_far(tensor, chunk, parts.far, parts.listed.bytes(), out, far);
+    let valid = take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
     if !valid {
         far.truncate(known);
     }
     valid
+}
+
+/// Decodes consecutive chunks to lines of nibbles, as `rans_pairs::Chunks::decode_lines` does. `None` also if the codec is
+/// another one.
+#[allow(clippy::too_many_arguments)] // The parts of the decoded form.
+pub(crate) fn decode_lines(
+    level: Level,
+    tensor: &CodedTensor,
+    chunks: Range<usize>,
+    buffers: &mut PairBuffers,
+    bias: u8,
+    escapes: bool,
+    mut lines: &mut [TileBytes],
+    mut offsets: &mut [u32],
+    escaped: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> Option<usize> {
+    let AnyTable::Tiered(table) = tensor.table() else {
+        return None;
+    };
+    // Row tiles may not begin within a pair.
+    if !tensor.col_steps().is_multiple_of(2) {
+        return None;
+    }
+    let nibbles = Nibbles::new(table.window(), bias, escapes);
+    let straight = nibbles.straight(table.window());
+    let clean = nibbles.clean(table.tiers().iter().flat_map(|tier| &tier.pair_bytes()[1..1 << tier.bits()]).copied());
+    let mut taken = 0;
+    for chunk in chunks {
+        let parts = Parts::new(tensor, chunk)?;
+        let (own, rest) = lines.split_at_mut(tensor.chunk_symbols(chunk) / (2 * TILE_SYMBOLS));
+        let (own_offsets, rest_offsets) = offsets.split_at_mut(tensor.chunk_row_tiles(chunk).len());
+        (lines, offsets) = (rest, rest_offsets);
+        let out = &mut escaped[taken..];
+        let few = parts.chunk.listed.bytes().len() <= own.len() / LINES_PER_LISTED;
+        let more = match straight && few {
+            true => parts.store_lines(level, nibbles, clean, buffers, own, own_offsets, out),
+            false => parts.narrow(level, nibbles, buffers, own, own_offsets, out),
+        }?;
+        if !escapes && more > 0 {
+            return None;
+        }
+        for offset in own_offsets {
+            // At most 2^32 symbols, of which fewer are wide.
+            *offset += taken as u32;
+        }
+        taken += more;
+        let zeros = parts.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
+        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) {
+            return None;
+        }
+        far.extend(FarAt::of_chunk(tensor, chunk, parts.chunk.far));
+    }
+    Some(taken)
 }
 
 /// Multiplies consecutive chunks with the only token of `x`. `sums`: (row tiles of the chunks, 16).
@@ -111,53 +292,41 @@ pub(crate) fn dot(
     }
     let mut rest = sums;
     for chunk in chunks {
-        let Some((table, parts)) = parse(tensor, chunk) else {
+        let Some(parts) = Parts::new(tensor, chunk) else {
             return false;
         };
-        if !parts.far.is_empty() || count_zeros(parts.listed.bytes()) > 0 {
+        if !parts.chunk.far.is_empty() || count_zeros(parts.chunk.listed.bytes()) > 0 {
             return false;
         }
         let [behind @ .., _] = &mut buffers.0;
-        let Some(escaped) = inner(level, tensor, chunk, table, &parts, behind) else {
+        let Some(escaped) = parts.inner(level, 0, parts.escapes, behind) else {
             return false;
         };
         let row_tiles = tensor.chunk_row_tiles(chunk);
         let (sums, after) = rest.split_at_mut(row_tiles.len());
         rest = after;
-        if !dot_lines(level, table, &parts, escaped, row_tiles.start, scales, x, sums) {
+        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) {
             return false;
         }
     }
     true
 }
 
-fn parse(tensor: &CodedTensor, chunk: usize) -> Option<(&Table, Chunk<'_>)> {
-    let AnyTable::Tiered(table) = tensor.table() else {
-        return None;
-    };
-    Some((table, Chunk::parse(table, tensor.chunk_symbols(chunk), tensor.chunk(chunk)).ok()?))
+per_isa! {
+    /// Adds the nibbles of `shift` to those of all bytes, modulo 16.
+    fn shift_nibbles(isa; shift: u8, tiles: &mut [TileBytes]) {
+        for tile in tiles {
+            isa.store(shifted(isa, isa.load(tile), shift), tile);
+        }
+    }
 }
 
-/// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
-/// behind it are corrupt.
-fn inner<'a>(
-    level: Level,
-    tensor: &'a CodedTensor,
-    chunk: usize,
-    table: &Table,
-    parts: &Chunk<'a>,
-    buffers: &'a mut [AlignedBytes],
-) -> Option<&'a [u8]> {
-    let mut escaped = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
-    let behind = table.tiers().iter().zip(parts.tiers).skip(1);
-    for ((tier, (pairs, fields)), buffer) in behind.rev().zip(buffers) {
-        buffer.ensure(pairs.next_multiple_of(TILE_SYMBOLS) + PADDING_BYTES);
-        if !expand(level, tier, pairs, fields.as_chunks().0, escaped, buffer.as_chunks_mut().0) {
-            return None;
-        }
-        escaped = &buffer[..pairs + PADDING_BYTES];
-    }
-    Some(escaped)
+/// As [`shift_nibbles`], of one tile.
+#[inline(always)]
+fn shifted<I: Isa>(isa: I, tile: I::Tile, shift: u8) -> I::Tile {
+    // The sum of the high nibbles alone has no carry from the low ones.
+    let (both, high) = (isa.add_bytes(tile, isa.splat(shift)), isa.add_bytes(tile, isa.splat(shift & 0xf0)));
+    isa.select_bits(isa.splat(15), both, high)
 }
 
 /// The fields of eight tiles of `B` bits, in the low bits of each byte; the bits above them are
@@ -211,11 +380,11 @@ impl<'a> Escaped<'a> {
         Escaped { bytes, end: bytes.len() - PADDING_BYTES, taken: 0 }
     }
 
-    /// Replaces the bytes of 0 by the next pairs, or by anything beyond their end.
+    /// Replaces the bytes that equal `escape` by the next pairs, or by anything beyond their end.
     #[inline(always)]
-    fn fill<I: Isa>(&mut self, isa: I, tile: I::Tile, zero: I::Tile) -> I::Tile {
+    fn fill<I: Isa>(&mut self, isa: I, tile: I::Tile, escape: I::Tile) -> I::Tile {
         // SAFETY: the read begins at `end` at most, behind which 64 bytes follow.
-        let (tile, more) = unsafe { isa.unescape(tile, zero, self.bytes.as_ptr().add(self.taken.min(self.end))) };
+        let (tile, more) = unsafe { isa.unescape(tile, escape, self.bytes.as_ptr().add(self.taken.min(self.end))) };
         self.taken += more;
         tile
     }
@@ -226,15 +395,15 @@ impl<'a> Escaped<'a> {
 }
 
 per_isa! {
-    /// Pair bytes of one tier, whose fields lie in `lines`. `escaped`: the pairs of the tier behind,
-    /// with [`PADDING_BYTES`] after them. `out`: room for all tiles. False if a field beyond the last
+    /// Pair bytes of one tier, whose fields lie in `lines`, with `shift` added to their nibbles modulo 16. `escaped`: the pairs
+    /// of the tier behind, shifted, with [`PADDING_BYTES`] after them. `out`: room for all tiles. False if a field beyond the last
     /// pair is not 0, or escaped pairs are left or missing.
-    fn expand(isa; tier: &Tier, pairs: usize, lines: &[TileBytes], escaped: &[u8], out: &mut [TileBytes]) -> bool {
+    fn expand(isa; tier: &Tier, shift: u8, pairs: usize, lines: &[TileBytes], escaped: &[u8], out: &mut [TileBytes]) -> bool {
         match tier.bits() {
-            3 => expand_bits::<_, 3>(isa, tier, pairs, lines, escaped, out),
-            4 => expand_bits::<_, 4>(isa, tier, pairs, lines, escaped, out),
-            5 => expand_bits::<_, 5>(isa, tier, pairs, lines, escaped, out),
-            _ => expand_bits::<_, 6>(isa, tier, pairs, lines, escaped, out),
+            3 => expand_bits::<_, 3>(isa, tier, shift, pairs, lines, escaped, out),
+            4 => expand_bits::<_, 4>(isa, tier, shift, pairs, lines, escaped, out),
+            5 => expand_bits::<_, 5>(isa, tier, shift, pairs, lines, escaped, out),
+            _ => expand_bits::<_, 6>(isa, tier, shift, pairs, lines, escaped, out),
         }
     }
 }
@@ -243,13 +412,16 @@ per_isa! {
 fn expand_bits<I: Isa, const B: usize>(
     isa: I,
     tier: &Tier,
+    shift: u8,
     pairs: usize,
     lines: &[TileBytes],
     escaped: &[u8],
     out: &mut [TileBytes],
 ) -> bool {
-    let table = isa.table(tier.pair_bytes());
-    let zero = isa.splat(0);
+    let mut pair_bytes = [0; TILE_SYMBOLS];
+    isa.store(shifted(isa, isa.load(tier.pair_bytes()), shift), &mut pair_bytes);
+    // No other pair is shifted to what ESCAPE is.
+    let (table, escape) = (isa.table(&pair_bytes), isa.splat(pair_bytes[0]));
     let mut escaped = Escaped::new(escaped);
     let whole = pairs / EIGHT_PAIRS;
     let (eights, last) = lines.split_at(whole * B);
@@ -261,7 +433,7 @@ fn expand_bits<I: Isa, const B: usize>(
         let tiles = fields(isa, lines);
         for i in 0..TILES {
             let tile = isa.lookup(table, tiles[i]);
-            isa.store(escaped.fill(isa, tile, zero), &mut out[i]);
+            isa.store(escaped.fill(isa, tile, escape), &mut out[i]);
         }
     }
     if !last.is_empty() {
@@ -281,7 +453,7 @@ fn expand_bits<I: Isa, const B: usize>(
         unused.fill(1);
         for (own, out) in own[..count.div_ceil(TILE_SYMBOLS)].iter().zip(out_last) {
             let tile = isa.lookup(table, isa.load(own));
-            isa.store(escaped.fill(isa, tile, zero), out);
+            isa.store(escaped.fill(isa, tile, escape), out);
         }
     }
     escaped.used_up()
@@ -292,30 +464,46 @@ per_isa! {
     /// False if escaped pairs are left or missing.
     fn dot_lines(
         isa;
-        table: &Table,
-        parts: &Chunk<'_>,
+        parts: &Parts<'_>,
         escaped: &[u8],
         first: usize,
         scales: &KernelScales,
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
-        match table.tiers().first().map_or(8, Tier::bits) {
-            3 => dot_bits::<_, 3>(isa, table, parts, escaped, first, scales, x, sums),
-            4 => dot_bits::<_, 4>(isa, table, parts, escaped, first, scales, x, sums),
-            5 => dot_bits::<_, 5>(isa, table, parts, escaped, first, scales, x, sums),
-            6 => dot_bits::<_, 6>(isa, table, parts, escaped, first, scales, x, sums),
-            _ => dot_bits::<_, 8>(isa, table, parts, escaped, first, scales, x, sums),
+        match parts.raw.bits() {
+            0 => dot_raw::<_, 0>(isa, parts, escaped, first, scales, x, sums),
+            1 => dot_raw::<_, 1>(isa, parts, escaped, first, scales, x, sums),
+            _ => dot_raw::<_, 2>(isa, parts, escaped, first, scales, x, sums),
         }
     }
 }
 
+/// As [`dot_lines`], with `R` raw bits.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // Those of `dot_lines`.
-fn dot_bits<I: Isa, const B: usize>(
+fn dot_raw<I: Isa, const R: u32>(
     isa: I,
-    table: &Table,
-    parts: &Chunk<'_>,
+    parts: &Parts<'_>,
+    escaped: &[u8],
+    first: usize,
+    scales: &KernelScales,
+    x: &Activations,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
+    match parts.table.tiers().first().map_or(8, Tier::bits) {
+        3 => dot_bits::<_, R, 3>(isa, parts, escaped, first, scales, x, sums),
+        4 => dot_bits::<_, R, 4>(isa, parts, escaped, first, scales, x, sums),
+        5 => dot_bits::<_, R, 5>(isa, parts, escaped, first, scales, x, sums),
+        6 => dot_bits::<_, R, 6>(isa, parts, escaped, first, scales, x, sums),
+        _ => dot_bits::<_, R, 8>(isa, parts, escaped, first, scales, x, sums),
+    }
+}
+
+/// As [`dot_raw`], with `B` bits in the first tier.
+#[inline(always)]
+fn dot_bits<I: Isa, const R: u32, const B: usize>(
+    isa: I,
+    parts: &Parts<'_>,
     escaped: &[u8],
     first: usize,
     scales: &KernelScales,
@@ -324,15 +512,18 @@ fn dot_bits<I: Isa, const B: usize>(
 ) -> bool {
     // Without a tier pairs are bytes, and nothing is looked up or escaped.
     let bytes = B == 8;
-    let lookup = isa.table(table.tiers().first().map_or(&[0; TILE_SYMBOLS], Tier::pair_bytes));
+    let lookup = isa.table(parts.table.tiers().first().map_or(&[0; TILE_SYMBOLS], Tier::pair_bytes));
     let zero = isa.splat(0);
     let mut escaped = Escaped::new(escaped);
-    let base = i32::from(table.base()) - i32::from(SYMBOL_BIAS);
+    let window = parts.table.window();
+    let base = i32::from(window.base()) - i32::from(SYMBOL_BIAS);
     let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
     let (xscales, xsums) = (x.scales(0), x.sums(0));
-    let lines: &[TileBytes] = if bytes { parts.escapes } else { parts.tiers[0].1 }.as_chunks().0;
+    let lines: &[TileBytes] = if bytes { parts.chunk.escapes } else { parts.chunk.tiers[0].1 }.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
-    let mut listed = Listed::new(parts.listed.iter(), table.base() + LISTED_NIBBLE);
+    // Eight tiles of pairs have two raw lines for each raw bit.
+    let mut raw_lines: &[TileBytes] = parts.chunk.raw_lines.as_chunks().0;
+    let mut listed = Listed::new(parts.chunk.listed.iter(), window.listed_byte());
     let mut pairs = [[0; TILE_SYMBOLS]; TILES];
     for (i, acc) in sums.iter_mut().enumerate() {
         let tile_scales = scales.tile(first + i);
@@ -341,19 +532,40 @@ fn dot_bits<I: Isa, const B: usize>(
             let (mut low, mut high) = (isa.zero(), isa.zero());
             let mut beside = [0; TILE_ROWS];
             for (q, lines) in q.as_chunks::<{ 2 * TILES }>().0.iter().zip(&mut eights) {
+                let (raw, rest) = raw_lines.split_at(2 * R as usize);
+                raw_lines = rest;
                 for line in lines {
+                    prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+                }
+                for line in raw {
                     prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
                 }
                 let tiles = fields(isa, lines);
                 for i in 0..TILES {
                     let tile = if bytes { tiles[i] } else { escaped.fill(isa, isa.lookup(lookup, tiles[i]), zero) };
                     isa.store(tile, &mut pairs[i]);
-                    low = isa.dot_low(low, tile, &q[2 * i]);
-                    high = isa.dot_high(high, tile, &q[2 * i + 1]);
+                }
+                // The compiler would move all products behind all expands, and has no registers for what is then alive.
+                if R > 0 {
+                    std::hint::black_box(&mut pairs);
+                }
+                for i in 0..TILES {
+                    let tile = isa.load(&pairs[i]);
+                    match 4usize.checked_div(R as usize) {
+                        None => {
+                            low = isa.dot_low(low, tile, &q[2 * i]);
+                            high = isa.dot_high(high, tile, &q[2 * i + 1]);
+                        }
+                        Some(per_line) => {
+                            let line = isa.load(&raw[i / per_line]);
+                            (low, high) = isa.dot_symbols::<R>((low, high), tile, line, i % per_line, [&q[2 * i], &q[2 * i + 1]]);
+                        }
+                    }
                 }
                 listed.add(&pairs, q, &mut beside);
             }
-            let mut isum = isa.finish(isa.join_nibbles(low, high), 0);
+            let joined = if R == 0 { isa.join_nibbles(low, high) } else { isa.join_symbols::<R>(low, high) };
+            let mut isum = isa.finish(joined, 0);
             for (sum, beside) in isum.iter_mut().zip(beside) {
                 *sum += base * xsums[segment] + beside;
             }
@@ -362,4 +574,130 @@ fn dot_bits<I: Isa, const B: usize>(
         finish_rows(tile_scales, acc);
     }
     (bytes || escaped.used_up()) && listed.valid()
+}
+
+#[cfg(test)]
+mod tests {
+    use tersor_codec::{Codec, decode_chunk_bytes};
+    use tersor_format::{EncodedTensor, encode_tensor};
+    use tersor_quant::{QuantizedTensor, Scales};
+
+    use super::*;
+    use crate::decoded::narrow_row_tile;
+    use crate::testing::levels;
+
+    /// Gaussian symbols about `mean`, one in a thousand far if `far`.
+    fn tensor(rows: usize, cols: usize, deviation: f64, mean: f64, far: bool, chunk_symbols: u32) -> EncodedTensor {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut unit = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        let mut symbol = || {
+            let gauss = (-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos();
+            if far && unit() < 1e-3 { 1000 } else { (mean + deviation * gauss).round().clamp(-127.0, 127.0) as i16 }
+        };
+        let symbols = (0..rows * cols).map(|_| symbol()).collect();
+        let scales = Scales::Row { scales: vec![0x3c00; rows], scale_exponent: 0 };
+        encode_tensor(&QuantizedTensor { rows, cols, symbols, scales }, Codec::Tiered, chunk_symbols).unwrap()
+    }
+
+    /// Symbol bytes and far symbols of a chunk by the codec's decoder.
+    fn by_codec(tensor: &CodedTensor, chunk: usize) -> (Vec<u8>, Vec<FarAt>) {
+        let mut bytes = vec![0; tensor.chunk_symbols(chunk)];
+        let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut bytes).unwrap();
+        (bytes, FarAt::of_chunk(tensor, chunk, list).collect())
+    }
+
+    fn window(tensor: &CodedTensor) -> tersor_codec::pairs::Window {
+        match tensor.table() {
+            AnyTable::Tiered(table) => table.window(),
+            _ => unreachable!("it was coded so"),
+        }
+    }
+
+    /// Deviations whose tables have no, one and two raw bits, and one for which none have all symbols of a window.
+    const DEVIATIONS: [(f64, u8); 6] = [(0.9, 0), (1.4, 0), (2.0, 0), (2.8, 1), (5.0, 2), (30.0, 2)];
+
+    /// No kernel gives up, with row tiles that begin within a pair too.
+    #[test]
+    fn symbol_bytes_are_those_of_the_codec() {
+        for (deviation, raw_bits) in DEVIATIONS {
+            for (row_tiles, cols, far) in (1..=5).flat_map(|n| [(n, 128, false), (n, 36, true), (n, 4, true), (n, 1100, true)]) {
+                let encoded = tensor(row_tiles * 16, cols, deviation, 0.0, far, 2 * 16 * cols as u32);
+                let tensor = encoded.tensor();
+                assert!(window(tensor).raw_bits() == raw_bits || cols * row_tiles < 1100, "deviation {deviation}");
+                for (level, chunk) in levels().into_iter().flat_map(|level| (0..tensor.chunk_count()).map(move |chunk| (level, chunk))) {
+                    let (want, want_far) = by_codec(tensor, chunk);
+                    let (mut bytes, mut far) = (vec![0; want.len()], Vec::new());
+                    assert!(decode(level, tensor, chunk, &mut PairBuffers::default(), &mut bytes, &mut far));
+                    assert!(bytes == want && far == want_far, "{level} {deviation} {row_tiles} {cols}");
+                }
+            }
+        }
+    }
+
+    /// Lines of windows that agree with the form and of others, with and without escapes.
+    #[test]
+    fn lines_are_narrowed_symbol_bytes() {
+        let mut ways = [0; 3];
+        for (deviation, mean, far) in DEVIATIONS.iter().flat_map(|&(deviation, _)| {
+            [(deviation, 0.0, false), (deviation, 0.4, true), (deviation, 0.9, false), (deviation, -30.0, false)]
+        }) {
+            let encoded = tensor(5 * 16, 520, deviation, mean, far, 2 * 16 * 520);
+            let (tensor, window) = (encoded.tensor(), window(encoded.tensor()));
+            let chunks = 0..tensor.chunk_count();
+            let (mut bytes, mut want_far) = (Vec::new(), Vec::new());
+            for (own, far) in chunks.clone().map(|chunk| by_codec(tensor, chunk)) {
+                bytes.extend(own);
+                want_far.extend(far);
+            }
+            let least = *bytes.iter().min().unwrap();
+            let forms = [(120, true), (least, false), (least + 1, false)];
+            for (level, (bias, escapes)) in levels().into_iter().flat_map(|level| forms.map(|form| (level, form))) {
+                let mut want = (vec![[0; TILE_SYMBOLS]; bytes.len() / 128], vec![0; 5], vec![0; bytes.len() + 64]);
+                let mut got = want.clone();
+                let mut taken = 0;
+                let tiles = bytes.as_chunks().0.chunks(tensor.col_steps());
+                for ((tiles, lines), offset) in tiles.zip(want.0.chunks_mut(tensor.col_steps() / 2)).zip(&mut want.1) {
+                    *offset = taken as u32;
+                    taken += narrow_row_tile(Level::Scalar, tiles, bias, escapes.into(), lines, &mut want.2[taken..]);
+                }
+                let (mut far, mut buffers) = (Vec::new(), PairBuffers::default());
+                let (lines, offsets, out) = (&mut got.0, &mut got.1, &mut got.2);
+                let found = decode_lines(level, tensor, chunks.clone(), &mut buffers, bias, escapes, lines, offsets, out, &mut far);
+                let what = format!("{level} {deviation} {mean} {bias} {escapes}");
+                assert_eq!(found, (escapes || taken == 0).then_some(taken), "{what}");
+                if found.is_some() {
+                    assert!(got.0 == want.0 && got.1 == want.1 && got.2[..taken] == want.2[..taken] && far == want_far, "{what}");
+                    let nibbles = Nibbles::new(window, bias, escapes);
+                    ways[usize::from(nibbles.straight(window)) + usize::from(nibbles.straight(window) && nibbles.shift_byte() != 0)] += 1;
+                }
+            }
+        }
+        assert!(ways.iter().all(|count| *count > 0), "all ways were tried: {ways:?}");
+    }
+
+    /// Products that the fused kernel leaves to others, and those that it may not.
+    #[test]
+    fn products_are_given_up_for_a_reason_only() {
+        for (deviation, _) in DEVIATIONS {
+            for (cols, far, expected) in [(64, false, true), (576, false, true), (520, false, false), (36, false, false), (64, true, false)]
+            {
+                let encoded = tensor(20 * 16, cols, deviation, 0.0, far, 16 * 16 * 64);
+                let (tensor, scales) = (encoded.tensor(), KernelScales::from_coded(encoded.tensor()).unwrap());
+                let values: Vec<f32> = (0..cols).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
+                let x = Activations::quantize(Level::Scalar, &values, 1, cols, scales.segment());
+                let mut want = None;
+                for level in levels() {
+                    let mut sums = vec![[0.0; TILE_ROWS]; 20];
+                    let done = dot(level, tensor, 0..tensor.chunk_count(), &mut PairBuffers::default(), &scales, &x, &mut sums);
+                    assert_eq!(done, expected, "{level}: deviation {deviation}, {cols} columns, far {far}");
+                    assert_eq!(&sums, want.get_or_insert(sums.clone()), "{level}: deviation {deviation}, {cols} columns");
+                }
+            }
+        }
+    }
 }

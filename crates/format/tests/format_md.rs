@@ -147,6 +147,9 @@ fn widths_of_tables_and_chunks() {
                 Table::Tiered(table) => {
                     let parts = tiered::Chunk::parse(table, n, bytes).unwrap();
                     let tiers = table.tiers().len();
+                    let tiles_per_line = 8usize.checked_div(table.window().raw_bits().into());
+                    let tiles = n.div_ceil(64).next_multiple_of(2);
+                    assert_eq!(parts.raw_lines.len(), tiles_per_line.map_or(0, |tiles_per_line| tiles.div_ceil(tiles_per_line) * 64));
                     let sizes = table.tiers().iter().zip(parts.tiers).map(|(tier, (pairs, fields))| {
                         let (bits, tiles) = (usize::from(tier.bits()), pairs.div_ceil(64));
                         let last = match (bits, tiles % 8) {
@@ -160,9 +163,10 @@ fn widths_of_tables_and_chunks() {
                     let counts =
                         width("listed") + width("far_count") + width("escape_bytes") + tiers.saturating_sub(1) * width("tiered pairs");
                     let listed = parts.listed.bytes().len() * (width("listed gap") + width("listed byte"));
-                    let sum = counts + listed + sizes.sum::<usize>() + parts.escapes.len() + far(parts.far.len());
+                    let sum = counts + listed + sizes.sum::<usize>() + parts.escapes.len() + parts.raw_lines.len() + far(parts.far.len());
                     let entries: usize = table.tiers().iter().map(|tier| (1 << tier.bits()) - 1).sum();
-                    let front = width("tiered table, base") + width("tiered table, tiers") + tiers * width("tiered table, bits");
+                    let front =
+                        width("tiered table, base") + width("tiered table, tiers and raw_bits") + tiers * width("tiered table, bits");
                     (front + entries * width("tiered table, entry"), sum)
                 }
                 Table::RansPairs(table) => {

@@ -264,14 +264,18 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn dot_low(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
-        // SAFETY: registers only. Two products are at most 2 * 15 * 128: nothing saturates.
+        // SAFETY: registers only.
+        let nibbles = unsafe { halves!(|i| _mm256_and_si256(tile[i], _mm256_set1_epi8(15))) };
+        self.dot_small(sums, nibbles, q)
+    }
+
+    #[inline(always)]
+    fn dot_small(self, sums: [__m256i; 2], tile: [__m256i; 2], q: &[i8; TILE_COLS]) -> [__m256i; 2] {
+        // SAFETY: registers only. Two products are at most 2 * 63 * 128: nothing saturates.
         unsafe {
             let q = splat_q(q);
             let ones = _mm256_set1_epi16(1);
-            halves!(|i| {
-                let pairs = _mm256_maddubs_epi16(_mm256_and_si256(tile[i], _mm256_set1_epi8(15)), q);
-                _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones))
-            })
+            halves!(|i| _mm256_add_epi32(sums[i], _mm256_madd_epi16(_mm256_maddubs_epi16(tile[i], q), ones)))
         }
     }
 

@@ -191,6 +191,47 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn dot_small(self, sums: __m512i, tile: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
+        self.dot(sums, tile, q)
+    }
+
+    /// Second symbols with their nibbles where they stand, as in `dot_high`, so `1 << (4 - R)` times their value. That also puts their
+    /// raw bits where a shift of the line that the first symbols need brings them, or where they are: with one raw bit that
+    /// leaves a shift and an addition for each line of pairs, with two a shift and half of one.
+    #[inline(always)]
+    fn dot_symbols<const R: u32>(
+        self,
+        sums: (__m512i, __m512i),
+        pairs: __m512i,
+        line: __m512i,
+        turn: usize,
+        q: [&[i8; TILE_COLS]; 2],
+    ) -> (__m512i, __m512i) {
+        // Of a line the first raw bits of this turn, and from where the second must be `4 - R` bits higher.
+        let from = 2 * R * turn as u32;
+        // SAFETY: registers only. Bits that a shift moves into another byte are not selected.
+        unsafe {
+            let first = _mm512_srl_epi16(line, _mm_cvtsi32_si128(from as i32));
+            // Of one raw bit the second lies 1 above the first and belongs 3 above the lowest.
+            let second = match (from + R).checked_sub(4 - R) {
+                Some(right) => _mm512_srl_epi16(line, _mm_cvtsi32_si128(right as i32)),
+                None => _mm512_sll_epi16(line, _mm_cvtsi32_si128((4 - 2 * R - from) as i32)),
+            };
+            let low = _mm512_sll_epi16(pairs, _mm_cvtsi32_si128(R as i32));
+            let first = self.select_bits(_mm512_set1_epi8(15 << R), low, _mm512_and_si512(first, _mm512_set1_epi8((1 << R) - 1)));
+            let raw = _mm512_set1_epi8(((1 << R) - 1) << (4 - R));
+            let second = self.select_bits(_mm512_set1_epi8(-16), pairs, _mm512_and_si512(second, raw));
+            (self.dot(sums.0, first, q[0]), self.dot(sums.1, second, q[1]))
+        }
+    }
+
+    #[inline(always)]
+    fn join_symbols<const R: u32>(self, first: __m512i, second: __m512i) -> __m512i {
+        // SAFETY: registers only.
+        unsafe { _mm512_add_epi32(first, _mm512_sra_epi32(second, _mm_cvtsi32_si128(4 - R as i32))) }
+    }
+
+    #[inline(always)]
     fn join_nibbles(self, low: __m512i, high: __m512i) -> __m512i {
         // SAFETY: registers only.
         unsafe { _mm512_add_epi32(low, _mm512_srai_epi32::<4>(high)) }

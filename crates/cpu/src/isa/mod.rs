@@ -136,6 +136,27 @@ pub(crate) trait Isa: Copy {
         }
         self.add(sums, self.join_nibbles(low, high))
     }
+    /// Adds each row's four products of bytes below 64 with `q`, for [`Isa::finish`] with a `q_sum` of 0.
+    fn dot_small(self, sums: Self::Sums, tile: Self::Tile, q: &[i8; TILE_COLS]) -> Self::Sums;
+    /// Adds each row's four products of the symbols that [`Isa::symbols`] finds with `q`, those of first and second symbols to
+    /// sums of their own, for [`Isa::join_symbols`].
+    #[inline(always)]
+    fn dot_symbols<const R: u32>(
+        self,
+        sums: (Self::Sums, Self::Sums),
+        pairs: Self::Tile,
+        line: Self::Tile,
+        turn: usize,
+        q: [&[i8; TILE_COLS]; 2],
+    ) -> (Self::Sums, Self::Sums) {
+        let (first, second) = self.symbols::<R>(pairs, line, turn);
+        (self.dot_small(sums.0, first, q[0]), self.dot_small(sums.1, second, q[1]))
+    }
+    /// The sums of both, as [`Isa::join_nibbles`].
+    #[inline(always)]
+    fn join_symbols<const R: u32>(self, first: Self::Sums, second: Self::Sums) -> Self::Sums {
+        self.add(first, second)
+    }
     /// The sums of both, as of one product: what is left for [`Isa::finish`] is a `q_sum` of 0.
     fn join_nibbles(self, low: Self::Sums, high: Self::Sums) -> Self::Sums;
     /// Sums of two halves of a segment.

@@ -163,10 +163,15 @@ impl Isa for Scalar {
     }
 
     #[inline(always)]
-    fn dot_low(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+    fn dot_low(self, sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
+        self.dot_small(sums, tile.map(|b| b % 16), q)
+    }
+
+    #[inline(always)]
+    fn dot_small(self, mut sums: [i32; TILE_ROWS], tile: TileBytes, q: &[i8; TILE_COLS]) -> [i32; TILE_ROWS] {
         for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<TILE_COLS>().0) {
             for (b, q) in row.iter().zip(q) {
-                *sum += i32::from(*b % 16) * i32::from(*q);
+                *sum += i32::from(*b) * i32::from(*q);
             }
         }
         sums
