@@ -694,12 +694,23 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
             }
         };
         let lane = row % TILE_ROWS * TILE_COLS;
-        for (col, out) in out.iter_mut().enumerate() {
-            let position = lane + col % TILE_COLS;
-            let byte = tiles[col / TILE_COLS][position];
-            let far = || far.iter().find(|f| f.position as usize == col / TILE_COLS * TILE_SYMBOLS + position).map(|f| f.symbol);
-            let symbol = if byte == 0 { far().unwrap_or(-128) } else { i16::from(byte) - 128 };
-            *out = scales.weight(row, col, symbol);
+        let scale = scales.of_row(row);
+        let weight = |col: usize, symbol: i16| match scale {
+            Some(scale) => scale * f32::from(symbol),
+            None => scales.weight(row, col, symbol),
+        };
+        for (step, (tile, out)) in tiles.iter().zip(out.chunks_mut(TILE_COLS)).enumerate() {
+            for (i, (byte, out)) in tile[lane..].iter().zip(out).enumerate() {
+                *out = weight(step * TILE_COLS + i, i16::from(*byte) - 128);
+            }
+        }
+        for f in far {
+            let (step, position) = (f.position as usize / TILE_SYMBOLS, f.position as usize % TILE_SYMBOLS);
+            if let Some(i) = position.checked_sub(lane).filter(|&i| i < TILE_COLS)
+                && let Some(out) = out.get_mut(step * TILE_COLS + i)
+            {
+                *out = weight(step * TILE_COLS + i, f.symbol);
+            }
         }
         Ok(())
     })

@@ -231,6 +231,44 @@ pub fn argmax(x: &[f32]) -> usize {
     best.1
 }
 
+per_level! {
+    /// Index of the greatest element in the order of `f32::total_cmp`, the first of equals; `None` if an element is not finite or there is none.
+    /// Reads `x` once, for it may be a vocabulary's logits that just came from another device.
+    pub fn greatest_if_finite(x: &[f32]) -> Option<usize> {
+        /// Searched again if the greatest is in it.
+        const RUN: usize = 1024;
+        let key = |x: f32| {
+            let bits = x.to_bits() as i32;
+            bits ^ ((bits >> 31) as u32 >> 1) as i32
+        };
+        let (mut best, mut of_best, mut largest) = (i32::MIN, 0, 0);
+        for (index, run) in x.chunks(RUN).enumerate() {
+            let (mut keys, mut sizes) = ([i32::MIN; LANES], [0; LANES]);
+            let (whole, tail) = run.as_chunks::<LANES>();
+            for x in whole {
+                for j in 0..LANES {
+                    keys[j] = keys[j].max(key(x[j]));
+                    sizes[j] = sizes[j].max(x[j].to_bits() as i32 & i32::MAX);
+                }
+            }
+            for (j, x) in tail.iter().enumerate() {
+                keys[j] = keys[j].max(key(*x));
+                sizes[j] = sizes[j].max(x.to_bits() as i32 & i32::MAX);
+            }
+            let most = keys.into_iter().max().expect("there are lanes");
+            largest = sizes.into_iter().fold(largest, i32::max);
+            if most > best {
+                (best, of_best) = (most, index);
+            }
+        }
+        if x.is_empty() || largest >= f32::INFINITY.to_bits() as i32 {
+            return None;
+        }
+        let run = &x[of_best * RUN..];
+        run.iter().position(|x| key(*x) == best).map(|at| of_best * RUN + at)
+    }
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
@@ -509,6 +547,36 @@ mod tests {
                 (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
             })
             .collect()
+    }
+
+    #[test]
+    fn the_greatest_is_found_as_total_cmp_orders_if_all_are_finite() {
+        let spread: Vec<f32> = (0..5000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e5 - 80.0).collect();
+        let mut equals = vec![0.5; 5000];
+        (equals[1500], equals[4000]) = (2.0, 2.0);
+        let cases = [
+            vec![-1.0, -0.5, -2.0],
+            vec![-0.0, 0.0, 0.0],
+            vec![3.0, 7.5, 7.5, -9.0],
+            vec![f32::MIN; 2000],
+            vec![f32::MAX, 1.0],
+            spread,
+            equals,
+        ];
+        for level in Level::available() {
+            for x in &cases {
+                let expected = (0..x.len()).max_by(|&a, &b| x[a].total_cmp(&x[b]).then(b.cmp(&a)));
+                assert_eq!(greatest_if_finite(level, x), expected, "{level}: {:?}", &x[..x.len().min(4)]);
+                for wrong in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    for at in [0, x.len() / 2, x.len() - 1] {
+                        let mut x = x.clone();
+                        x[at] = wrong;
+                        assert_eq!(greatest_if_finite(level, &x), None, "{level}: {wrong} at {at}");
+                    }
+                }
+            }
+            assert_eq!(greatest_if_finite(level, &[]), None);
+        }
     }
 
     #[test]

@@ -225,6 +225,14 @@ impl KernelScales {
         }
     }
 
+    /// The scale of all weights of a row, if it is one number.
+    pub(crate) fn of_row(&self, row: usize) -> Option<f32> {
+        match self.tile(row / TILE_ROWS) {
+            TileScales::Row(scales) => Some(scales[row % TILE_ROWS]),
+            TileScales::Group { .. } => None,
+        }
+    }
+
     /// The real weight of a symbol, by the formulas of `tersor_quant`: `scale * symbol`, or `scale
     /// * (symbol + 8) + bias`.
     pub(crate) fn weight(&self, row: usize, col: usize, symbol: i16) -> f32 {

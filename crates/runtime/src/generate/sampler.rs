@@ -1,6 +1,6 @@
 //! From logits to a token.
 
-use tersor_cpu::ops;
+use tersor_cpu::{Level, ops};
 use thiserror::Error;
 
 /// How the next token is chosen. The steps are those of transformers, in its order: repetition penalty, temperature, top-k,
@@ -64,6 +64,7 @@ impl Sampling {
 #[derive(Clone, Debug)]
 pub struct Sampler {
     sampling: Sampling,
+    level: Level,
     random: SplitMix64,
     /// (logit, then weight; token)
     candidates: Vec<(f32, u32)>,
@@ -78,17 +79,20 @@ impl Sampler {
     pub fn new(sampling: Sampling) -> Result<Self, SamplingError> {
         sampling.check()?;
         let random = SplitMix64 { state: sampling.seed };
-        Ok(Self { sampling, random, candidates: Vec::new(), seen: Vec::new() })
+        Ok(Self { sampling, level: Level::best(), random, candidates: Vec::new(), seen: Vec::new() })
     }
 
-    /// Chooses the token that follows `history` (prompt and generated tokens), given its logits (vocab,), all finite.
-    ///
-    /// # Panics
-    /// If `logits` is empty.
-    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+    /// Chooses the token that follows `history` (prompt and generated tokens), given its logits (vocab,); `None` if one of them is not finite, or
+    /// there are none.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Option<u32> {
+        let greatest = ops::greatest_if_finite(self.level, logits)?;
         if self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0 {
-            return greatest(logits);
+            return Some(greatest as u32);
         }
+        Some(self.draw(logits, history))
+    }
+
+    fn draw(&mut self, logits: &[f32], history: &[u32]) -> u32 {
         self.candidates.clear();
         self.candidates.extend(logits.iter().copied().zip(0..));
         self.penalize(history);
@@ -158,21 +162,6 @@ impl Sampler {
     }
 }
 
-/// The first of the greatest logits, in the order of `f32::total_cmp`. The greatest of each run is found without branches; only the best run
-/// is searched.
-fn greatest(logits: &[f32]) -> u32 {
-    const RUN: usize = 1024;
-    let key = |logit: &f32| {
-        let bits = logit.to_bits() as i32;
-        bits ^ ((bits >> 31) as u32 >> 1) as i32
-    };
-    let most = |run: &[f32]| run.iter().map(key).max().expect("a run has logits");
-    // `max_by_key` takes the last of equals.
-    let (index, run) = logits.chunks(RUN).enumerate().rev().max_by_key(|(_, run)| most(run)).expect("a vocabulary has tokens");
-    let best = most(run);
-    (index * RUN + run.iter().position(|logit| key(logit) == best).expect("just found")) as u32
-}
-
 /// SplitMix64 by Sebastiano Vigna (<https://prng.di.unimi.it/splitmix64.c>, public domain): a counter and a mixer. One number
 /// a token is drawn, so its period of 2^64 is plenty.
 #[derive(Clone, Debug)]
@@ -203,19 +192,9 @@ mod tests {
         let mut sampler = Sampler::new(sampling).unwrap();
         let mut counts = vec![0; logits.len()];
         for _ in 0..draws {
-            counts[sampler.sample(logits, &[]) as usize] += 1;
+            counts[sampler.sample(logits, &[]).unwrap() as usize] += 1;
         }
         counts
-    }
-
-    #[test]
-    fn the_greatest_is_found_as_total_cmp_orders() {
-        assert_eq!(greatest(&[-1.0, -0.5, -2.0]), 1);
-        assert_eq!(greatest(&[-0.0, 0.0, 0.0]), 1);
-        assert_eq!(greatest(&[3.0, 7.5, 7.5, -9.0]), 1);
-        let logits: Vec<f32> = (0..1000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e5 - 80.0).collect();
-        let expected = (0..1000).max_by(|&a: &usize, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap();
-        assert_eq!(greatest(&logits), expected as u32);
     }
 
     #[test]
@@ -228,22 +207,18 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equals() {
-        let mut many = vec![0.5; 5000];
-        many[1500] = 2.0;
-        many[4000] = 2.0;
-        assert_eq!(greatest(&many), 1500);
-        assert_eq!(greatest(&vec![-1.0; 3000]), 0);
         let mut sampler = Sampler::new(Sampling::default()).unwrap();
-        assert_eq!(sampler.sample(&[0.0, 3.0, 1.0, 3.0], &[]), 1);
+        assert_eq!(sampler.sample(&[0.0, 3.0, 1.0, 3.0], &[]), Some(1));
+        assert_eq!(sampler.sample(&[0.0, f32::NAN, 1.0, 3.0], &[]), None);
     }
 
     #[test]
     fn penalty_reaches_prompt_tokens_once_and_both_signs() {
         let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
         let mut sampler = Sampler::new(sampling).unwrap();
-        assert_eq!(sampler.sample(&[1.9, 3.0, -5.0], &[1, 1, 1]), 0, "3.0 becomes 1.5 however often it occurred");
-        assert_eq!(sampler.sample(&[-3.0, -1.6, -3.1], &[1]), 0, "-1.6 becomes -3.2");
-        assert_eq!(sampler.sample(&[1.0, 0.5, 0.0], &[7]), 0, "ids outside the vocabulary are ignored");
+        assert_eq!(sampler.sample(&[1.9, 3.0, -5.0], &[1, 1, 1]), Some(0), "3.0 becomes 1.5 however often it occurred");
+        assert_eq!(sampler.sample(&[-3.0, -1.6, -3.1], &[1]), Some(0), "-1.6 becomes -3.2");
+        assert_eq!(sampler.sample(&[1.0, 0.5, 0.0], &[7]), Some(0), "ids outside the vocabulary are ignored");
     }
 
     #[test]

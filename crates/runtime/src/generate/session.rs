@@ -227,15 +227,11 @@ pub fn step(runner: &mut dyn Runner, sessions: &mut [&mut Session]) -> Result<()
     runner.forward_batch(&mut batch, &mut |sequence, _, row| {
         debug_assert_eq!(row.len(), vocab);
         let (sampler, hash, tokens) = &mut choosers[sequence];
-        // Summed, so that the check is a loop without branches.
-        chosen[sequence] = Some(if row.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
-            if let Some(hash) = hash {
-                hash_logits(hash, row);
-            }
-            Ok(sampler.sample(row, tokens))
-        } else {
-            Err(RunError::NotFinite { position: tokens.len() })
-        });
+        let token = sampler.sample(row, tokens).ok_or(RunError::NotFinite { position: tokens.len() });
+        if let (Ok(_), Some(hash)) = (&token, hash) {
+            hash_logits(hash, row);
+        }
+        chosen[sequence] = Some(token);
     })?;
     for (session, token) in moving.into_iter().zip(chosen) {
         if let Some(token) = token {
