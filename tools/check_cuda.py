@@ -43,7 +43,7 @@ def compile_kernel(nvrtc, path, architecture):
     text, name = path.read_bytes(), path.name.encode()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None) != 0:
         raise RuntimeError("nvrtcCreateProgram failed")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--diag-suppress=177"] + ([] if architecture == PTX else ["--ptxas-options=--verbose"])
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false", "--diag-suppress=177"] + ([] if architecture == PTX else ["--ptxas-options=--verbose"])
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     result = nvrtc.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()

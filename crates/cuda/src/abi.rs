@@ -185,7 +185,6 @@ pub(crate) struct Step {
     pub stats: u64,
     pub mixed: u64,
     pub active: u64,
-    pub crews: u64,
     pub mixed_flags: u64,
     pub active_flags: u64,
     pub logits: u64,

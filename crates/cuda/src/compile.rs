@@ -70,6 +70,9 @@ impl Source {
     }
 }
 
+/// Products and sums are fused only where the text says so: kernels that share a function shall compute the same bits with it.
+const OPTIONS: [&CStr; 2] = [c"--std=c++17", c"--fmad=false"];
+
 /// Loads a file of kernels: from `cache` if it was compiled before, else by NVRTC, else from the crate's PTX. True if it was compiled for this
 /// architecture, so that it uses what the architecture has.
 pub(crate) fn load(device: &Arc<Device>, source: &Source, cache: Option<&Path>) -> Result<(Module, bool), CudaError> {
@@ -78,7 +81,7 @@ pub(crate) fn load(device: &Arc<Device>, source: &Source, cache: Option<&Path>) 
     let from_ptx = || Ok((load_ptx(device, source)?, false));
     let Some(compiler) = Nvrtc::find() else { return from_ptx() };
     let version = compiler.version();
-    let key = xxh3_64(format!("{arch} {version:?}\n{text}").as_bytes());
+    let key = xxh3_64(format!("{arch} {version:?} {OPTIONS:?}\n{text}").as_bytes());
     let file = cache.map(|dir| dir.join(format!("{}-{arch}-{key:016x}.cubin", source.name.trim_end_matches(".cu"))));
     if let Some(image) = file.as_deref().and_then(read_cached)
         && let Ok(module) = Module::load(device, &image)
@@ -186,9 +189,14 @@ impl Nvrtc {
         if created != 0 {
             return Err(failed(format!("NVRTC refuses the program: error {created}")));
         }
-        let options = [CString::new(format!("--gpu-architecture={arch}")).map_err(inner)?, c"-std=c++17".to_owned()];
-        let pointers = options.each_ref().map(|o| o.as_ptr());
-        let result = call!(self, "nvrtcCompileProgram", (Program, c_int, *const *const c_char), (program, 2, pointers.as_ptr()));
+        let arch = CString::new(format!("--gpu-architecture={arch}")).map_err(inner)?;
+        let pointers = [arch.as_ptr(), OPTIONS[0].as_ptr(), OPTIONS[1].as_ptr()];
+        let result = call!(
+            self,
+            "nvrtcCompileProgram",
+            (Program, c_int, *const *const c_char),
+            (program, pointers.len() as c_int, pointers.as_ptr())
+        );
         let image = match result {
             0 => Ok(Some(self.bytes(program, Part::Image))),
             NVRTC_ERROR_INVALID_OPTION => Ok(None),

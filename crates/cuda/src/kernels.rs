@@ -325,18 +325,13 @@ impl Mixed {
         })
     }
 
-    /// Where both are, for kernels.
-    pub(crate) fn addresses(&self) -> (u64, u64) {
-        (self.out.address(), self.stats.address())
-    }
-
     /// Bytes on the device for a token.
     #[must_use]
     pub const fn bytes_for(heads: usize, head_dim: usize) -> usize {
         heads * ATTENTION_SPLITS * (head_dim + 2) * size_of::<f32>()
     }
 
-    /// The weighted sums, (tokens, heads, parts, head_dim), and pairs of highest score and sum of weights, (tokens, heads, parts), of `tokens`
+    /// The weighted sums, (tokens, heads, parts, head_dim), and pairs of highest score times log2(e) and sum of weights, (tokens, heads, parts), of `tokens`
     /// tokens, for checks. A part without positions has the sum 0, and anything for its weighted sum.
     ///
     /// # Errors

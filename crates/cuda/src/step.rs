@@ -2,18 +2,22 @@
 
 use std::sync::Arc;
 
+use crate::CudaError;
 use crate::abi;
 use crate::driver::{Buffer, Device, Function, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
-use crate::layout::{ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS};
+use crate::layout::{
+    ATTENTION_SPLITS, ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS,
+};
 use crate::matrix::Form;
-use crate::{CudaError, Mixed};
 
 /// Matrices of a layer: q, k and v; o; gate and up; down.
 const PRODUCTS: usize = 4;
 /// Fewest slots of a warp's ring that hide the memory's latency, and the most that are of use.
 const SLOTS_MIN: usize = 3;
 const SLOTS_MAX: usize = 6;
+/// What the arrivals at a sum add up to, in step.cu.
+const COMPLETE: usize = 128;
 
 /// A matrix of a step.
 #[derive(Clone, Copy, Debug)]
@@ -89,10 +93,7 @@ pub struct Step {
     /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
     _arrivals: Buffer,
-    /// What attention and silu leave.
-    _work: Buffer,
-    _mixed: Mixed,
-    /// Sums, flags and arrivals of crews, which a step begins by clearing.
+    /// Sums, flags, and what attention and silu leave, all of which a step begins by clearing.
     cleared: Buffer,
 }
 
@@ -110,7 +111,7 @@ impl Places {
 
 impl Step {
     /// Prepares steps of a model; `None` where this kernel was not made for it: a GPU older than Hopper, a matrix that is coded or has raw low bits,
-    /// activations beyond a multiprocessor's shared memory, a residual stream of more than 8192 columns, heads that are too long.
+    /// activations beyond a multiprocessor's shared memory, a residual stream of more than 8192 columns, heads that are too long, layers that differ in shape.
     ///
     /// # Errors
     /// Out of memory.
@@ -126,6 +127,11 @@ impl Step {
         let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len());
         let slots = (SLOTS_MIN..=SLOTS_MAX).rev().find(|&slots| room(slots) <= function.shared_bytes as usize);
         let (Some(slots), true) = (slots, padded_hidden <= STEP_HIDDEN_MAX) else { return Ok(None) };
+        // A warp's share is computed once for all layers.
+        let geometry = |index: usize| matrices[index].form.geometry();
+        if (0..matrices.len() - 1).any(|index| geometry(index) != geometry(index % PRODUCTS)) {
+            return Ok(None);
+        }
         let device = kernels.device();
 
         let blocks = device.properties().multiprocessors as usize;
@@ -135,18 +141,25 @@ impl Step {
             let g = *m.form.geometry();
             if known.iter().all(|(of, _)| *of != g) {
                 known.push((g, arrivals.len() as u64));
-                let Some(counts) = warps_of_rows(&g, blocks) else { return Ok(None) };
-                arrivals.extend(counts);
+                let counts = warps_of_rows(&g, blocks);
+                if counts.iter().any(|&warps| warps > COMPLETE) {
+                    return Ok(None);
+                }
+                arrivals.extend(counts.iter().map(|&warps| (COMPLETE + 1 - warps) as u8));
             }
         }
         let arrivals = device.upload(&arrivals, "a step's arrivals")?;
         let (layer_count, heads) = (model.layers.len(), model.heads.heads);
         let mut places = Places::default();
         let sums: Vec<u64> = matrices.iter().map(|m| places.place(m.form.geometry().padded_rows() * size_of::<i64>())).collect();
+        let cols =
+            |index: usize| (0..layer_count).map(|layer| matrices[layer * PRODUCTS + index].form.geometry().cols()).max().unwrap_or(0);
+        let crews = heads * ATTENTION_SPLITS;
+        let mut words = |count: usize| places.place(count * size_of::<u64>());
+        let (parts, stats) = (words(crews * model.heads.head_dim), words(layer_count * crews));
+        let (mixed, active) = (words(cols(1)), words(cols(3)));
         let mut flags = |per_layer: usize| places.place(layer_count * per_layer * size_of::<u32>());
-        let crews = flags(heads);
-        let mixed_flags = flags(heads * model.heads.head_dim.div_ceil(LANES));
-        let active_flags = flags(model.intermediate.div_ceil(SUPERSTEP_COLS));
+        let (mixed_flags, active_flags) = (flags(crews), flags(model.intermediate.div_ceil(LANES)));
         let cleared = device.allocate(places.0, "a step's sums")?;
 
         let product = |index: usize| {
@@ -176,14 +189,6 @@ impl Step {
             })
             .collect();
         let layers = device.upload(&layers, "a model's layers")?;
-        let cols = |index: usize| model.layers.iter().map(|layer| layer.matrices[index].form.geometry().padded_cols()).max().unwrap_or(0);
-        let mut places = Places::default();
-        let (mixed, active) = (places.place(cols(1) * size_of::<f32>()), places.place(cols(3) * size_of::<f32>()));
-        let work = device.allocate(places.0, "activations")?;
-        // What pads them stays 0.
-        work.fill_range(0, work.bytes(), 0, Stream::Compute)?;
-        let parts_of_heads = Mixed::new(device, 1, heads, model.heads.head_dim)?;
-        let (parts, stats) = parts_of_heads.addresses();
         let args = abi::Step {
             layers: layers.address(),
             head: product(matrices.len() - 1),
@@ -191,11 +196,10 @@ impl Step {
             x: 0,
             turn: 0,
             place: 0,
-            parts,
-            stats,
-            mixed: work.address() + mixed,
-            active: work.address() + active,
-            crews: cleared.address() + crews,
+            parts: cleared.address() + parts,
+            stats: cleared.address() + stats,
+            mixed: cleared.address() + mixed,
+            active: cleared.address() + active,
             mixed_flags: cleared.address() + mixed_flags,
             active_flags: cleared.address() + active_flags,
             logits: 0,
@@ -216,16 +220,7 @@ impl Step {
             slots: slots as i32,
             unused: 0,
         };
-        Ok(Some(Self {
-            args,
-            function,
-            shared_bytes: room(slots),
-            _layers: layers,
-            _arrivals: arrivals,
-            _work: work,
-            _mixed: parts_of_heads,
-            cleared,
-        }))
+        Ok(Some(Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared }))
     }
 }
 
@@ -265,11 +260,10 @@ pub(crate) fn shape(device: &Arc<Device>, shared_bytes: usize) -> Shape {
     }
 }
 
-/// How many warps add to the sums of each row tile, when `blocks` blocks of [`STEP_WARPS`] warps share the supersteps of a matrix (`share_out` in step.cu);
-/// `None` if a byte cannot say it.
-fn warps_of_rows(g: &Geometry, blocks: usize) -> Option<Vec<u8>> {
+/// How many warps add to the sums of each row tile, when `blocks` blocks of [`STEP_WARPS`] warps share the supersteps of a matrix (`share_out` in step.cu).
+fn warps_of_rows(g: &Geometry, blocks: usize) -> Vec<usize> {
     let (supersteps, total) = (g.supersteps(), g.tiles() * g.supersteps());
-    let mut counts = vec![0u8; g.row_tiles()];
+    let mut counts = vec![0; g.row_tiles()];
     for block in 0..blocks {
         let (first, end) = (total * block / blocks, total * (block + 1) / blocks);
         for warp in 0..STEP_WARPS {
@@ -277,13 +271,12 @@ fn warps_of_rows(g: &Geometry, blocks: usize) -> Option<Vec<u8>> {
             let (at, end) = (at(warp), at(warp + 1));
             if at < end {
                 for tile in at / supersteps..=(end - 1) / supersteps {
-                    let count = &mut counts[tile % g.row_tiles()];
-                    *count = count.checked_add(1)?;
+                    counts[tile % g.row_tiles()] += 1;
                 }
             }
         }
     }
-    Some(counts)
+    counts
 }
 
 /// Bytes of `AttendRoom` in transformer.cuh, for heads of `dim` numbers; step.cu asserts the same.
@@ -303,8 +296,11 @@ fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usiz
         frag_bytes / SUPERSTEP_COLS * 8,
         STEP_WARPS * TILE_ROWS * 8,
         STEP_HIDDEN_MAX / SUPERSTEP_COLS * 8,
+        STEP_WARPS * 4,
         2 * size_of::<abi::StepLayer>(),
-        products * 16,
+        products * 8,
+        (PRODUCTS + 1) * STEP_WARPS * 32,
+        (PRODUCTS + 1) * 8,
     ];
     parts.iter().map(|bytes| bytes.next_multiple_of(128)).sum()
 }
@@ -347,15 +343,15 @@ mod tests {
     fn warps_of_rows_by_hand() {
         // Two row tiles of one tile of 4 supersteps each: 8 supersteps for 16 warps of one block, so one for every second warp.
         let g = Geometry::new(32, 512).unwrap();
-        assert_eq!(warps_of_rows(&g, 1), Some(vec![4, 4]));
+        assert_eq!(warps_of_rows(&g, 1), [4, 4]);
         // 64 supersteps a tile: a warp has 4 of the first tile or 4 of the second.
         let g = Geometry::with_supersteps_max(32, 4096, 32).unwrap();
-        assert_eq!(warps_of_rows(&g, 1), Some(vec![8, 8]));
+        assert_eq!(warps_of_rows(&g, 1), [8, 8]);
         // Two column segments: each row tile is met twice.
         let g = Geometry::with_supersteps_max(16, 4096, 16).unwrap();
-        assert_eq!((g.segs(), warps_of_rows(&g, 1)), (2, Some(vec![16])));
-        // A superstep for every warp of a large grid: more than a byte can count.
+        assert_eq!((g.segs(), warps_of_rows(&g, 1)), (2, vec![16]));
+        // A superstep for every warp of a large grid: more than arrivals can count.
         let g = Geometry::new(16, 1 << 16).unwrap();
-        assert_eq!(warps_of_rows(&g, 132), None);
+        assert_eq!(warps_of_rows(&g, 132), [512]);
     }
 }

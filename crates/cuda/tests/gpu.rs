@@ -549,8 +549,8 @@ fn attention_is_softmax_of_what_rope_kept() {
         let mix = |parts: &[f32], stats: &[[f32; 2]]| -> Vec<f32> {
             let highest = stats.iter().map(|s| s[0]).fold(f32::MIN, f32::max);
             let used = || parts.chunks(head_dim).zip(stats).filter(|(_, s)| s[1] > 0.0);
-            let total: f32 = used().map(|(_, s)| s[1] * (s[0] - highest).exp()).sum();
-            (0..head_dim).map(|i| used().map(|(part, s)| part[i] * (s[0] - highest).exp()).sum::<f32>() / total).collect()
+            let total: f32 = used().map(|(_, s)| s[1] * (s[0] - highest).exp2()).sum();
+            (0..head_dim).map(|i| used().map(|(part, s)| part[i] * (s[0] - highest).exp2()).sum::<f32>() / total).collect()
         };
         let splits = stats.len() / (tokens * heads);
         let found: Vec<f32> =
@@ -638,17 +638,18 @@ impl Tiny {
         let vocab = 1003;
         let up_row = ffn.next_multiple_of(16);
         let shapes = [(v_row + kv_heads * head_dim, hidden), (hidden, heads * head_dim), (up_row + ffn, hidden), (hidden, ffn)];
-        let matrix = |rng: &mut Rng, (rows, cols): (usize, usize), biased: bool| {
-            let supersteps = 1 + rng.next() as usize % 32;
+        // Of the matrices of a kind, and of the head.
+        let supersteps: [usize; 5] = std::array::from_fn(|_| 1 + rng.next() as usize % 32);
+        let matrix = |rng: &mut Rng, (rows, cols): (usize, usize), biased: bool, supersteps: usize| {
             let case = Case::new(gpu, rng, rows, cols, (1.1, 0), supersteps);
             let n = case.geometry.padded_rows();
             let scale: Vec<f32> = (0..n).map(|_| (0.5 + rng.unit() as f32) / (cols as f32).sqrt()).collect();
             let bias = biased.then(|| gpu.device.upload(&rng.floats(n), "bias").unwrap());
             (PlainMatrix::upload(&gpu.device, &case.plain).unwrap(), gpu.device.upload(&scale, "scale").unwrap(), bias)
         };
-        let mut matrices: Vec<_> =
-            (0..Self::LAYERS).flat_map(|_| shapes).enumerate().map(|(i, shape)| matrix(rng, shape, special && i % 4 < 2)).collect();
-        matrices.push(matrix(rng, (vocab, hidden), false));
+        let of_layers = (0..Self::LAYERS).flat_map(|_| shapes).enumerate();
+        let mut matrices: Vec<_> = of_layers.map(|(i, shape)| matrix(rng, shape, special && i % 4 < 2, supersteps[i % 4])).collect();
+        matrices.push(matrix(rng, (vocab, hidden), false, supersteps[4]));
         let vector = |rng: &mut Rng, n| gpu.device.upload(&rng.floats(n), "norm").unwrap();
         Self {
             heads: Heads { heads, kv_heads, head_dim, k_row, v_row },

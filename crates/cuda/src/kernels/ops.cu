@@ -56,6 +56,18 @@ struct Prepare {
   int head_dim;          // MIX
 };
 
+// Element `e` of a head. `part`: (SPLITS, head_dim); `stats`: (SPLITS).
+__device__ __forceinline__ float mixed_value(const float* part, const float2* stats, int head_dim, int e) {
+  float2 of[SPLITS];
+  float parts[SPLITS];
+#pragma unroll
+  for (int s = 0; s < SPLITS; s++) { // all loads together
+    of[s] = stats[s];
+    parts[s] = part[s * head_dim + e];
+  }
+  return mixed_of(of, parts);
+}
+
 // prepare: activations of the next matrix, as int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's
 // unit: q * m * unit. So that a product's sums over any columns are exact integers.
 //
@@ -129,23 +141,23 @@ __device__ __forceinline__ void prepare(const Prepare& P) {
   }
   all = combine_warp(all);
   const float factor = INPUT == NORM ? 1.0f / sqrtf(all.sum / P.cols + P.eps) : 1.0f;
-  const float unit = unit_of(__uint_as_float(all.most) * factor);
+  const float unit = unit_of(__uint_as_float(all.most) * factor), per = per_unit(unit);
   if (threadIdx.x == 0 && rank == 0) P.unit[t] = unit;
   const int batch = t / P.nt, token = t - batch * P.nt, token_tiles = (P.nt + 7) / 8, lanes = P.nt == 1 ? 8 : 32;
   for (int i = warp; i < count; i += warps) {
     Four a = four(kept[i * 32 + lane]);
 #pragma unroll
     for (int j = 0; j < 4; j++) a.v[j] *= factor;
-    const Quantized x = quantized(a, unit);
+    const Quantized x = quantized(a, __float_as_uint(__uint_as_float(said[i].most) * factor), unit, per);
     const int superstep = first + i, column_block = superstep * 2 + (lane >> 4), kb = lane >> 3 & 1, c = lane >> 1 & 3, half = lane & 1;
     u16* f = (u16*)(P.frag + (((size_t)batch * (P.k / 64) + column_block) * token_tiles + token / 8) * lanes) + kb * 2 + half;
-    f[((token & 7) * 4 + c) * 8] = x.evens();
-    f[((token & 7) * 4 + c) * 8 + 4] = x.odds();
+    f[((token & 7) * 4 + c) * 8] = (u16)x.evens;
+    f[((token & 7) * 4 + c) * 8 + 4] = (u16)x.odds;
     if (P.nt == 1) {
-      f[(4 + c) * 8] = x.odds();
-      f[(4 + c) * 8 + 4] = x.odds();
+      f[(4 + c) * 8] = (u16)x.odds;
+      f[(4 + c) * 8 + 4] = (u16)x.odds;
     }
-    ((u32*)(P.q + (size_t)t * P.k + superstep * SUPERSTEP))[lane] = x.q;
+    ((u32*)(P.q + (size_t)t * P.k + superstep * SUPERSTEP))[lane] = __byte_perm(x.evens, x.odds, 0x5140);
     if (lane == 0) P.info[(size_t)t * supersteps + superstep] = make_int2(x.m, 128 * x.even);
   }
   cluster_barrier(); // no block leaves while another may read what it said
@@ -179,13 +191,26 @@ extern "C" __global__ void __launch_bounds__(256) rope(Rope P) {
   }
 }
 
+// Where a block leaves its part of a head of a token.
+struct PartOut {
+  float* part;    // (head_dim)
+  float2* stat;
+  __device__ __forceinline__ PartOut(const Attention& P, int token, int head, int split) {
+    const size_t at = ((size_t)token * P.heads + head) * SPLITS + split;
+    part = P.out + at * P.head_dim;
+    stat = P.stats + at;
+  }
+  __device__ __forceinline__ void stats(float highest, float total) const { *stat = make_float2(highest, total); }
+  __device__ __forceinline__ void value(int e, float y) const { part[e] = y; }
+};
+
 template <int PAIRS>
 __device__ __forceinline__ void attention_of_grid(const Attention& P) { // (heads * SPLITS, tokens)
   __shared__ AttentionRoom<PAIRS> room;
   const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, t = blockIdx.y;
   launch_dependents();
   wait_for_kernel_before();
-  attention<PAIRS>(whole_block(), room, P, P.q + ((size_t)t * P.heads + head) * P.head_dim, head, split, t);
+  attention<PAIRS>(whole_block(), room, P, P.places[t], P.q + ((size_t)t * P.heads + head) * P.head_dim, head, split, PartOut(P, t, head, split));
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_64(Attention P) { attention_of_grid<1>(P); }   // head_dim <= 64
@@ -209,7 +234,7 @@ __device__ __forceinline__ void attend_of_grid(const Attend& P) {
   fetch_positions(crew, P.attention, place, kv_head, blockIdx.x - kv_head * group * SPLITS);
   wait_for_kernel_before();
   const float2 q = pair_of(crew, R, 0, rows.of[Q]), k = pair_of(crew, R, 0, rows.of[K]), v = pair_of(crew, R, 0, rows.of[V]);
-  attend<PAIRS>(crew, room, P, place, angle, head, split, q, k, v);
+  attend<PAIRS>(crew, room, P, place, angle, head, split, q, k, v, PartOut(P.attention, 0, head, split));
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend_of_grid<1>(P); }

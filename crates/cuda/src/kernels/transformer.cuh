@@ -10,7 +10,7 @@ struct Sums {
   int n;
 };
 
-__device__ __forceinline__ float value_of(i64 sum, float unit, float scale) { return (float)((double)sum * (0.0625 * (double)unit)) * scale; }
+__device__ __forceinline__ float value_of(i64 sum, float unit, float scale) { return (float)sum * (0.0625f * unit) * scale; }
 
 __device__ __forceinline__ float value(const Sums& s, int token, int row) {
   const float y = value_of(s.sum[(size_t)token * s.n + row], s.unit[token], s.scale[row]);
@@ -45,17 +45,30 @@ struct Crew {
 };
 __device__ __forceinline__ Crew whole_block() { return {(int)threadIdx.x, (int)blockDim.x, 0}; }
 
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+__device__ __forceinline__ u32 most_of_warp(u32 v) { return __reduce_max_sync(~0u, v); }
+
 // A sum and a maximum.
 struct Both { float sum; u32 most; };
 
-__device__ __forceinline__ Both combine_warp(Both v) {
-#pragma unroll
-  for (int d = 16; d > 0; d >>= 1) {
-    v.sum += __shfl_xor_sync(~0u, v.sum, d);
-    v.most = max(v.most, __shfl_xor_sync(~0u, v.most, d));
-  }
-  return v;
+__device__ __forceinline__ Both combine_warp(Both v) { return {sum_of_warp(v.sum), most_of_warp(v.most)}; }
+
+// Approximations of two units in the last place: 2^x, 1/x.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
 }
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+constexpr float LOG2_E = 1.44269504f;
 
 // ---- Activations: int8 with a scale for each 128 columns that is an integer multiple m < 4096 of the token's unit.
 //
@@ -95,14 +108,7 @@ __device__ __forceinline__ float squares_of(const Four& a) {
   float s = 0;
 #pragma unroll
   for (int j = 0; j < 4; j++) s = __fmaf_rn(a.v[j], a.v[j], s);
-#pragma unroll
-  for (int d = 16; d > 0; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
-  return s;
-}
-__device__ __forceinline__ u32 most_of_warp(u32 most) {
-#pragma unroll
-  for (int d = 16; d > 0; d >>= 1) most = max(most, __shfl_xor_sync(~0u, most, d));
-  return most;
+  return sum_of_warp(s);
 }
 __device__ __forceinline__ u32 most_of(const Four& a) {
   u32 most = 0;
@@ -115,33 +121,32 @@ __device__ __forceinline__ u32 most_of(const Four& a) {
 __device__ __forceinline__ float unit_of(float top) { return !(top <= 3.4e38f) ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top / (127.0f * 4095.0f); }
 
 struct Quantized {
-  u32 q;        // of the lane's four columns
+  u32 evens;    // of the lane's four columns: the even ones in two bytes, the odd ones
+  u32 odds;
   int m;        // all lanes have it
   int even;     // sum of the even columns' q, of the superstep
-  __device__ __forceinline__ u16 evens() const { return (u16)__byte_perm(q, 0, 0x4420); }
-  __device__ __forceinline__ u16 odds() const { return (u16)__byte_perm(q, 0, 0x4431); }
 };
 
-__device__ __forceinline__ Quantized quantized(const Four& a, float unit) {
-  const float absmax = __uint_as_float(most_of(a));
-  Quantized out = {0, 0, 0};
-  float inverse = 0;
-  if (unit > 0 && absmax > 0) {
-    out.m = min(max((int)ceilf(absmax / (127.0f * unit)), 1), 4095);
-    inverse = 1.0f / (out.m * unit);
-  }
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const int q = min(max(__float2int_rn(a.v[j] * inverse), -127), 127);
-    out.q |= (u32)(q & 255) << j * 8;
-    if (!(j & 1)) out.even += q;
-  }
-#pragma unroll
-  for (int d = 16; d > 0; d >>= 1) out.even += __shfl_xor_sync(~0u, out.even, d);
-  return out;
+// Two numbers as int8, the first in the low byte.
+__device__ __forceinline__ u32 bytes_of(float a, float b) {
+  u32 v;
+  asm("{ .reg .s32 a,b; cvt.rni.s32.f32 a,%1; cvt.rni.s32.f32 b,%2; cvt.pack.sat.s8.s32.b32 %0,b,a,0; }" : "=r"(v) : "f"(a), "f"(b));
+  return v;
 }
 
-__device__ __forceinline__ float silu(float gate, float up) { return up * (gate / (1.0f + expf(-gate))); }
+// `most`: the bits of the superstep's largest |a|. `per`: 1 / (127 * unit), or 0.
+__device__ __forceinline__ Quantized quantized(const Four& a, u32 most, float unit, float per) {
+  Quantized out;
+  out.m = min((int)ceilf(__uint_as_float(most) * per), 4095);
+  const float inverse = out.m > 0 ? reciprocal(out.m * unit) : 0.0f; // m = 0: the superstep's columns are 0, or the unit is none
+  out.evens = bytes_of(a.v[0] * inverse, a.v[2] * inverse);
+  out.odds = bytes_of(a.v[1] * inverse, a.v[3] * inverse);
+  out.even = __reduce_add_sync(~0u, __dp4a((int)out.evens, 0x0101, 0));
+  return out;
+}
+__device__ __forceinline__ float per_unit(float unit) { return unit > 0 ? reciprocal(127.0f * unit) : 0.0f; }
+
+__device__ __forceinline__ float silu(float gate, float up) { return up * (gate * reciprocal(1.0f + exp2_of(-LOG2_E * gate))); }
 
 // Where a token's keys and values are.
 struct Place {
@@ -219,7 +224,7 @@ struct Attention {
   const float* q;        // (tokens, heads, head_dim)
   const Place* places;   // (tokens)
   float* out;            // (tokens, heads, SPLITS, head_dim): sums of weighted values
-  float2* stats;         // (tokens, heads, SPLITS): highest score, sum of the weights relative to it; 0: no positions, and nothing in out
+  float2* stats;         // (tokens, heads, SPLITS): highest score times log2(e), sum of the weights relative to it; 0: no positions, and nothing in out
   float scale;
   int layer;
   int heads;
@@ -233,116 +238,120 @@ struct Attention {
 // pairs of elements lane + 32 j. Which positions meet when depends on the positions only.
 template <int PAIRS>
 struct AttentionRoom { // shared memory of a crew
-  float top[ATTENTION_WARPS], sum[ATTENTION_WARPS];
+  float2 stats[ATTENTION_WARPS]; // highest score, sum
   float mixed[ATTENTION_WARPS][PAIRS * 64];
 };
 
-template <int PAIRS>
-__device__ __forceinline__ void attention(const Crew& crew, AttentionRoom<PAIRS>& room, const Attention& P, const float* query, int head, int split, int t) { // query: (head_dim)
+// Of four numbers of each lane, the sums over all lanes.
+__device__ __forceinline__ void sum_four(float (&v)[4]) {
+  const int lane = threadIdx.x & 31;
+  const bool upper = lane & 16, odd = lane & 8;
+  // Half of the lanes go on with two of them, a quarter with one.
+  float a = (upper ? v[2] : v[0]) + __shfl_xor_sync(~0u, upper ? v[0] : v[2], 16), b = (upper ? v[3] : v[1]) + __shfl_xor_sync(~0u, upper ? v[1] : v[3], 16);
+  float s = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 8);
+#pragma unroll
+  for (int d = 4; d > 0; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = __shfl_sync(~0u, s, i * 8);
+}
+
+// `query`: (head_dim). `out.stats(highest, total)` by one thread, `out.value(e, y)` for each element.
+template <int PAIRS, class Out>
+__device__ __forceinline__ void attention(const Crew& crew, AttentionRoom<PAIRS>& room, const Attention& P, const Place& place, const float* query, int head, int split, const Out& out) {
   constexpr int WARPS = ATTENTION_WARPS, AT_ONCE = 4;
+  const float none = -__uint_as_float(0x7f800000);
   const int warp = crew.index >> 5, lane = crew.index & 31, pairs = P.head_dim / 2;
-  const Place place = P.places[t];
   const size_t base = ((size_t)P.layer * P.kv_heads + head / (P.heads / P.kv_heads)) * place.capacity * P.head_dim;
   const u32* keys = (const u32*)(place.keys + base);
   const u32* values = (const u32*)(place.values + base);
   const int end = place.position + 1, begin = P.window > 0 && end > P.window ? end - P.window : 0;
-  const size_t place_of_block = ((size_t)t * P.heads + head) * SPLITS + split;
   if (begin + split * WARPS * AT_ONCE >= end) {
-    if (crew.index == 0) P.stats[place_of_block] = make_float2(-__uint_as_float(0x7f800000), 0.0f);
+    if (crew.index == 0) out.stats(none, 0.0f);
     return;
   }
   float2 q[PAIRS], acc[PAIRS];
+  const float scale = P.scale * LOG2_E;
 #pragma unroll
   for (int j = 0; j < PAIRS; j++) {
     const int e = lane + 32 * j;
     const float2 v = e < pairs ? ((const float2*)query)[e] : make_float2(0, 0);
-    q[j] = make_float2(v.x * P.scale, v.y * P.scale);
+    q[j] = make_float2(v.x * scale, v.y * scale);
     acc[j] = make_float2(0, 0);
   }
-  float top = -__uint_as_float(0x7f800000), sum = 0;
+  float top = none, sum = 0;
+#pragma unroll 1
   for (int at = begin + (split * WARPS + warp) * AT_ONCE; at < end; at += SPLITS * WARPS * AT_ONCE) {
     float score[AT_ONCE];
     u32 k[AT_ONCE][PAIRS], v[AT_ONCE][PAIRS]; // values are on their way while the scores are summed
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
+      const u32 first = min(at + i, end - 1) * pairs + lane; // beyond the end: loaded, with weight 0
 #pragma unroll
       for (int j = 0; j < PAIRS; j++) {
-        const bool has = at + i < end && lane + 32 * j < pairs;
-        const size_t e = (size_t)(at + i) * pairs + lane + 32 * j;
-        k[i][j] = has ? keys[e] : 0;
-        v[i][j] = has ? values[e] : 0;
+        const bool has = lane + 32 * j < pairs;
+        k[i][j] = has ? keys[first + 32 * j] : 0;
+        v[i][j] = has ? values[first + 32 * j] : 0;
       }
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       score[i] = 0;
 #pragma unroll
-      for (int j = 0; j < PAIRS; j++) score[i] += q[j].x * float_of((u16)k[i][j]) + q[j].y * float_of((u16)(k[i][j] >> 16));
+      for (int j = 0; j < PAIRS; j++) score[i] = __fmaf_rn(q[j].x, float_of((u16)k[i][j]), __fmaf_rn(q[j].y, float_of((u16)(k[i][j] >> 16)), score[i]));
     }
+    sum_four(score);
 #pragma unroll
-    for (int d = 16; d > 0; d >>= 1) {
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) score[i] += __shfl_xor_sync(~0u, score[i], d);
-    }
-    float higher = top;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) if (at + i < end) higher = fmaxf(higher, score[i]);
-    const float shrink = expf(top - higher);
+    for (int i = 1; i < AT_ONCE; i++) if (at + i >= end) score[i] = none;
+    const float higher = fmaxf(fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3])), top), shrink = exp2_of(top - higher);
     top = higher;
     sum *= shrink;
 #pragma unroll
     for (int j = 0; j < PAIRS; j++) { acc[j].x *= shrink; acc[j].y *= shrink; }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      const float w = at + i < end ? expf(score[i] - top) : 0.0f;
+      const float w = exp2_of(score[i] - top);
       sum += w;
 #pragma unroll
       for (int j = 0; j < PAIRS; j++) {
-        acc[j].x += w * float_of((u16)v[i][j]);
-        acc[j].y += w * float_of((u16)(v[i][j] >> 16));
+        acc[j].x = __fmaf_rn(w, float_of((u16)v[i][j]), acc[j].x);
+        acc[j].y = __fmaf_rn(w, float_of((u16)(v[i][j] >> 16)), acc[j].y);
       }
     }
   }
 #pragma unroll
-  for (int j = 0; j < PAIRS; j++) {
-    room.mixed[warp][(lane + 32 * j) * 2] = acc[j].x;
-    room.mixed[warp][(lane + 32 * j) * 2 + 1] = acc[j].y;
-  }
-  if (lane == 0) { room.top[warp] = top; room.sum[warp] = sum; }
+  for (int j = 0; j < PAIRS; j++) ((float2*)room.mixed[warp])[lane + 32 * j] = acc[j];
+  if (lane == 0) room.stats[warp] = make_float2(top, sum);
   crew.sync();
-  float highest = room.top[0];
-  for (int w = 1; w < WARPS; w++) highest = fmaxf(highest, room.top[w]);
-  float total = 0, weight[WARPS];
-  for (int w = 0; w < WARPS; w++) total += room.sum[w] * (weight[w] = room.sum[w] > 0 ? expf(room.top[w] - highest) : 0.0f);
-  if (crew.index == 0) P.stats[place_of_block] = make_float2(highest, total);
-  for (int e = crew.index; e < P.head_dim; e += crew.threads) {
-    float y = 0;
-    for (int w = 0; w < WARPS; w++) y += room.mixed[w][e] * weight[w];
-    P.out[place_of_block * P.head_dim + e] = y;
+  if (crew.index >= P.head_dim) return; // heads have at most as many elements as a crew has threads
+  float2 stats[WARPS];
+  float highest = none, total = 0, y = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    stats[w] = room.stats[w];
+    highest = fmaxf(highest, stats[w].x);
   }
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    const float weight = exp2_of(stats[w].x - highest); // 0 for a warp without positions
+    total = __fmaf_rn(stats[w].y, weight, total);
+    y = __fmaf_rn(room.mixed[w][crew.index], weight, y);
+  }
+  if (crew.index == 0) out.stats(highest, total);
+  out.value(crew.index, y);
 }
 
-// What the blocks that shared a head's positions found, put together: element `e` of a head. `part`: (SPLITS, head_dim); `stats`: (SPLITS).
-// Past the L1 cache: in step.cu other blocks have just written both.
-__device__ __forceinline__ float mixed_value(const float* part, const float2* stats, int head_dim, int e) {
-  float2 stat[SPLITS];
-  float parts[SPLITS];
+// What the blocks that shared a head's positions found, put together: an element of the head.
+__device__ __forceinline__ float mixed_of(const float2 (&stats)[SPLITS], const float (&parts)[SPLITS]) {
+  float highest = stats[0].x, total = 0, y = 0;
 #pragma unroll
-  for (int s = 0; s < SPLITS; s++) { // all loads together: what a block without positions left is loaded, but not used
-    stat[s] = __ldcg(stats + s);
-    parts[s] = __ldcg(part + s * head_dim + e);
-  }
-  float highest = stat[0].x, total = 0, y = 0;
-#pragma unroll
-  for (int s = 1; s < SPLITS; s++) highest = fmaxf(highest, stat[s].x);
+  for (int s = 1; s < SPLITS; s++) highest = fmaxf(highest, stats[s].x);
 #pragma unroll
   for (int s = 0; s < SPLITS; s++) {
-    if (stat[s].y == 0) continue;
-    const float weight = expf(stat[s].x - highest);
-    total += weight * stat[s].y;
-    y += weight * parts[s];
+    const float weight = exp2_of(stats[s].x - highest); // 0 for a block without positions, which left no part
+    total = __fmaf_rn(weight, stats[s].y, total);
+    y = __fmaf_rn(weight, stats[s].y == 0 ? 0.0f : parts[s], y);
   }
-  return y / total;
+  return y * reciprocal(total);
 }
 
 // Keys and values of the positions before, on their way into the L2 cache: the share of one of the crews of a kv head, a line a thread.
@@ -375,9 +384,9 @@ __device__ __forceinline__ Rows rows_of(const Rope& R, int head) {
   return {{head * R.head_dim, R.k_row + kv_head * R.head_dim, R.v_row + kv_head * R.head_dim}};
 }
 
-// `q`, `k`, `v`: of the crew's threads, as `pair_of` has them.
-template <int PAIRS>
-__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split, float2 q, float2 k, float2 v) {
+// `q`, `k`, `v`: of the crew's threads, as `pair_of` has them. `out`: as for `attention`.
+template <int PAIRS, class Out>
+__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split, float2 q, float2 k, float2 v, const Out& out) {
   const Rope& R = P.rope;
   const int kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = crew.index;
   q = turned(crew, R, angle, Q, q, room.slots);
@@ -389,5 +398,5 @@ __device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room
     keep(crew, R, place, V, kv_head, v);
   }
   crew.sync();
-  attention<PAIRS>(crew, room.attention, P.attention, room.query, head, split, 0);
+  attention<PAIRS>(crew, room.attention, P.attention, place, room.query, head, split, out);
 }

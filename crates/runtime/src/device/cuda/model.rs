@@ -16,6 +16,7 @@ use crate::residency::OpenError;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tersor_cpu::{KernelScales, Level, Matrix, read_row};
+use tersor_cuda::layout::ATTENTION_SPLITS;
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place, Queue,
     Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt, nibble_bytes,
@@ -62,10 +63,8 @@ pub(super) struct Embedding {
 /// Activation buffers.
 #[derive(Debug)]
 struct Scratch {
-    /// x (tokens, hidden) | angles (tokens, head_dim) | places (tokens).
+    /// [`InputParts`] of a slice.
     input: Buffer,
-    turn_at: usize,
-    places_at: usize,
     staging: Pinned,
     /// By turns: a product's sums need the units of its activations while the next are prepared.
     activations: [Activations; 2],
@@ -78,6 +77,22 @@ struct Scratch {
     logits_host: Pinned,
     /// Nibbles of one coded group, for many tokens.
     decoded: Option<Buffer>,
+}
+
+/// Where the parts of a slice begin in the input: x (tokens, hidden) | angles (tokens, head_dim) | places (tokens). One copy brings all of it.
+#[derive(Clone, Copy, Debug)]
+struct InputParts {
+    turn: usize,
+    places: usize,
+    bytes: usize,
+}
+
+impl InputParts {
+    fn new(config: &Config, tokens: usize) -> Self {
+        let turn = (tokens * config.hidden * size_of::<f32>()).next_multiple_of(256);
+        let places = (turn + tokens * config.head_dim * size_of::<f32>()).next_multiple_of(256);
+        Self { turn, places, bytes: places + tokens * size_of::<Place>() }
+    }
 }
 
 /// A model on a GPU.
@@ -137,7 +152,8 @@ impl CudaRunner {
         let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
         let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
         let norms = (2 * config.layers as u64 + 1) * hidden * 4;
-        let step = 8 * groups.all.iter().map(|group| group.n() as u64).sum::<u64>() + 4 * 2 * cols + mixed;
+        let flags = config.layers as u64 * (12 * (config.heads * ATTENTION_SPLITS) as u64 + config.ffn as u64 / 8);
+        let step = 8 * (groups.all.iter().map(|group| group.n() as u64).sum::<u64>() + 2 * cols) + 2 * mixed + flags;
         input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + step + groups.scale_bytes()
     }
 
@@ -191,7 +207,7 @@ impl CudaRunner {
     /// Writes embeddings, angles and places of a slice to the staging area.
     fn stage(&mut self, slice: &[Token]) -> Result<(), RunError> {
         let (hidden, half) = (self.config.hidden, self.config.head_dim / 2);
-        let (turn_at, places_at) = (self.scratch.turn_at, self.scratch.places_at);
+        let parts = InputParts::new(&self.config, slice.len());
         let mut row = vec![0f32; hidden];
         let Embedding { name, tensor, scales, level } = &self.embedding;
         let bytes = self.scratch.staging.bytes_mut();
@@ -202,8 +218,8 @@ impl CudaRunner {
             let angles = self.frequencies.iter().map(|frequency| (f64::from(token.place.position) * frequency).sin_cos());
             let (sines, cosines): (Vec<f64>, Vec<f64>) = angles.unzip();
             let turn = cosines.iter().chain(&sines).map(|&x| (x as f32).to_le_bytes());
-            put(&mut bytes[turn_at + t * 2 * half * 4..], turn);
-            let place = &mut bytes[places_at + t * size_of::<Place>()..];
+            put(&mut bytes[parts.turn + t * 2 * half * 4..], turn);
+            let place = &mut bytes[parts.places + t * size_of::<Place>()..];
             let Place { keys, values, position, capacity } = token.place;
             put(place, [keys, values].iter().map(|x| x.to_le_bytes()));
             put(&mut place[16..], [position, capacity].iter().map(|x| x.to_le_bytes()));
@@ -213,13 +229,8 @@ impl CudaRunner {
 
     /// Copies the staged slice of `tokens` tokens to the device.
     fn send(&self, tokens: usize) -> Result<(), CudaError> {
-        let s = &self.scratch;
-        let parts = [
-            (0, tokens * self.config.hidden * 4),
-            (s.turn_at, tokens * self.config.head_dim * 4),
-            (s.places_at, tokens * size_of::<Place>()),
-        ];
-        parts.iter().try_for_each(|&(at, bytes)| self.device().copy_in(&s.input, at, &s.staging, at, bytes, Stream::Compute))
+        let (s, bytes) = (&self.scratch, InputParts::new(&self.config, tokens).bytes);
+        self.device().copy_in(&s.input, 0, &s.staging, 0, bytes, Stream::Compute)
     }
 
     /// The layers, of a slice that was staged, and the logits of the wanted rows: all of them, or those in `scratch.rows`.
@@ -228,8 +239,8 @@ impl CudaRunner {
         let kernels = Arc::clone(&self.kernels);
         let mut queue = Queue::new(&kernels);
         if let (Some(step), 1, 1) = (&self.step, tokens, wanted) {
-            let s = &self.scratch;
-            queue.step(step, &StepInput { input: &s.input, x: 0, turn: s.turn_at, place: s.places_at, logits: &s.logits })?;
+            let (s, parts) = (&self.scratch, InputParts::new(&self.config, tokens));
+            queue.step(step, &StepInput { input: &s.input, x: 0, turn: parts.turn, place: parts.places, logits: &s.logits })?;
         } else {
             self.residency.begin(&mut queue)?;
             queue.interrupted();
@@ -253,6 +264,7 @@ impl CudaRunner {
     /// One layer. What the layer before it computed last is still to be added to the stream.
     fn layer(&self, queue: &mut Queue<'_>, layer: usize, tokens: usize) -> Result<(), CudaError> {
         let (c, s, norms) = (&self.config, &self.scratch, &self.norms[layer]);
+        let parts = InputParts::new(c, tokens);
         let norm = |weight, add| Input::Norm { x: &s.input, weight, eps: c.rms_eps, add, rows: None };
         let index = |kind| self.groups.index(layer, kind);
         let (qkv, o, gate_up, down) = (index(Kind::Qkv), index(Kind::O), index(Kind::GateUp), index(Kind::Down));
@@ -266,8 +278,8 @@ impl CudaRunner {
             heads: Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, k_row: first_rows[1], v_row: first_rows[2] },
             layer,
             window: c.windows[layer],
-            turn: (&s.input, s.turn_at),
-            places: (&s.input, s.places_at),
+            turn: (&s.input, parts.turn),
+            places: (&s.input, parts.places),
             q: &s.q,
             out: &s.mixed,
         };
@@ -420,9 +432,7 @@ impl Scratch {
     fn new(kernels: &Kernels, config: &Config, groups: &Groups, residency: &dyn Residency) -> Result<Self, CudaError> {
         let device = kernels.device();
         let t = SLICE_TOKENS_MAX;
-        let turn_at = (t * config.hidden * 4).next_multiple_of(256);
-        let places_at = (turn_at + t * config.head_dim * 4).next_multiple_of(256);
-        let input_bytes = places_at + t * size_of::<Place>();
+        let input_bytes = InputParts::new(config, t).bytes;
         let (mut cols, mut coded) = (0, 0);
         let mut sums = [0; 2];
         for (index, group) in groups.all.iter().enumerate() {
@@ -438,8 +448,6 @@ impl Scratch {
         let queries = config.heads * config.head_dim;
         Ok(Self {
             input: room(input_bytes)?,
-            turn_at,
-            places_at,
             staging: device.pin(input_bytes)?,
             activations: [Activations::new(device, t, cols)?, Activations::new(device, t, cols)?],
             sums: [room(sums[0])?, room(sums[1])?],
