@@ -93,7 +93,7 @@ pub struct Step {
     /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
     _arrivals: Buffer,
-    /// Sums, flags, and what attention and silu leave, all of which a step begins by clearing.
+    /// Sums, flags, and what attention and silu leave, all of which a step finds cleared.
     cleared: Buffer,
 }
 
@@ -220,12 +220,24 @@ impl Step {
             slots: slots as i32,
             unused: 0,
         };
-        Ok(Some(Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared }))
+        let step = Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared };
+        step.clear()?;
+        Ok(Some(step))
+    }
+}
+
+impl Step {
+    /// Clears what a step leaves behind: before the next one, and best while the host looks at the logits of this one.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn clear(&self) -> Result<(), CudaError> {
+        self.cleared.fill_range(0, self.cleared.bytes(), 0, Stream::Compute)
     }
 }
 
 impl Queue<'_> {
-    /// A step of one token.
+    /// A step of one token. [`Step::clear`] must have followed the one before.
     ///
     /// # Errors
     /// The driver's.
@@ -243,7 +255,6 @@ impl Queue<'_> {
         assert!(args.vocab as usize * size_of::<f32>() <= at.logits.bytes(), "room for the logits");
         let address = |offset: usize| at.input.address() + offset as u64;
         (args.x, args.turn, args.place, args.logits) = (address(at.x), address(at.turn), address(at.place), at.logits.address());
-        step.cleared.fill_range(0, step.cleared.bytes(), 0, Stream::Compute)?;
         self.launch_step(&step.function, step.shared_bytes, args)
     }
 }

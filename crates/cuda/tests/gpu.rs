@@ -775,6 +775,7 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
             logits.iter().for_each(|b| b.fill_range(0, b.bytes(), 0xab, Stream::Compute).unwrap());
             let at = |input, logits| StepInput { input, x: 0, turn, place, logits };
             Queue::new(&gpu.kernels).step(&step, &at(&input, &logits[0])).unwrap();
+            step.clear().unwrap();
             model.launches(&gpu, &at(&again, &logits[1]));
             let [found, expected] = [0, 1].map(|i| logits[i].read::<u32>(0, model.vocab).unwrap());
             assert!(

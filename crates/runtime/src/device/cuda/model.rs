@@ -18,8 +18,8 @@ use std::sync::Arc;
 use tersor_cpu::{KernelScales, Level, Matrix, read_row};
 use tersor_cuda::layout::ATTENTION_SPLITS;
 use tersor_cuda::{
-    Activations, AttentionAt, Buffer, CudaError, Device, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place, Queue,
-    Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt, nibble_bytes,
+    Activations, AttentionAt, Buffer, CudaError, Device, Event, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place,
+    Queue, Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt, nibble_bytes,
 };
 use tersor_format::CodedTensor;
 
@@ -108,6 +108,8 @@ pub(super) struct CudaRunner {
     scratch: Scratch,
     /// Steps of one token, if they are one kernel.
     step: Option<Step>,
+    /// A step's logits have arrived; what is queued behind them need not be waited for.
+    arrived: Event,
     /// Recorded steps by their number of tokens.
     graphs: HashMap<usize, Graph>,
     report: ResidencyReport,
@@ -182,6 +184,7 @@ impl CudaRunner {
             true => Step::new(&kernels, &step_model(&config, &groups, &norms, &final_norm, residency.as_ref()))?,
             false => None,
         };
+        let arrived = device.event(false)?;
         let report = ResidencyReport { strategy, detail, ..ResidencyReport::default() };
         Ok(Self {
             frequencies: model.frequencies().to_vec(),
@@ -194,6 +197,7 @@ impl CudaRunner {
             residency,
             scratch,
             step,
+            arrived,
             graphs: HashMap::new(),
             report,
             vector_bytes: vector_bytes as u64,
@@ -329,6 +333,15 @@ impl CudaRunner {
 
     /// A pass in which every token's logits are wanted and there are few: recorded when it comes a second time.
     fn step(&mut self, tokens: usize) -> Result<(), CudaError> {
+        self.replay_or_pass(tokens)?;
+        self.device().record(&self.arrived, Stream::Compute)?;
+        match &self.step {
+            Some(step) if tokens == 1 => step.clear(),
+            _ => Ok(()),
+        }
+    }
+
+    fn replay_or_pass(&mut self, tokens: usize) -> Result<(), CudaError> {
         if let Some(graph) = self.graphs.get(&tokens) {
             graph.launch()?;
             self.residency.replayed();
@@ -349,7 +362,8 @@ impl CudaRunner {
         let vocab = self.config.vocab;
         self.stage(slice)?;
         let wanted: Vec<u32> = (0..).zip(slice).filter(|(_, token)| token.wanted).map(|(row, _)| row).collect();
-        if wanted.len() == slice.len() && slice.len() <= HEAD_TOKENS_MAX {
+        let is_step = wanted.len() == slice.len() && slice.len() <= HEAD_TOKENS_MAX;
+        if is_step {
             self.step(slice.len())?;
         } else {
             let first = &wanted[..wanted.len().min(HEAD_TOKENS_MAX)];
@@ -361,7 +375,10 @@ impl CudaRunner {
         let mut rows = &wanted[..];
         while !rows.is_empty() {
             let (now, later) = rows.split_at(rows.len().min(HEAD_TOKENS_MAX));
-            self.device().synchronize_stream(Stream::Compute)?;
+            match is_step {
+                true => self.arrived.wait_on_host()?,
+                false => self.device().synchronize_stream(Stream::Compute)?,
+            }
             let logits = self.scratch.logits_host.floats(now.len() * vocab);
             for (&row, logits) in now.iter().zip(logits.chunks_exact(vocab)) {
                 let token = &slice[row as usize];
@@ -372,7 +389,9 @@ impl CudaRunner {
                 self.more_logits(&rows[..rows.len().min(HEAD_TOKENS_MAX)])?;
             }
         }
-        self.device().synchronize_stream(Stream::Compute)?;
+        if !is_step {
+            self.device().synchronize_stream(Stream::Compute)?;
+        }
         Ok(())
     }
 
