@@ -430,7 +430,10 @@ impl Buffer {
         assert!(at + size_of_val(data) <= self.bytes, "the write leaves the buffer");
         self.device.bind()?;
         // SAFETY: the range was just checked.
-        unsafe { result::memcpy_htod_sync(self.address + at as u64, data) }.map_err(failed("cuMemcpyHtoD"))
+        unsafe { result::memcpy_htod_sync(self.address + at as u64, data) }.map_err(failed("cuMemcpyHtoD"))?;
+        // The call returns when the host's memory may change; its last part may still be on its way, and our streams do not wait for the default one.
+        // SAFETY: the null stream is the default one.
+        unsafe { result::stream::synchronize(std::ptr::null_mut()) }.map_err(failed("cuStreamSynchronize"))
     }
 
     /// Reads `count` elements from `at` bytes on; waits for the device's streams first.
