@@ -784,30 +784,16 @@ fn dot_pairs<I: Isa, const R: u32>(
 
 #[cfg(test)]
 mod tests {
-    use tersor_codec::{Codec, decode_chunk_bytes};
-    use tersor_format::{EncodedTensor, encode_tensor};
-    use tersor_quant::{QuantizedTensor, Scales};
+    use tersor_codec::Codec;
+    use tersor_format::EncodedTensor;
 
     use super::*;
     use crate::source::{CHUNKS_TOGETHER, symbols_of};
-    use crate::testing::levels;
+    use crate::testing::{by_codec, gaussian, levels};
 
     /// Gaussian symbols about `mean`, one in a thousand far if `far`.
     fn tensor(rows: usize, cols: usize, deviation: f64, mean: f64, far: bool, chunk_symbols: u32) -> EncodedTensor {
-        let mut state = 88_172_645_463_325_252u64;
-        let mut unit = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 11) as f64 / (1u64 << 53) as f64
-        };
-        let mut symbol = || {
-            let gauss = (-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos();
-            if far && unit() < 1e-3 { 1000 } else { (mean + deviation * gauss).round().clamp(-127.0, 127.0) as i16 }
-        };
-        let symbols = (0..rows * cols).map(|_| symbol()).collect();
-        let scales = Scales::Row { scales: vec![0x3c00; rows], scale_exponent: 0 };
-        encode_tensor(&QuantizedTensor { rows, cols, symbols, scales }, Codec::RansPairs, chunk_symbols).unwrap()
+        gaussian(Codec::RansPairs, rows, cols, deviation, mean, far, chunk_symbols)
     }
 
     /// The chunks at all levels with kernels, in the runs in which tasks take them.
@@ -821,18 +807,6 @@ mod tests {
                 test(level, &kernel, start..tensor.chunk_count().min(start + CHUNKS_TOGETHER));
             }
         }
-    }
-
-    /// Symbol bytes and far symbols by the codec's decoder.
-    fn by_codec(tensor: &CodedTensor, chunks: Range<usize>) -> (Vec<u8>, Vec<FarAt>) {
-        let (mut bytes, mut far) = (Vec::new(), Vec::new());
-        for chunk in chunks {
-            let mut own = vec![0; tensor.chunk_symbols(chunk)];
-            let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut own).unwrap();
-            far.extend(FarAt::of_chunk(tensor, chunk, list));
-            bytes.extend(own);
-        }
-        (bytes, far)
     }
 
     /// Deviations whose best windows have no, one and two raw bits.

@@ -578,37 +578,16 @@ fn dot_bits<I: Isa, const R: u32, const B: usize>(
 
 #[cfg(test)]
 mod tests {
-    use tersor_codec::{Codec, decode_chunk_bytes};
-    use tersor_format::{EncodedTensor, encode_tensor};
-    use tersor_quant::{QuantizedTensor, Scales};
+    use tersor_codec::Codec;
+    use tersor_format::EncodedTensor;
 
     use super::*;
     use crate::decoded::narrow_row_tile;
-    use crate::testing::levels;
+    use crate::testing::{by_codec, gaussian, levels};
 
     /// Gaussian symbols about `mean`, one in a thousand far if `far`.
     fn tensor(rows: usize, cols: usize, deviation: f64, mean: f64, far: bool, chunk_symbols: u32) -> EncodedTensor {
-        let mut state = 88_172_645_463_325_252u64;
-        let mut unit = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 11) as f64 / (1u64 << 53) as f64
-        };
-        let mut symbol = || {
-            let gauss = (-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos();
-            if far && unit() < 1e-3 { 1000 } else { (mean + deviation * gauss).round().clamp(-127.0, 127.0) as i16 }
-        };
-        let symbols = (0..rows * cols).map(|_| symbol()).collect();
-        let scales = Scales::Row { scales: vec![0x3c00; rows], scale_exponent: 0 };
-        encode_tensor(&QuantizedTensor { rows, cols, symbols, scales }, Codec::Tiered, chunk_symbols).unwrap()
-    }
-
-    /// Symbol bytes and far symbols of a chunk by the codec's decoder.
-    fn by_codec(tensor: &CodedTensor, chunk: usize) -> (Vec<u8>, Vec<FarAt>) {
-        let mut bytes = vec![0; tensor.chunk_symbols(chunk)];
-        let list = decode_chunk_bytes(tensor.table(), tensor.chunk(chunk), &mut bytes).unwrap();
-        (bytes, FarAt::of_chunk(tensor, chunk, list).collect())
+        gaussian(Codec::Tiered, rows, cols, deviation, mean, far, chunk_symbols)
     }
 
     fn window(tensor: &CodedTensor) -> tersor_codec::pairs::Window {
@@ -630,7 +609,7 @@ mod tests {
                 let tensor = encoded.tensor();
                 assert!(window(tensor).raw_bits() == raw_bits || cols * row_tiles < 1100, "deviation {deviation}");
                 for (level, chunk) in levels().into_iter().flat_map(|level| (0..tensor.chunk_count()).map(move |chunk| (level, chunk))) {
-                    let (want, want_far) = by_codec(tensor, chunk);
+                    let (want, want_far) = by_codec(tensor, chunk..chunk + 1);
                     let (mut bytes, mut far) = (vec![0; want.len()], Vec::new());
                     assert!(decode(level, tensor, chunk, &mut PairBuffers::default(), &mut bytes, &mut far));
                     assert!(bytes == want && far == want_far, "{level} {deviation} {row_tiles} {cols}");
@@ -649,11 +628,7 @@ mod tests {
             let encoded = tensor(5 * 16, 520, deviation, mean, far, 2 * 16 * 520);
             let (tensor, window) = (encoded.tensor(), window(encoded.tensor()));
             let chunks = 0..tensor.chunk_count();
-            let (mut bytes, mut want_far) = (Vec::new(), Vec::new());
-            for (own, far) in chunks.clone().map(|chunk| by_codec(tensor, chunk)) {
-                bytes.extend(own);
-                want_far.extend(far);
-            }
+            let (bytes, want_far) = by_codec(tensor, chunks.clone());
             let least = *bytes.iter().min().unwrap();
             let forms = [(120, true), (least, false), (least + 1, false)];
             for (level, (bias, escapes)) in levels().into_iter().flat_map(|level| forms.map(|form| (level, form))) {

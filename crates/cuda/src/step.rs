@@ -224,9 +224,7 @@ impl Step {
         step.clear()?;
         Ok(Some(step))
     }
-}
 
-impl Step {
     /// Clears what a step leaves behind: before the next one, and best while the host looks at the logits of this one.
     ///
     /// # Errors
