@@ -37,7 +37,7 @@ use tersor_format::CodedTensor;
 use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 use crate::matmul::{SegmentScales, finish_rows};
-use crate::pairs::{Listed, PairBuffers, RawLines, put_listed, split};
+use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, put_listed, split};
 use crate::rans_pairs::{Nibbles, PART, room};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
@@ -471,11 +471,7 @@ per_isa! {
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
-        match parts.raw.bits() {
-            0 => dot_raw::<_, 0>(isa, parts, escaped, first, scales, x, sums),
-            1 => dot_raw::<_, 1>(isa, parts, escaped, first, scales, x, sums),
-            _ => dot_raw::<_, 2>(isa, parts, escaped, first, scales, x, sums),
-        }
+        by_raw_bits!(parts.raw.bits(), dot_raw(isa, parts, escaped, first, scales, x, sums))
     }
 }
 
