@@ -16,12 +16,14 @@
 //! before but for a count, so a chunk alone fills the core. On Zen 4 the bound is one pair of pipes, which
 //! the test, the expand and the products keep busy for 4.5 cycles a tile of pairs; 9 are seen.
 //!
-//! Measured (AMD EPYC, Zen 4, one of two shared and busy cores, `cargo run --release -p tersor-cpu
-//! --example gemv -- avx512 48 tiered`), in G weights/s fused with the dot, from the cache and from
-//! memory, beside the plain GEMV of nibbles: at 2.25 bits of entropy 49 and 45 (plain 110 and 77), at
-//! 3.06 bits 47 and 37 to 44 (54 and 45), at 3.79 bits 34 and 23 to 29 with two raw bits (54 and 43 to 50), 36 and 28 with
-//! one; with none, and listed symbols instead, 14 and 11. `rans` does 13 there. In bulk to symbol bytes 28 to 34, to the
-//! decoded form 64 and 27, 41 and 17, 18 and 12; by way of symbol bytes that was 18 and 11 at most.
+//! Measured (AMD EPYC, Zen 4, one of two cores, `tersor kernels --codec tiered --level avx512 --threads 1 --seconds 0.12 --entropy H`, medians of
+//! five runs in turns with the kernel that fetched 4 KiB ahead, in brackets), in G weights/s at 2.25, 3.0 and 3.7 bits of entropy (none, none and two raw
+//! bits): fused with the dot from the cache 44, 45 and 28, from memory 35.8, 32.6 and 25.1 (33.2, 30.0, 18.3), which is 0.95, 0.88 and 0.69 of the plain GEMV of
+//! nibbles (0.88, 0.82, 0.51); `rans` does 13. To the decoded form from the cache 59, 40 and 17, from memory 22, 18 and 12.
+//!
+//! Tried without gain, a *tail* bit behind the codes of a tier's rarer pairs, one bit stream a tier, spread over the lanes by `pdep`: 2.31, 3.15 and 3.84 bits a weight
+//! where this takes 2.45, 3.25 and 3.92, but 27, 24 and 21 G weights/s from the cache, hardly more than `rans-pairs`, which is smaller; with a second tail bit 2.30, 3.11
+//! and 3.78, and 13 to 17. A lane mask costs Zen 4 two cycles on its way to an integer register, and each tail needs one for every tile.
 //!
 //! Tried without gain: two accumulators for each product; to call for listed symbols out of line (6 bits: 38).
 //! The store of every tile looks wasteful, but without it the compiler moves and spills what it kept in
@@ -35,7 +37,7 @@ use tersor_codec::{ESCAPE, PADDING_BYTES, SYMBOL_BIAS, Table as AnyTable};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
-use crate::isa::{Isa, TileBytes, per_isa, prefetch};
+use crate::isa::{Isa, TileBytes, per_isa, prefetch, prefetch_far};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, put_listed, split};
 use crate::rans_pairs::{Nibbles, PART, room};
@@ -46,9 +48,8 @@ use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS
 const TILES: usize = 8;
 const EIGHT_PAIRS: usize = TILES * TILE_SYMBOLS;
 
-/// How far ahead of the lines the memory is told what comes. A chunk is read front to back, but
-/// the processor's own prefetcher stops at the end of a page.
-const PREFETCH_BYTES: usize = 4096;
+/// How far ahead of the lines the memory is told what comes: two chunks or three, for a chunk's parts do not lie in the order in which they are read.
+const PREFETCH_BYTES: usize = 65_536;
 
 /// Lines at the beginning of each part that are fetched before any part is read.
 const ANNOUNCED_LINES: usize = 32;
@@ -428,7 +429,7 @@ fn expand_bits<I: Isa, const B: usize>(
     let (out, out_last) = out.split_at_mut(whole * TILES);
     for (lines, out) in eights.as_chunks::<B>().0.iter().zip(out.as_chunks_mut::<TILES>().0) {
         for line in lines {
-            prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+            prefetch_far(line.as_ptr().wrapping_add(PREFETCH_BYTES));
         }
         let tiles = fields(isa, lines);
         for i in 0..TILES {
@@ -531,10 +532,10 @@ fn dot_bits<I: Isa, const R: u32, const B: usize>(
                 let (raw, rest) = raw_lines.split_at(2 * R as usize);
                 raw_lines = rest;
                 for line in lines {
-                    prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+                    prefetch_far(line.as_ptr().wrapping_add(PREFETCH_BYTES));
                 }
                 for line in raw {
-                    prefetch(line.as_ptr().wrapping_add(PREFETCH_BYTES));
+                    prefetch_far(line.as_ptr().wrapping_add(PREFETCH_BYTES));
                 }
                 let tiles = fields(isa, lines);
                 for i in 0..TILES {

@@ -192,6 +192,18 @@ pub(crate) fn prefetch(place: *const u8) {
     let _ = place;
 }
 
+/// As [`prefetch`], not before long: as far as the L2 cache.
+#[inline(always)]
+pub(crate) fn prefetch_far(place: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as for `prefetch`.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(place.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
 /// Writes the next bytes over the lanes of `mask` of a tile that was just stored. Where there are up to `FEW` they cost a few
 /// instructions and no branch that depends on how many, but a vector that is loaded from the tile before long waits for
 /// them. With `spare` the byte behind the tile may be overwritten; without it there is such a branch.
