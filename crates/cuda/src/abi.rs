@@ -183,6 +183,7 @@ pub(crate) struct Step {
     pub place: u64,
     pub parts: u64,
     pub stats: u64,
+    pub qkv: u64,
     pub mixed: u64,
     pub active: u64,
     pub mixed_flags: u64,
@@ -203,6 +204,8 @@ pub(crate) struct Step {
     pub vocab: i32,
     pub frag_bytes: i32,
     pub slots: i32,
+    pub block_flags: i32,
+    pub parts_max: i32,
     pub unused: i32,
 }
 
@@ -278,7 +281,7 @@ mod tests {
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
         // step.cu, of which there is no PTX for old GPUs, asserts the same.
-        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 248));
+        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 264));
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

@@ -635,7 +635,7 @@ impl Tiny {
     fn new(gpu: &Gpu, rng: &mut Rng, hidden: usize, ffn: usize, heads: (usize, usize, usize), special: bool) -> Self {
         let (heads, kv_heads, head_dim) = heads;
         let (k_row, v_row) = ((heads * head_dim).next_multiple_of(16), ((heads + kv_heads) * head_dim).next_multiple_of(16));
-        let vocab = 1003;
+        let vocab = if hidden < 1024 { 5003 } else { 1003 }; // several row tiles a block, or less than one
         let up_row = ffn.next_multiple_of(16);
         let shapes = [(v_row + kv_heads * head_dim, hidden), (hidden, heads * head_dim), (up_row + ffn, hidden), (hidden, ffn)];
         // Of the matrices of a kind, and of the head.
@@ -745,8 +745,13 @@ impl Tiny {
 fn a_step_in_one_kernel_is_what_its_launches_are() {
     let Some(gpu) = gpu() else { return };
     let mut rng = Rng::new(9);
-    let shapes =
-        [(256, 640, (4, 2, 64), false), (192, 1000, (6, 2, 96), true), (640, 256, (2, 1, 256), false), (4096, 1536, (32, 8, 128), true)];
+    let shapes = [
+        (256, 640, (4, 2, 64), false),
+        (192, 1000, (6, 2, 96), true),
+        (640, 256, (2, 1, 256), false),
+        (384, 4500, (4, 2, 64), true),
+        (4096, 1536, (32, 8, 128), true),
+    ];
     for (hidden, ffn, heads, special) in shapes {
         let what = format!("{hidden} columns, {ffn} inside, heads {heads:?}");
         let model = Tiny::new(&gpu, &mut rng, hidden, ffn, heads, special);
