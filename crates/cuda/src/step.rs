@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::CudaError;
 use crate::abi;
-use crate::driver::{Buffer, Device, Function, Shape, Stream};
+use crate::driver::{Buffer, Device, Function, Pinned, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
 use crate::layout::{
     ATTENTION_SPLITS, ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS,
@@ -93,7 +93,7 @@ pub struct Step {
     /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
     _arrivals: Buffer,
-    /// Sums, flags, and what attention and silu leave, all of which a step finds cleared.
+    /// The greatest logit's rank; sums, flags, and what attention and silu leave: all of which a step finds cleared.
     cleared: Buffer,
 }
 
@@ -149,6 +149,8 @@ impl Step {
         let arrivals = device.upload(&arrivals, "a step's arrivals")?;
         let (layer_count, heads) = (model.layers.len(), model.heads.heads);
         let mut places = Places::default();
+        let greatest = places.place(size_of::<u64>());
+        assert_eq!(greatest, 0, "`copy_greatest` copies from the start");
         let sums: Vec<u64> = matrices
             .iter()
             .enumerate()
@@ -209,6 +211,7 @@ impl Step {
             mixed_flags: cleared.address() + mixed_flags,
             active_flags: cleared.address() + active_flags,
             logits: 0,
+            greatest: cleared.address() + greatest,
             eps: model.eps,
             scale: 1.0 / (model.heads.head_dim as f32).sqrt(),
             layer_count: layer_count as i32,
@@ -231,6 +234,28 @@ impl Step {
         let step = Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared };
         step.clear()?;
         Ok(Some(step))
+    }
+
+    /// Copies what [`greatest`](Self::greatest) reads, 8 bytes, behind the step; before [`clear`](Self::clear).
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If `to` has no room.
+    pub fn copy_greatest(&self, to: &mut Pinned) -> Result<(), CudaError> {
+        self.cleared.device().copy_out(to, &self.cleared, size_of::<u64>(), Stream::Compute)
+    }
+
+    /// The token of the greatest logit, in the order of `f32::total_cmp`, the first of equals; `None` if one is not finite. From what
+    /// [`copy_greatest`](Self::copy_greatest) brought.
+    ///
+    /// # Panics
+    /// If `from` has fewer than 8 bytes.
+    #[must_use]
+    pub fn greatest(from: &Pinned) -> Option<u32> {
+        let rank = u64::from_le_bytes(*from.bytes().first_chunk().expect("a rank"));
+        (rank != u64::MAX).then_some(!(rank as u32))
     }
 
     /// Clears what a step leaves behind: before the next one, and best while the host looks at the logits of this one.

@@ -761,6 +761,7 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
             return;
         };
         let (capacity, head_dim) = (70, model.heads.head_dim);
+        let mut greatest = gpu.device.pin(8).unwrap();
         let kv = Tiny::LAYERS * model.heads.kv_heads * capacity * head_dim * 2;
         let (turn, place) = ((hidden * 4).next_multiple_of(256), (hidden * 4).next_multiple_of(256) + 1024);
         let caches: [[Buffer; 2]; 2] = [(); 2].map(|()| [(); 2].map(|()| gpu.device.allocate(kv, "keys or values").unwrap()));
@@ -780,6 +781,7 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
             logits.iter().for_each(|b| b.fill_range(0, b.bytes(), 0xab, Stream::Compute).unwrap());
             let at = |input, logits| StepInput { input, x: 0, turn, place, logits };
             Queue::new(&gpu.kernels).step(&step, &at(&input, &logits[0])).unwrap();
+            step.copy_greatest(&mut greatest).unwrap();
             step.clear().unwrap();
             model.launches(&gpu, &at(&again, &logits[1]));
             let [found, expected] = [0, 1].map(|i| logits[i].read::<u32>(0, model.vocab).unwrap());
@@ -787,6 +789,9 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
                 expected.iter().all(|&x| f32::from_bits(x).is_finite()),
                 "{what}, position {position}: the launches' logits are numbers"
             );
+            let key = |&id: &usize| (f32::from_bits(expected[id]), std::cmp::Reverse(id));
+            let first = (0..model.vocab).max_by(|a, b| key(a).0.total_cmp(&key(b).0).then(key(a).1.cmp(&key(b).1)));
+            assert_eq!(Step::greatest(&greatest).map(|id| id as usize), first, "{what}, position {position}: the greatest logit");
             let wrong = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
             assert_eq!(wrong, 0, "{what}, position {position}: logits that differ");
         }

@@ -83,6 +83,7 @@ struct Step {
   u32* mixed_flags;      // (layers, heads, SPLITS)
   u32* active_flags;     // (layers, blocks, block_flags)
   float* logits;         // (vocab)
+  u64* greatest;         // of the logits, see `rank_of`
   float eps;
   float scale;
   int layer_count;
@@ -103,7 +104,7 @@ struct Step {
   int unused;
 };
 
-static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 264, "as abi.rs says");
+static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 272, "as abi.rs says");
 
 // What a block multiplies of the matrices of a kind, in row tiles; of gate and up as many of each.
 struct Block {
@@ -696,6 +697,19 @@ __device__ __forceinline__ void activate(const Step& P, const Room& room, const 
   }
 }
 
+// A logit by which its token is chosen: the larger, and of equals the one of the least id, in the order of `f32::total_cmp`; what is not finite is above all.
+__device__ __forceinline__ u64 rank_of(float logit, u32 id) {
+  const u32 bits = __float_as_uint(logit);
+  if ((bits & 0x7fffffff) >= 0x7f800000) return ~0ull;
+  return (u64)(bits ^ ((u32)((int)bits >> 31) | 0x80000000)) << 32 | ~id;
+}
+
+__device__ __forceinline__ u64 greatest_of_warp(u64 v) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) v = max(v, __shfl_xor_sync(~0u, v, d));
+  return v;
+}
+
 template <int PAIRS>
 __device__ __forceinline__ void step(const Step& P) {
   extern __shared__ __align__(128) u8 shared[];
@@ -834,11 +848,21 @@ __device__ __forceinline__ void step(const Step& P) {
   const Block& block = room.blocks[HEAD];
   const u32* warps = room.warps + HEAD / 2 * P.parts_max;
   const int rows = min(block.count * TILE_ROWS, P.vocab - block.first * TILE_ROWS);
+  u64 greatest = 0;
   for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
     const Scales of = i < STEP_THREADS ? scales : scales_of(P.head, block, i, rows);
-    const float y = value_of(own_sum(room, warps, i), unit, of.scale[0]);
-    P.logits[block.first * TILE_ROWS + i] = P.head.bias ? y + of.bias[0] : y;
+    float y = value_of(own_sum(room, warps, i), unit, of.scale[0]);
+    if (P.head.bias) y += of.bias[0];
+    const int row = block.first * TILE_ROWS + i;
+    P.logits[row] = y;
+    greatest = max(greatest, rank_of(y, row));
   }
+  greatest = greatest_of_warp(greatest);
+  if (lane == 0) room.far[warp][0] = greatest;
+  __syncthreads();
+  if (warp > 0) return;
+  greatest = greatest_of_warp(room.far[lane % STEP_WARPS][0]);
+  if (lane == 0) atomicMax(P.greatest, greatest);
 }
 
 #define STEP(DIM, PAIRS) extern "C" __global__ void __launch_bounds__(STEP_THREADS, 1) step_##DIM(Step P) { step<PAIRS>(P); }
