@@ -183,11 +183,13 @@ pub(crate) struct Step {
     pub place: u64,
     pub parts: u64,
     pub stats: u64,
+    pub qkv: u64,
     pub mixed: u64,
     pub active: u64,
     pub mixed_flags: u64,
     pub active_flags: u64,
     pub logits: u64,
+    pub greatest: u64,
     pub eps: f32,
     pub scale: f32,
     pub layer_count: i32,
@@ -203,6 +205,8 @@ pub(crate) struct Step {
     pub vocab: i32,
     pub frag_bytes: i32,
     pub slots: i32,
+    pub block_flags: i32,
+    pub parts_max: i32,
     pub unused: i32,
 }
 
@@ -278,7 +282,7 @@ mod tests {
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
         // step.cu, of which there is no PTX for old GPUs, asserts the same.
-        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 248));
+        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 272));
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

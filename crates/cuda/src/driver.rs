@@ -419,6 +419,11 @@ impl Buffer {
         self.bytes
     }
 
+    /// The device whose memory it is.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Writes `data` at `at` bytes; waits until it is there.
     ///
     /// # Errors

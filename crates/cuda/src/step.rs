@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::CudaError;
 use crate::abi;
-use crate::driver::{Buffer, Device, Function, Shape, Stream};
+use crate::driver::{Buffer, Device, Function, Pinned, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
 use crate::layout::{
     ATTENTION_SPLITS, ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS,
@@ -93,7 +93,7 @@ pub struct Step {
     /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
     _arrivals: Buffer,
-    /// Sums, flags, and what attention and silu leave, all of which a step finds cleared.
+    /// The greatest logit's rank; sums, flags, and what attention and silu leave: all of which a step finds cleared.
     cleared: Buffer,
 }
 
@@ -124,7 +124,10 @@ impl Step {
         let function = functions[kernel];
         let padded_hidden = model.head.form.geometry().padded_cols();
         let frag_bytes = matrices.iter().map(|m| m.form.geometry().padded_cols()).max().unwrap_or(0);
-        let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len());
+        let device = kernels.device();
+        let blocks = device.properties().multiprocessors as usize;
+        let parts_max = parts_max(&model.layers, &model.head, blocks);
+        let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len(), parts_max);
         let slots = (SLOTS_MIN..=SLOTS_MAX).rev().find(|&slots| room(slots) <= function.shared_bytes as usize);
         let (Some(slots), true) = (slots, padded_hidden <= STEP_HIDDEN_MAX) else { return Ok(None) };
         // A warp's share is computed once for all layers.
@@ -132,46 +135,50 @@ impl Step {
         if (0..matrices.len() - 1).any(|index| geometry(index) != geometry(index % PRODUCTS)) {
             return Ok(None);
         }
-        let device = kernels.device();
-
-        let blocks = device.properties().multiprocessors as usize;
-        let mut known: Vec<(Geometry, u64)> = Vec::new();
+        // How many warps add to the rows of o and of down, whose columns are shared out; of the other matrices a block has rows of its own.
         let mut arrivals: Vec<u8> = Vec::new();
-        for m in &matrices {
-            let g = *m.form.geometry();
-            if known.iter().all(|(of, _)| *of != g) {
-                known.push((g, arrivals.len() as u64));
-                let counts = warps_of_rows(&g, blocks);
-                if counts.iter().any(|&warps| warps > COMPLETE) {
-                    return Ok(None);
-                }
-                arrivals.extend(counts.iter().map(|&warps| (COMPLETE + 1 - warps) as u8));
+        let mut arrivals_at = [0; PRODUCTS];
+        for index in (0..PRODUCTS).filter(|&index| adds(index) && !model.layers.is_empty()) {
+            let counts = warps_of_rows(geometry(index), blocks);
+            if counts.iter().any(|&warps| warps > COMPLETE) {
+                return Ok(None);
             }
+            arrivals_at[index] = arrivals.len() as u64;
+            arrivals.extend(counts.iter().map(|&warps| (COMPLETE + 1 - warps) as u8));
         }
         let arrivals = device.upload(&arrivals, "a step's arrivals")?;
         let (layer_count, heads) = (model.layers.len(), model.heads.heads);
         let mut places = Places::default();
-        let sums: Vec<u64> = matrices.iter().map(|m| places.place(m.form.geometry().padded_rows() * size_of::<i64>())).collect();
-        let cols =
-            |index: usize| (0..layer_count).map(|layer| matrices[layer * PRODUCTS + index].form.geometry().cols()).max().unwrap_or(0);
+        let greatest = places.place(size_of::<u64>());
+        assert_eq!(greatest, 0, "`copy_greatest` copies from the start");
+        let sums: Vec<u64> = matrices
+            .iter()
+            .enumerate()
+            .map(|(index, m)| match index + 1 < matrices.len() && adds(index % PRODUCTS) {
+                true => places.place(m.form.geometry().padded_rows() * size_of::<i64>()),
+                false => 0,
+            })
+            .collect();
         let crews = heads * ATTENTION_SPLITS;
-        let mut words = |count: usize| places.place(count * size_of::<u64>());
-        let (parts, stats) = (words(crews * model.heads.head_dim), words(layer_count * crews));
-        let (mixed, active) = (words(cols(1)), words(cols(3)));
-        let mut flags = |per_layer: usize| places.place(layer_count * per_layer * size_of::<u32>());
-        let (mixed_flags, active_flags) = (flags(crews), flags(model.intermediate.div_ceil(LANES)));
+        let mut long_words = |count: usize| places.place(count * size_of::<u64>());
+        let (parts, stats) = (long_words(crews * model.heads.head_dim), long_words(layer_count * crews));
+        let mut words = |per_layer: usize| places.place(layer_count * per_layer * size_of::<u32>());
+        let rows_of_qkv = model.layers.first().map_or(0, |_| geometry(0).padded_rows());
+        let (qkv, mixed, active) = (words(rows_of_qkv), words(heads * model.heads.head_dim), words(model.intermediate));
+        // A warp finishes LANES of a block's columns.
+        let block_flags = model.intermediate.div_ceil(TILE_ROWS).div_ceil(blocks).div_ceil(LANES / TILE_ROWS).next_multiple_of(2);
+        let (mixed_flags, active_flags) = (words(crews), words(blocks * block_flags));
         let cleared = device.allocate(places.0, "a step's sums")?;
 
         let product = |index: usize| {
             let m = matrices[index];
             let Form::Plain(plain) = m.form else { unreachable!("checked above") };
-            let (_, at) = known.iter().find(|(of, _)| of == m.form.geometry()).expect("found above");
             abi::StepProduct {
                 matrix: plain.args(1),
                 scale: m.scale.address(),
                 bias: m.bias.map_or(0, Buffer::address),
                 sums: cleared.address() + sums[index],
-                arrivals: arrivals.address() + at,
+                arrivals: arrivals.address() + arrivals_at[index % PRODUCTS],
             }
         };
         let layers: Vec<u8> = (0..layer_count)
@@ -198,11 +205,13 @@ impl Step {
             place: 0,
             parts: cleared.address() + parts,
             stats: cleared.address() + stats,
+            qkv: cleared.address() + qkv,
             mixed: cleared.address() + mixed,
             active: cleared.address() + active,
             mixed_flags: cleared.address() + mixed_flags,
             active_flags: cleared.address() + active_flags,
             logits: 0,
+            greatest: cleared.address() + greatest,
             eps: model.eps,
             scale: 1.0 / (model.heads.head_dim as f32).sqrt(),
             layer_count: layer_count as i32,
@@ -218,11 +227,35 @@ impl Step {
             vocab: model.vocab as i32,
             frag_bytes: frag_bytes as i32,
             slots: slots as i32,
+            block_flags: block_flags as i32,
+            parts_max: parts_max as i32,
             unused: 0,
         };
         let step = Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared };
         step.clear()?;
         Ok(Some(step))
+    }
+
+    /// Copies what [`greatest`](Self::greatest) reads, 8 bytes, behind the step; before [`clear`](Self::clear).
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If `to` has no room.
+    pub fn copy_greatest(&self, to: &mut Pinned) -> Result<(), CudaError> {
+        self.cleared.device().copy_out(to, &self.cleared, size_of::<u64>(), Stream::Compute)
+    }
+
+    /// The token of the greatest logit, in the order of `f32::total_cmp`, the first of equals; `None` if one is not finite. From what
+    /// [`copy_greatest`](Self::copy_greatest) brought.
+    ///
+    /// # Panics
+    /// If `from` has fewer than 8 bytes.
+    #[must_use]
+    pub fn greatest(from: &Pinned) -> Option<u32> {
+        let rank = u64::from_le_bytes(*from.bytes().first_chunk().expect("a rank"));
+        (rank != u64::MAX).then_some(!(rank as u32))
     }
 
     /// Clears what a step leaves behind: before the next one, and best while the host looks at the logits of this one.
@@ -269,9 +302,15 @@ pub(crate) fn shape(device: &Arc<Device>, shared_bytes: usize) -> Shape {
     }
 }
 
-/// How many warps add to the sums of each row tile, when `blocks` blocks of [`STEP_WARPS`] warps share the supersteps of a matrix (`share_out` in step.cu).
+/// Whether the columns of a layer's matrix are shared out, so that blocks add to one another's sums: those of o and down, whose input is of other blocks.
+fn adds(index: usize) -> bool {
+    matches!(index, 1 | 3)
+}
+
+/// How many warps add to the sums of each row tile, when `blocks` blocks of [`STEP_WARPS`] warps share the slots of a matrix (`share_out` in step.cu).
 fn warps_of_rows(g: &Geometry, blocks: usize) -> Vec<usize> {
-    let (supersteps, total) = (g.supersteps(), g.tiles() * g.supersteps());
+    let slots = g.supersteps().div_ceil(STEP_SLOT);
+    let total = g.tiles() * slots;
     let mut counts = vec![0; g.row_tiles()];
     for block in 0..blocks {
         let (first, end) = (total * block / blocks, total * (block + 1) / blocks);
@@ -279,7 +318,7 @@ fn warps_of_rows(g: &Geometry, blocks: usize) -> Vec<usize> {
             let at = |part: usize| first + (end - first) * part / STEP_WARPS;
             let (at, end) = (at(warp), at(warp + 1));
             if at < end {
-                for tile in at / supersteps..=(end - 1) / supersteps {
+                for tile in at / slots..=(end - 1) / slots {
                     counts[tile % g.row_tiles()] += 1;
                 }
             }
@@ -288,13 +327,22 @@ fn warps_of_rows(g: &Geometry, blocks: usize) -> Vec<usize> {
     counts
 }
 
+/// Most parts of sums that a block's warps leave each other: a row tile more or a warp more each.
+fn parts_max(layers: &[StepLayer<'_>], head: &StepMatrix<'_>, blocks: usize) -> usize {
+    let row_tiles = |m: &StepMatrix<'_>| m.form.geometry().row_tiles();
+    let of_layer = layers
+        .first()
+        .map_or(0, |layer| row_tiles(&layer.matrices[0]).div_ceil(blocks).max(2 * row_tiles(&layer.matrices[2]).div_ceil(2 * blocks)));
+    of_layer.max(row_tiles(head).div_ceil(blocks)) + STEP_WARPS
+}
+
 /// Bytes of `AttendRoom` in transformer.cuh, for heads of `dim` numbers; step.cu asserts the same.
 const fn attend_room_bytes(dim: usize) -> usize {
     (2 * ATTENTION_WARPS + ATTENTION_WARPS * dim + 8 + dim) * size_of::<f32>()
 }
 
 /// What `Room` in step.cu takes, for heads of at most `dim` numbers.
-fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize) -> usize {
+fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize, parts_max: usize) -> usize {
     let slot = STEP_SLOT * SUPERSTEP_COLS * TILE_ROWS / 2;
     let parts = [
         STEP_WARPS * slots * slot,
@@ -304,12 +352,15 @@ fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usiz
         frag_bytes,
         frag_bytes / SUPERSTEP_COLS * 8,
         STEP_WARPS * TILE_ROWS * 8,
+        parts_max * TILE_ROWS * 8,
+        3 * parts_max * 4,
+        2 * (STEP_HIDDEN_MAX / TILE_ROWS),
         STEP_HIDDEN_MAX / SUPERSTEP_COLS * 8,
         STEP_WARPS * 4,
         2 * size_of::<abi::StepLayer>(),
         products * 8,
-        (PRODUCTS + 1) * STEP_WARPS * 32,
-        (PRODUCTS + 1) * 8,
+        (PRODUCTS + 1) * STEP_WARPS * 16,
+        (PRODUCTS + 1) * 48,
     ];
     parts.iter().map(|bytes| bytes.next_multiple_of(128)).sum()
 }
@@ -345,22 +396,22 @@ mod tests {
     #[test]
     fn a_large_model_fits_a_hopper() {
         // 70 B: 8192 columns, 28,672 in the middle, 80 layers, heads of 128; 227 KiB a block.
-        assert!(shared_bytes(SLOTS_MIN, 128, 8192, 28_672, 321) <= 227 * 1024);
+        assert!(shared_bytes(SLOTS_MIN, 128, 8192, 28_672, 321, 61 + STEP_WARPS) <= 227 * 1024);
     }
 
     #[test]
     fn warps_of_rows_by_hand() {
-        // Two row tiles of one tile of 4 supersteps each: 8 supersteps for 16 warps of one block, so one for every second warp.
+        // Two row tiles of one tile of 4 supersteps each: 4 slots for 16 warps of one block, so one for every fourth warp.
         let g = Geometry::new(32, 512).unwrap();
-        assert_eq!(warps_of_rows(&g, 1), [4, 4]);
+        assert_eq!(warps_of_rows(&g, 1), [2, 2]);
         // 64 supersteps a tile: a warp has 4 of the first tile or 4 of the second.
         let g = Geometry::with_supersteps_max(32, 4096, 32).unwrap();
         assert_eq!(warps_of_rows(&g, 1), [8, 8]);
         // Two column segments: each row tile is met twice.
         let g = Geometry::with_supersteps_max(16, 4096, 16).unwrap();
         assert_eq!((g.segs(), warps_of_rows(&g, 1)), (2, vec![16]));
-        // A superstep for every warp of a large grid: more than arrivals can count.
+        // A slot for every eighth warp of a large grid: more than arrivals can count.
         let g = Geometry::new(16, 1 << 16).unwrap();
-        assert_eq!(warps_of_rows(&g, 132), [512]);
+        assert_eq!(warps_of_rows(&g, 132), [256]);
     }
 }

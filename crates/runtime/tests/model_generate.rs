@@ -52,6 +52,10 @@ fn greedy_generation_is_what_the_forward_pass_says() {
     let bytes: Vec<u8> = generated.iter().flat_map(|x| x.to_le_bytes()).collect();
     assert_eq!(session.logits_hash(), Some(xxh3_64(&bytes)));
     assert_eq!(session.without_hash().logits_hash(), None);
+
+    // Without a hash steps ask for the greatest logit only.
+    let mut unhashed = Session::new(&llama3, &prompt, &options(20)).unwrap().without_hash();
+    assert_eq!(run(&mut llama3, &mut unhashed).1, tokens);
 }
 
 #[test]
@@ -153,6 +157,10 @@ fn weights_that_are_not_numbers_are_reported() {
     let mut session = Session::new(&broken, &[5, 6], &options(3)).unwrap();
     let result = generate(&mut broken, &mut session, &AtomicBool::new(false), &mut |_| ());
     assert!(matches!(result, Err(RunError::NotFinite { position: 2 })), "{result:?}");
+    // The same where steps ask for the greatest logit only.
+    let mut session = Session::new(&broken, &[5], &options(3)).unwrap().without_hash();
+    let result = generate(&mut broken, &mut session, &AtomicBool::new(false), &mut |_| ());
+    assert!(matches!(result, Err(RunError::NotFinite { position: 1 })), "{result:?}");
 }
 
 /// A backend of another kind: the caches of its sequences lie elsewhere, and it always wants the next token.

@@ -131,9 +131,12 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
 #endif
 }
-__device__ __forceinline__ void bulk_copy_once(u32 to, const void* from, u32 bytes, u32 b, u64 policy) {
+// Asked for by one lane of the warp, with what its barrier is to expect; all lanes call.
+__device__ __forceinline__ void bulk_copy_of_warp(u32 to, const void* from, u32 bytes, u32 b, u64 policy) {
 #if HOPPER
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(to), "l"(from), "r"(bytes), "r"(b), "l"(policy) : "memory");
+  asm volatile("{ .reg .pred p; elect.sync _|p,0xffffffff; @p mbarrier.arrive.expect_tx.shared.b64 _,[%3],%2;"
+               "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4; }" ::"r"(to), "l"(from), "r"(bytes), "r"(b), "l"(policy)
+               : "memory");
 #endif
 }
 

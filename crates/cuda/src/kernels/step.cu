@@ -5,28 +5,37 @@
 // Why.  A launch costs 3 to 5 us in which the memory idles, and a layer needs nine.  Here the weights are one stream: each warp knows from
 // the start which parts of which matrices it will multiply, and keeps its ring of slots full whatever the model waits for.
 //
-// Weights.  The 1 KiB supersteps of a matrix in the plain layout (no raw low bits) follow each other in memory; block b of the grid takes the
-// b-th even share of them, warp w the w-th share of the block's, which arrives in a ring of its own, SLOT supersteps a bulk copy.
+// Weights.  Supersteps of 1 KiB in the plain layout (no raw low bits).  A block has whole rows of q, k and v, of gate and up (the same of both) and of the
+// head: it has normed all columns anyway, and sums that are complete in it need no hop to be silu's input.  Of o and down it has an even share of all tiles,
+// so few of the columns, which others left.  A warp has an even share of the block's, in slots of STEP_SLOT supersteps of a tile, which arrive in a
+// ring of its own, a bulk copy each.
 //
-// Order.  There is no barrier of the grid, and no fence.  Sums are exact integers, and each carries in its low 8 bits the arrivals of the warps that
-// have added to it, weighed so that they are COMPLETE together: whoever needs a sum reads it until they are.  What attention and silu leave are words
-// of a number and its layer, read until the layer is right.  The unit of these activations depends on a maximum over the whole grid: each part has a flag of
-// its own, its maximum in it.
+// Order.  There is no barrier of the grid, and no fence.  Sums of o and down are exact integers, and each carries in its low 8 bits the arrivals of the warps
+// that have added to it, weighed so that they are COMPLETE together: whoever needs a sum reads it until they are.  What a block alone computes are words
+// of a number, read until they are there: q, k and v, attention's and silu's results, each layer's in a place of its own; parts of attention, which are larger,
+// have one place for all layers and carry theirs.  The unit of attention's and silu's results depends on a maximum over the whole grid: each part has a flag
+// of its own, its maximum in it.
 //
-//   norm, qkv | attention | o | norm, gate and up | silu | down | norm ...
+//   norm, qkv | attention | o | norm, gate, up and silu | down | norm ...
 //
 // Every block norms the whole residual stream for itself and keeps it in shared memory.  Since a norm waits for all rows of o or down, no block is ever
-// more than one product ahead of another that has a share in it; so what attention and silu leave may lie in one place for all layers.
+// more than one product ahead of another that has a share in it; so attention's parts may lie in one place for all layers.
 //
-// Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums, flags and arrivals of all layers cleared.
+// Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums, words and flags of all layers cleared.
 //
-// Cost.  Not the memory's: an 8 B-shaped layer takes some 45 us on an H200, of which its weights would take 24.  Some 18 go into the products, the rest
-// into seven waits for sums, words or flags that pass through the L2 cache, and what is computed between them; schedulers issue in 27 % of the cycles, and
-// warps wait for global memory (47 % of it), barriers, and results of arithmetic; not for instructions.  Tried and slower, in tokens/s: on an H200, where launches gave
-// 523 and this kernel then 579, barriers of the grid (520), all lanes reading sums over and over (463), copies by lanes (519), a warp that feeds the others
-// (528), 2 KiB a warp ahead (526); on an H100, where it gives 478 to 492: constants asked for by cp.async a product ahead (460 to 467), with q, k and v
-// by warps of their own and loops instead of unrolled rounds (440), with a feeding warp that keeps 32, 64 or 96 KiB in flight (440 each); prefetching
-// 8 or 16 KiB a warp into the L2 cache while attention waits changes nothing.
+// Cost.  An 8 B-shaped layer takes 53 us on an H100, of which its weights alone would take 35 (on an H200, before rows were kept in a block, 41 of 23).
+// By the H100's global timer, from the first block that begins a layer: down's last sums 6.7, normed 8.8, q, k and v left 11.7 to 13.0, read and turned
+// 14.3 to 15.7, attention's parts 16.0 to 18.3, together 18.0 to 20.4, o multiplied 23 to 25, normed 28, gate and up multiplied 38 to 47, silu's words read
+// 49 to 50, down multiplied 54 to 60.  The memory works from then until the rings are full, and idles for some 11 us, most of it during attention.  While it works, what
+// the model waits for queues behind weights: a read that hits the L2 cache takes 200 to 400 cycles or up to 3,900.
+//
+// Tried, tokens/s of runs that stood beside each other.  On an H200, where launches gave 523 and this kernel then 579: barriers of the grid (520), all lanes reading
+// sums over and over (463), copies by lanes (519), a warp that feeds the others (528), 2 KiB a warp ahead (526).  On an H100, where it gave 478 to 492:
+// constants asked for by cp.async a product ahead (460 to 467), with q, k and v by warps of their own and loops instead of unrolled rounds (440), with a feeding
+// warp that keeps 32, 64 or 96 KiB in flight (440 each).  On an H100, where it gives 514 to 526 with rows kept in a block: a superstep at a time instead of two (498,
+// for 524); at most 1, 2, 3 or 5 slots of a warp on their way and the others asked for whenever it waits (502, 511 to 516, 520, 514: reads take few cycles, weights
+// come later); rows of o in a block too (515 to 518); weights of gate and up on their way into the L2 cache during attention, 6 to 26 KiB a warp, before or behind
+// it (504 to 525: gate and up take 7 us instead of 12, attention and o as much more); what was cleared fetched into the cache a layer ahead (514 to 516).
 // Measured: bench/RESULTS.md, "CUDA".
 
 #if HOPPER
@@ -36,7 +45,6 @@ constexpr int SUPERSTEP_BYTES = SUPERSTEP * TILE_ROWS / 2;
 constexpr int SLOT_BYTES = STEP_SLOT * SUPERSTEP_BYTES;
 constexpr int ROUNDS = STEP_HIDDEN_MAX / (STEP_WARPS * SUPERSTEP); // supersteps of the residual stream that a warp has
 constexpr u32 READY = 0x80000000;                                 // a flag's part is there; its other bits are a maximum
-constexpr int GROUP = 32;                                         // columns that silu leaves together
 constexpr u32 COMPLETE = 128;                                     // what all arrivals at a sum add up to
 
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, HEAD = 4, KINDS = 5 };
@@ -45,6 +53,7 @@ struct StepProduct {
   Plain matrix;
   const float* scale;   // (n)
   const float* bias;    // (n), or null
+  // Of o and down:
   i64* sums;            // (n): 256 * sum + arrivals
   const u8* arrivals;   // (row tiles): what the first of them counts for, so that together they are COMPLETE; the others are 1 each
 };
@@ -68,11 +77,13 @@ struct Step {
   const Place* place;
   u64* parts;            // attention's out, (heads, SPLITS, head_dim), a word each
   u64* stats;            // attention's stats, (layers, heads, SPLITS); 0: not there yet
-  u64* mixed;            // what attention left, (heads * head_dim), a word each
-  u64* active;           // what silu left, (intermediate), a word each
+  u32* qkv;              // (layers, rows), a word each
+  u32* mixed;            // what attention left, (layers, heads * head_dim), a word each
+  u32* active;           // what silu left, (layers, intermediate), a word each
   u32* mixed_flags;      // (layers, heads, SPLITS)
-  u32* active_flags;     // (layers, groups of the intermediate columns)
+  u32* active_flags;     // (layers, blocks, block_flags)
   float* logits;         // (vocab)
+  u64* greatest;         // of the logits, see `rank_of`
   float eps;
   float scale;
   int layer_count;
@@ -88,19 +99,39 @@ struct Step {
   int vocab;
   int frag_bytes;        // room for activations
   int slots;             // of a warp's ring
+  int block_flags;       // of a block's part of what silu leaves: a warp's each
+  int parts_max;         // room for parts of sums
   int unused;
 };
 
-static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 248, "as abi.rs says");
+static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 272, "as abi.rs says");
 
-// The share of a warp in the products of a kind, in supersteps.
-struct Share {
-  u32 at, end;
-  u32 tile, row_tile;    // where it begins
-  u32 column, first;     // superstep of columns with which that tile begins, superstep of the tile
-  u32 tile_end;          // behind the last tile that begins in it
-  u32 unused;
+// What a block multiplies of the matrices of a kind, in row tiles; of gate and up as many of each.
+struct Block {
+  int count;             // row tiles
+  int half;              // of these from `first` on, the others from `second` on
+  int first;
+  int second;
+  int supersteps;        // of a tile
+  int slots;             // of a tile
+  int row_tiles;         // of the matrix
+  int segs;
+  int begin;             // supersteps of columns that the block meets
+  int end;
+  int local;             // a block has all columns of its rows, and goes through them before the next row tile
+  int unused;
+  __device__ __forceinline__ int row_tile(int i) const { return i < half ? first + i : second + (i - half); }
 };
+
+// The share of a warp in it.
+struct Share {
+  int slots;             // how many
+  int row;               // where it begins: which of the block's row tiles
+  int seg;               // column segment
+  int slot;              // slot of the tile
+};
+
+static_assert(sizeof(Block) == 48 && sizeof(Share) == 16, "as step.rs says");
 
 // Shared memory, in order; `shared_bytes` of step.rs adds it up.
 struct Room {
@@ -111,12 +142,15 @@ struct Room {
   u32 frag;              // (columns), see `quantize`
   int2* info;            // (supersteps)
   u64 (*far)[TILE_ROWS]; // (warps)
+  i64 (*parts)[TILE_ROWS]; // of a block's own sums: row tile t's part of warp w is the t + w-th
+  u32* warps;            // (matrices that are not o or down, row tiles of the block): the first with a part of its sums, the last << 16
+  u8* arrivals;          // (o and down, row tiles)
   Both* said;            // (supersteps of the residual stream): sum of squares, maximum
   u32* most;             // (warps): maxima of flags
   StepLayer* layers;     // this one and the next, by turns
   const u8** nibbles;    // (products)
   Share* shares;         // (kinds, warps)
-  int2* met;             // (kinds): supersteps of columns that the block meets, the last excluded
+  Block* blocks;         // (kinds)
 };
 
 // ---- What other blocks write while this one waits for it: past the L1 cache, in no order but that of the addresses.
@@ -140,7 +174,23 @@ __device__ __forceinline__ u64 load_now(const u64* p) { return (u64)load_now((co
 __device__ __forceinline__ void publish(u32* p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0],%1;" ::"l"(p), "r"(v) : "memory"); }
 __device__ __forceinline__ void publish(u64* p, u64 v) { asm volatile("st.relaxed.gpu.global.u64 [%0],%1;" ::"l"(p), "l"(v) : "memory"); }
 
-// A word: a number, and behind it who left it (the layer plus 1), so that whoever sees the one sees the other.
+// A word: a number, all bits turned over, so that what was cleared is none; a NaN is always the same.
+__device__ __forceinline__ uint4 load_words_now(const u32* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_two_now(const u32* p) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ u32 word_of(float v) { return v == v ? ~__float_as_uint(v) : ~0x7fffffffu; }
+__device__ __forceinline__ float number_of(u32 word) { return __uint_as_float(~word); }
+__device__ __forceinline__ bool complete(uint4 v) { return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0; }
+__device__ __forceinline__ Four numbers_of(uint4 v) { return {{number_of(v.x), number_of(v.y), number_of(v.z), number_of(v.w)}}; }
+
+// A number, and behind it who left it (the layer plus 1), so that whoever sees the one sees the other.
 __device__ __forceinline__ u64 word_of(float v, u32 tag) { return (u64)tag << 32 | __float_as_uint(v); }
 __device__ __forceinline__ u32 tag_of(u64 word) { return (u32)(word >> 32); }
 __device__ __forceinline__ float number_of(u64 word) { return __uint_as_float((u32)word); }
@@ -172,19 +222,22 @@ __device__ __forceinline__ uint4 load_ring(u32 address) { // not to be moved beh
   return v;
 }
 
-// What a warp reads, from the first product to the last, a ring ahead of what it multiplies. A slot has supersteps of one product. Bulk copies, since
+// What a warp reads, from the first product to the last, a ring ahead of what it multiplies. A slot has supersteps of one tile. Bulk copies, since
 // loads and atomics of the model's other parts would queue behind as many copies by lanes.
 struct Feed {
   const u8* next;
-  u32 left, product, products;
+  const Block* block;        // of the product
+  int left, of_tile;         // slots of the share, supersteps of the tile that are still to be asked for
+  int row, seg;
+  int product, products;     // the next
   u32 ring, bar, slot;       // addresses: of the ring, of the slot's barrier, of the slot
   u32 ring_end, bars;
   u32 parity;                // of the arrivals at the slots' barriers
   u64 once;
 
   __device__ __forceinline__ Feed(const Room& room, int products, int slots)
-      : next(nullptr), left(0), product(0), products(products), ring(room.ring), bar(room.bars), slot(room.ring), ring_end(room.ring + slots * SLOT_BYTES),
-        bars(room.bars), parity(0), once(policy_once()) {
+      : next(nullptr), block(nullptr), left(0), of_tile(0), row(0), seg(0), product(0), products(products), ring(room.ring), bar(room.bars), slot(room.ring),
+        ring_end(room.ring + slots * SLOT_BYTES), bars(room.bars), parity(0), once(policy_once()) {
     if ((threadIdx.x & 31) == 0) {
       for (int i = 0; i < slots; i++) barrier_init(bars + i * 8);
       barrier_fence();
@@ -192,20 +245,36 @@ struct Feed {
     __syncwarp();
   }
 
+  // Goes on to the next tile, in the order in which `product` multiplies.
+  __device__ __forceinline__ void next_tile(const Room& room) {
+    if (left == 0) {
+      while (left == 0) {
+        if (product == products) return;
+        const int kind = kind_of(product++, products);
+        const Share& share = room.shares[kind * STEP_WARPS + (threadIdx.x >> 5)];
+        block = room.blocks + kind;
+        left = share.slots, row = share.row, seg = share.seg;
+        of_tile = block->supersteps - share.slot * STEP_SLOT;
+      }
+    } else {
+      const bool local = block->local;
+      if (local ? ++seg == block->segs : ++row == block->count) local ? (seg = 0, row++) : (row = 0, seg++);
+      of_tile = block->supersteps;
+    }
+    const u32 tile = seg * block->row_tiles + block->row_tile(row);
+    next = room.nibbles[product - 1] + (size_t)((tile + 1) * block->supersteps - of_tile) * SUPERSTEP_BYTES;
+  }
+
   // Asks for one more slot; at the end for none.
   __device__ __forceinline__ void put(const Room& room) {
-    while (left == 0 && product < products) {
-      const Share& share = room.shares[kind_of(product, products) * STEP_WARPS + (threadIdx.x >> 5)];
-      left = share.end - share.at;
-      next = room.nibbles[product++] + (size_t)share.at * SUPERSTEP_BYTES;
+    if (of_tile == 0 || left == 0) next_tile(room);
+    if (left > 0) {
+      const u32 bytes = min(of_tile, STEP_SLOT) * SUPERSTEP_BYTES;
+      bulk_copy_of_warp(slot, next, bytes, bar, once);
+      next += SLOT_BYTES;
+      of_tile = max(of_tile - STEP_SLOT, 0);
+      left--;
     }
-    const u32 count = min(left, (u32)STEP_SLOT), bytes = count * SUPERSTEP_BYTES;
-    if (count > 0 && (threadIdx.x & 31) == 0) {
-      barrier_expect(bar, bytes);
-      bulk_copy_once(slot, next, bytes, bar, once);
-    }
-    next += bytes;
-    left -= count;
     slot += SLOT_BYTES;
     bar += 8;
     if (slot == ring_end) slot = ring, bar = bars, parity ^= 1;
@@ -228,61 +297,110 @@ struct OfRoom {
   }
 };
 
-// Far symbols of the tiles that begin in a warp's share. They are rare, but where they are, is known from global memory only: asked for ahead of the product.
-struct Far { u32 at, end; };
-__device__ __forceinline__ Far far_of(const Plain& M, const Share& share) { return {__ldg(M.far_off + share.tile + (share.first > 0)), __ldg(M.far_off + share.tile_end)}; }
+// Far symbols of the tiles that begin in a warp's share, one a lane. They are rare, but where they are, is known from global memory only: asked for ahead of
+// the product.
+struct Far {
+  u32 at, end;
+};
+__device__ __forceinline__ Far far_of(const Plain& M, const Block& block, const Share& share) {
+  const int lane = threadIdx.x & 31, begun = share.slot > 0, tiles = (share.slot + share.slots + block.slots - 1) / block.slots - begun;
+  if (lane >= tiles) return {0, 0};
+  if (tiles > 32) return {0, 1}; // to be looked for one by one
+  const int i = lane + begun + (block.local ? share.seg : share.row), per = block.local ? block.segs : block.count;
+  const int row = block.local ? share.row + i / per : i % per, seg = block.local ? i % per : share.seg + i / per;
+  const u32* off = M.far_off + seg * block.row_tiles + block.row_tile(row);
+  return {__ldg(off), __ldg(off + 1)};
+}
 
-// A superstep's sums of rows g and g + 8, times 16.
-__device__ __forceinline__ void multiply_superstep(const uint4 (&v)[2], u32 x, int2 m, i64& y0, i64& y1) {
+// N supersteps' sums of rows g and g + 8, times 16. `from`: the lane's weights in the ring, `x`: activations.
+template <int N>
+__device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64& y0, i64& y1) {
   const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
-  int low[2][4] = {}, high[2][4] = {};
+  uint4 a[N * 2], f[N * 2];
+  int2 m[N];
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint4 a = v[half], f = load_shared_16(x + half * 64);
-    mma(low[half], a.x & L, a.y & L, a.z & L, a.w & L, f.x, f.y);
-    mma(high[half], a.x & H, a.y & H, a.z & H, a.w & H, f.z, f.w);
+  for (int i = 0; i < N * 2; i++) a[i] = load_ring(from + i * (SUPERSTEP_BYTES / 2)), f[i] = load_shared_16(x + i * 64);
+#pragma unroll
+  for (int i = 0; i < N; i++) m[i] = info[i];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    int low[2][4] = {}, high[2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint4 v = a[i * 2 + half], b = f[i * 2 + half];
+      mma(low[half], v.x & L, v.y & L, v.z & L, v.w & L, b.x, b.y);
+      mma(high[half], v.x & H, v.y & H, v.z & H, v.w & H, b.z, b.w);
+    }
+    y0 += (i64)m[i].x * ((low[0][0] + low[1][0]) * 16 + (high[0][0] + high[1][0] - m[i].y));
+    y1 += (i64)m[i].x * ((low[0][2] + low[1][2]) * 16 + (high[0][2] + high[1][2] - m[i].y));
   }
-  y0 += (i64)m.x * ((low[0][0] + low[1][0]) * 16 + (high[0][0] + high[1][0] - m.y));
-  y1 += (i64)m.x * ((low[0][2] + low[1][2]) * 16 + (high[0][2] + high[1][2] - m.y));
 }
 
 // The warp's part of a product with the activations in `room`.
-__device__ __forceinline__ void product(const StepProduct& of, Feed& feed, const Room& room, const Share& p, Far far) {
+__device__ __forceinline__ void product(const StepProduct& of, int which, Feed& feed, const Room& room, Far far) {
   const Plain& M = of.matrix;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const u32 supersteps = M.tc / SUPERSTEP, mine = lane * 16, frag = room.frag + (lane & 3) * 16;
-  u32 at = p.at, tile = p.tile, row_tile = p.row_tile, column = p.column, first = p.first, of_slot = 0;
-  while (at < p.end) {
-    const u32 end = min(at - first + supersteps, p.end);
-    const u32 arrival = column + first == 0 ? __ldg(of.arrivals + row_tile) : 1;
-    i64 y0[1] = {0}, y1[1] = {0};
-    u32 x = frag + (column + first) * SUPERSTEP;
-    const int2* info = room.info + column + first;
+  const Block& block = room.blocks[which];
+  const Share share = room.shares[which * STEP_WARPS + warp];
+  const u32 mine = lane * 16, frag = room.frag + (lane & 3) * 16;
+  const bool any = __any_sync(~0u, far.at < far.end);
+  int row = share.row, seg = share.seg, slot = share.slot;
+  i64 y0[1] = {0}, y1[1] = {0};
+  if (block.local && share.slots == 0 && lane < TILE_ROWS) room.parts[row + warp][lane] = 0; // whoever adds the parts up does not know
 #pragma unroll 1
-    for (; at < end; x += SUPERSTEP, info++) {
-      if (of_slot == 0) feed.wait();
-      const u32 from = feed.slot + of_slot * SUPERSTEP_BYTES + mine;
-      const uint4 v[2] = {load_ring(from), load_ring(from + SUPERSTEP_BYTES / 2)};
-      multiply_superstep(v, x, *info, y0[0], y1[0]);
-      at++;
-      of_slot++;
-      if (of_slot == STEP_SLOT || at == p.end) {
-        of_slot = 0;
-        __syncwarp(); // all lanes have what is overwritten
-        feed.put(room);
+  for (int left = share.slots; left > 0;) {
+    const int slots = min(left, block.slots - slot), column = seg * block.supersteps + slot * STEP_SLOT;
+    int supersteps = block.supersteps - slot * STEP_SLOT; // of the tile
+    u32 x = frag + column * SUPERSTEP;
+    const int2* info = room.info + column;
+    left -= slots;
+#pragma unroll 1
+    for (int i = 0; i < slots; i++, x += STEP_SLOT * SUPERSTEP, info += STEP_SLOT, supersteps -= STEP_SLOT) {
+      static_assert(STEP_SLOT == 2, "two cases");
+      feed.wait();
+      if (supersteps > 1) multiply<2>(feed.slot + mine, x, info, y0[0], y1[0]);
+      else multiply<1>(feed.slot + mine, x, info, y0[0], y1[0]);
+      __syncwarp(); // all lanes have what is overwritten
+      feed.put(room);
+    }
+    const int row_tile = block.row_tile(row);
+    if (any && slot == 0) {
+      const u32* off = M.far_off + seg * block.row_tiles + row_tile;
+      add_far<1>(__ldg(off), __ldg(off + 1), M.far, OfRoom{room, seg * block.supersteps}, room.far[warp], y0, y1);
+    }
+    if (block.local) {
+      seg++;
+      if (seg == block.segs || left == 0) {
+        if ((lane & 3) == 0) {
+          i64* to = room.parts[row + warp] + (lane >> 2);
+          to[0] = y0[0];
+          to[8] = y1[0];
+        }
+        y0[0] = y1[0] = 0;
+        seg = 0;
+        row++;
       }
+    } else {
+      if ((lane & 3) == 0) {
+        const u32 arrival = seg == 0 && slot == 0 ? room.arrivals[(which == DOWN) * (STEP_HIDDEN_MAX / TILE_ROWS) + row_tile] : 1;
+        u64* out = (u64*)(of.sums + row_tile * TILE_ROWS + (lane >> 2));
+        atomicAdd(out, (u64)(y0[0] * 256 + arrival));
+        atomicAdd(out + 8, (u64)(y1[0] * 256 + arrival));
+      }
+      y0[0] = y1[0] = 0;
+      if (++row == block.count) row = 0, seg++;
     }
-    if (first == 0 && far.at < far.end)
-      add_far<1>(__ldg(M.far_off + tile), __ldg(M.far_off + tile + 1), M.far, OfRoom{room, (int)column}, room.far[warp], y0, y1);
-    if ((lane & 3) == 0) {
-      u64* out = (u64*)(of.sums + row_tile * TILE_ROWS + (lane >> 2));
-      atomicAdd(out, (u64)(y0[0] * 256 + arrival));
-      atomicAdd(out + 8, (u64)(y1[0] * 256 + arrival));
-    }
-    first = 0;
-    tile++;
-    if (++row_tile == M.row_tiles) row_tile = 0, column += supersteps;
+    slot = 0;
   }
+}
+
+// A sum whose parts the block's warps left. `i`: of the block's rows; `warps`: of the matrix.
+__device__ __forceinline__ i64 own_sum(const Room& room, const u32* warps, int i) {
+  const int t = i / TILE_ROWS;
+  i64 sum = 0;
+#pragma unroll 2
+  for (u32 w = warps[t] & 0xffff, last = warps[t] >> 16; w <= last; w++) sum += room.parts[t + w][i % TILE_ROWS];
+  return sum;
 }
 
 // ---- Activations.
@@ -366,16 +484,10 @@ __device__ __forceinline__ float normed(int hidden, float eps, const Room& room,
   return unit_of(__uint_as_float(all.most) * factor);
 }
 
-// Four columns that other blocks left as words of `tag`, of `cols`; 0 beyond.
-struct FourWords { longlong2 a, b; };
-__device__ __forceinline__ FourWords load_words_now(const u64* p) { return {load_two_now((const i64*)p), load_two_now((const i64*)p + 2)}; }
-__device__ __forceinline__ bool complete(const FourWords& v, u32 tag) { return tag_of(v.a.x) == tag && tag_of(v.a.y) == tag && tag_of(v.b.x) == tag && tag_of(v.b.y) == tag; }
-
 // What attention or silu left, of all blocks.
 struct Left {
-  const u64* words;      // (cols)
-  const u32* flags;      // (flag_count)
-  u32 tag;
+  const u32* words;      // (cols)
+  const u32* flags;      // (flag_count), an even number
   int cols;
   int flag_count;
 };
@@ -388,32 +500,31 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
 #pragma unroll
   for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
     if (r0 > 0 && superstep_of(base, r0) >= end) break;
-    const u64* from[AT_ONCE];
-    FourWords v[AT_ONCE];
+    const u32* from[AT_ONCE];
+    uint4 v[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) from[u] = L.words + min(column_of(base, r0 + u), L.cols - 4);
     // A few lanes wait for all, as for sums.
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++)
       if ((lane & 3) == u && superstep_of(base, r0 + u) < end)
-        while (tag_of(load_now(from[u])) != L.tag) {
+        while (load_now(from[u]) == 0) {
         }
     __syncwarp();
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) v[u] = load_words_now(from[u]);
     if (r0 == 0 && first)
-      for (int i = warp * 32; i < L.flag_count; i += STEP_THREADS) { // warp-uniform
-        u32 flag;
-        do flag = load_now(L.flags + min(i + lane, L.flag_count - 1));
-        while (!(flag & READY));
-        most = max(most, flag & ~READY);
+      for (int i = warp * 64; i < L.flag_count; i += STEP_THREADS * 2) { // warp-uniform
+        uint2 flags;
+        do flags = load_two_now(L.flags + min(i + lane * 2, L.flag_count - 2));
+        while (!(flags.x & flags.y & READY));
+        most = max(most, max(flags.x, flags.y) & ~READY);
       }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       if (superstep_of(base, r0 + u) >= end) break;
-      while (!complete(v[u], L.tag)) v[u] = load_words_now(from[u]);
-      const bool there = column_of(base, r0 + u) < L.cols;
-      columns.of[r0 + u] = there ? Four{{number_of(v[u].a.x), number_of(v[u].a.y), number_of(v[u].b.x), number_of(v[u].b.y)}} : Four{};
+      while (!complete(v[u])) v[u] = load_words_now(from[u]);
+      columns.of[r0 + u] = column_of(base, r0 + u) < L.cols ? numbers_of(v[u]) : Four{};
       columns.most[r0 + u] = most_of(columns.of[r0 + u]);
     }
   }
@@ -425,12 +536,12 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
 }
 
 // int8 activations of the supersteps in `range`, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
-__device__ __forceinline__ void quantize(const Room& room, int2 range, int base, const Columns& columns, float unit, float per) {
+__device__ __forceinline__ void quantize(const Room& room, const Block& block, int base, const Columns& columns, float unit, float per) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
     const int superstep = superstep_of(base, r);
-    if (superstep < range.x || superstep >= range.y) continue;
+    if (superstep < block.begin || superstep >= block.end) continue;
     const Quantized x = quantized(columns.of[r], columns.most[r], unit, per);
     const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 4) * 64 + (lane >> 1 & 3) * 16 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
     asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"((u16)x.evens) : "memory");
@@ -476,21 +587,31 @@ __device__ __forceinline__ void mix(const Step& P, int layer, int head, int spli
       parts[s] = number_of(words[s]);
     }
     const float y = mixed_of(stats, parts);
-    publish(P.mixed + head * P.head_dim + e, word_of(y, layer + 1));
+    publish(P.mixed + (layer * P.heads + head) * P.head_dim + e, word_of(y));
     most = __float_as_uint(y) & 0x7fffffff;
   }
   most = most_of_warp(most);
   if (lane == 0) publish(P.mixed_flags + (layer * P.heads + head) * SPLITS + split, most | READY);
 }
 
+// Keys and values of the positions before, on their way into the L2 cache.
+__device__ __forceinline__ void fetch_all(const Step& P, int layer, const Place& place) {
+  constexpr int THREADS = ATTENTION_WARPS * 32;
+  const int which = threadIdx.x / THREADS, group = P.heads / P.kv_heads * SPLITS;
+  const Crew crew = {(int)threadIdx.x % THREADS, THREADS, 1 + which};
+  Attention A = {};
+  A.layer = layer, A.kv_heads = P.kv_heads, A.head_dim = P.head_dim;
+#pragma unroll 1
+  for (int item = blockIdx.x + which * gridDim.x; item < P.heads * SPLITS; item += 2 * gridDim.x) fetch_positions(crew, A, place, item / group, item % group);
+}
+
 template <int PAIRS>
-__device__ __forceinline__ void attend_all(const Step& P, const Room& room, const StepLayer& L, int layer, float unit, const Place& place) {
+__device__ __forceinline__ void attend_all(const Step& P, const Room& room, const StepLayer& L, const u32* qkv, int layer, const Place& place) {
   constexpr int THREADS = ATTENTION_WARPS * 32;
   static_assert(sizeof(AttendRoom<PAIRS>) == (2 * ATTENTION_WARPS + ATTENTION_WARPS * PAIRS * 64 + 8 + PAIRS * 64) * 4, "as step.rs says");
   static_assert(PAIRS * 64 <= THREADS && PAIRS * 64 <= SPLITS * 32, "a thread an element");
   const int which = threadIdx.x / THREADS, group = P.heads / P.kv_heads * SPLITS, half = P.head_dim / 2;
   const Crew crew = {(int)threadIdx.x % THREADS, THREADS, 1 + which};
-  const StepProduct& qkv = L.products[QKV];
   AttendRoom<PAIRS>& mine = ((AttendRoom<PAIRS>*)room.attention)[which];
   Attend A;
   A.rope = {{}, L.q_norm, L.k_norm, P.turn, P.place, nullptr, P.eps, layer, P.heads, P.kv_heads, P.head_dim, P.k_row, P.v_row};
@@ -499,38 +620,25 @@ __device__ __forceinline__ void attend_all(const Step& P, const Room& room, cons
 #pragma unroll 1
   for (int item = blockIdx.x + which * gridDim.x; item < P.heads * SPLITS; item += 2 * gridDim.x) {
     const int head = item / SPLITS, split = item % SPLITS;
-    fetch_positions(crew, A.attention, place, item / group, item % group);
     // Elements i and i + half of q, k and v.
     const Rows rows = rows_of(A.rope, head);
     const int i = min(crew.index, half - 1);
     float y[6] = {};
     if ((crew.index & ~31) < half) { // the other warps have no elements
-      int row[6];
-      float scale[6], bias[6];
-      i64 sums[6];
+      const u32* from[6];
+      u32 words[6];
 #pragma unroll
-      for (int e = 0; e < 6; e++) {
-        row[e] = rows.of[e >> 1] + i + (e & 1) * half;
-        scale[e] = __ldg(qkv.scale + row[e]);
-        bias[e] = qkv.bias ? __ldg(qkv.bias + row[e]) : 0.0f;
-      }
-#pragma unroll
-      for (int e = 0; e < 6; e++)
-        if ((crew.index & 31) == e) wait_for(qkv.sums + row[e]);
-      __syncwarp();
+      for (int e = 0; e < 6; e++) from[e] = qkv + rows.of[e >> 1] + i + (e & 1) * half;
       bool all;
       do {
         all = true;
 #pragma unroll
-        for (int e = 0; e < 6; e++) sums[e] = load_now(qkv.sums + row[e]);
+        for (int e = 0; e < 6; e++) words[e] = load_now(from[e]);
 #pragma unroll
-        for (int e = 0; e < 6; e++) all &= complete(sums[e]);
+        for (int e = 0; e < 6; e++) all &= words[e] != 0;
       } while (!all);
 #pragma unroll
-      for (int e = 0; e < 6; e++) {
-        y[e] = value_of(sums[e] >> 8, unit, scale[e]);
-        if (qkv.bias) y[e] += bias[e];
-      }
+      for (int e = 0; e < 6; e++) y[e] = number_of(words[e]);
     }
     const WordOut out = {P.parts + (size_t)item * P.head_dim, P.stats + (size_t)layer * P.heads * SPLITS + item, (u32)layer + 1};
     attend<PAIRS>(crew, mine, A, place, angle, head, split, make_float2(y[0], y[1]), make_float2(y[2], y[3]), make_float2(y[4], y[5]), out);
@@ -539,27 +647,67 @@ __device__ __forceinline__ void attend_all(const Step& P, const Room& room, cons
   }
 }
 
-// silu(gate) * up, GROUP columns a warp.
-__device__ __forceinline__ void activate(const Step& P, const StepProduct& gate_up, int layer, float unit) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, groups = (P.intermediate + GROUP - 1) / GROUP;
-  for (int g = warp * gridDim.x + blockIdx.x; g < groups; g += STEP_WARPS * gridDim.x) {
-    const int col = g * GROUP + lane, row = min(col, P.intermediate - 1), up_row = P.up_row + row;
-    const float scale = __ldg(gate_up.scale + row), up_scale = __ldg(gate_up.scale + up_row);
-    if (lane == 0) wait_for(gate_up.sums + row);
-    if (lane == GROUP / 2) wait_for(gate_up.sums + up_row);
-    __syncwarp();
-    i64 sum, up_sum;
-    do {
-      sum = load_now(gate_up.sums + row);
-      up_sum = load_now(gate_up.sums + up_row);
-    } while (!complete(sum) || !complete(up_sum));
-    float gate = value_of(sum >> 8, unit, scale), up = value_of(up_sum >> 8, unit, up_scale);
-    if (gate_up.bias) gate += __ldg(gate_up.bias + row), up += __ldg(gate_up.bias + up_row);
-    const float y = col < P.intermediate ? silu(gate, up) : 0.0f;
-    if (col < P.intermediate) publish(P.active + col, word_of(y, layer + 1));
-    const u32 most = most_of_warp(__float_as_uint(y) & 0x7fffffff);
-    if (lane == 0) publish(P.active_flags + layer * groups + g, most | READY);
+// What a thread needs to make numbers of its row of a block's own: scales and biases, of up too.
+struct Scales {
+  float scale[2], bias[2];
+};
+__device__ __forceinline__ Scales scales_of(const StepProduct& of, const Block& block, int i, int rows) {
+  Scales out = {};
+  if (i >= rows) return out;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    if (e > 0 && block.half == block.count) break;
+    const int row = block.row_tile(i / TILE_ROWS + e * block.half) * TILE_ROWS + i % TILE_ROWS;
+    out.scale[e] = __ldg(of.scale + row);
+    if (of.bias) out.bias[e] = __ldg(of.bias + row);
   }
+  return out;
+}
+
+// The block's rows of q, k and v.
+__device__ __forceinline__ void leave_rows(const Room& room, const u32* warps, const StepProduct& of, const Block& block, const Scales& first, float unit, u32* words) {
+  const int rows = block.count * TILE_ROWS;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
+    const Scales scales = i < STEP_THREADS ? first : scales_of(of, block, i, rows);
+    float y = value_of(own_sum(room, warps, i), unit, scales.scale[0]);
+    if (of.bias) y += scales.bias[0];
+    publish(words + block.first * TILE_ROWS + i, word_of(y));
+  }
+}
+
+// silu(gate) * up of the block's rows.
+__device__ __forceinline__ void activate(const Step& P, const Room& room, const u32* warps, const StepProduct& of, const Block& block, const Scales& first, float unit, u32* words, u32* flags) {
+  const int rows = block.half * TILE_ROWS, lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int i = threadIdx.x; i - lane < P.block_flags * 32; i += STEP_THREADS) {
+    u32 most = 0;
+    const int col = block.first * TILE_ROWS + i;
+    if (i < rows && col < P.intermediate) {
+      const Scales scales = i < STEP_THREADS ? first : scales_of(of, block, i, rows);
+      float gate = value_of(own_sum(room, warps, i), unit, scales.scale[0]), up = value_of(own_sum(room, warps, i + rows), unit, scales.scale[1]);
+      if (of.bias) gate += scales.bias[0], up += scales.bias[1];
+      const float y = silu(gate, up);
+      publish(words + col, word_of(y));
+      most = __float_as_uint(y) & 0x7fffffff;
+    }
+    __syncwarp();
+    most = most_of_warp(most);
+    if (lane == 0) publish(flags + i / 32, most | READY);
+  }
+}
+
+// A logit by which its token is chosen: the larger, and of equals the one of the least id, in the order of `f32::total_cmp`; what is not finite is above all.
+__device__ __forceinline__ u64 rank_of(float logit, u32 id) {
+  const u32 bits = __float_as_uint(logit);
+  if ((bits & 0x7fffffff) >= 0x7f800000) return ~0ull;
+  return (u64)(bits ^ ((u32)((int)bits >> 31) | 0x80000000)) << 32 | ~id;
+}
+
+__device__ __forceinline__ u64 greatest_of_warp(u64 v) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) v = max(v, __shfl_xor_sync(~0u, v, d));
+  return v;
 }
 
 template <int PAIRS>
@@ -576,32 +724,62 @@ __device__ __forceinline__ void step(const Step& P) {
   room.frag = shared_address(place(P.frag_bytes));
   room.info = (int2*)place(P.frag_bytes / SUPERSTEP * 8);
   room.far = (u64 (*)[TILE_ROWS])place(STEP_WARPS * TILE_ROWS * 8);
+  room.parts = (i64 (*)[TILE_ROWS])place(P.parts_max * TILE_ROWS * 8);
+  room.warps = (u32*)place(3 * P.parts_max * 4);
+  room.arrivals = place(2 * (STEP_HIDDEN_MAX / TILE_ROWS));
   room.said = (Both*)place(ROUNDS * STEP_WARPS * 8);
   room.most = (u32*)place(STEP_WARPS * 4);
   room.layers = (StepLayer*)place(2 * sizeof(StepLayer));
   room.nibbles = (const u8**)place(products * 8);
   room.shares = (Share*)place(KINDS * STEP_WARPS * sizeof(Share));
-  room.met = (int2*)place(KINDS * 8);
+  room.blocks = (Block*)place(KINDS * sizeof(Block));
   for (int i = threadIdx.x; i < products; i += STEP_THREADS) room.nibbles[i] = (const u8*)(i + 1 < products ? P.layers[i / 4].products[i % 4].matrix : P.head.matrix).nibbles;
   for (int kind = P.layer_count > 0 ? lane : HEAD; kind < KINDS; kind += 32) { // of all layers alike
     const Plain& M = kind == HEAD ? P.head.matrix : P.layers[0].products[kind].matrix;
-    const u32 supersteps = M.tc / SUPERSTEP, of_seg = M.row_tiles * supersteps;
+    Block block = {};
+    block.supersteps = M.tc / SUPERSTEP;
+    block.slots = (block.supersteps + STEP_SLOT - 1) / STEP_SLOT;
+    block.row_tiles = M.row_tiles;
+    block.segs = M.segs;
+    block.local = kind != O && kind != DOWN;
     u32 first, end;
-    share_out(0, of_seg * M.segs, gridDim.x, blockIdx.x, first, end);
-    if (warp == 0) room.met[kind] = first == end ? make_int2(0, 0) : make_int2(first / of_seg * supersteps, ((end - 1) / of_seg + 1) * supersteps);
-    Share share = {};
-    share_out(first, end - first, STEP_WARPS, warp, share.at, share.end);
-    share.tile = share.at / supersteps;
-    share.first = share.at % supersteps;
-    share.column = share.tile / M.row_tiles * supersteps;
-    share.row_tile = share.tile % M.row_tiles;
-    share.tile_end = (share.end + supersteps - 1) / supersteps;
+    if (block.local) {
+      const int pairs = kind == GATE_UP ? (P.intermediate + TILE_ROWS - 1) / TILE_ROWS : 0;
+      share_out(0, pairs > 0 ? pairs : M.row_tiles, gridDim.x, blockIdx.x, first, end);
+      block.first = first;
+      block.second = P.up_row / TILE_ROWS + first;
+      block.half = end - first;
+      block.count = block.half << (pairs > 0);
+      block.end = M.segs * block.supersteps;
+      first = 0, end = block.count * M.segs * block.slots;
+    } else {
+      const u32 of_seg = M.row_tiles * block.slots;
+      block.count = block.half = M.row_tiles;
+      share_out(0, of_seg * M.segs, gridDim.x, blockIdx.x, first, end);
+      if (first < end) block.begin = first / of_seg * block.supersteps, block.end = ((end - 1) / of_seg + 1) * block.supersteps;
+    }
+    if (warp == 0) room.blocks[kind] = block;
+    u32 at, behind;
+    share_out(first, end - first, STEP_WARPS, warp, at, behind);
+    const int tile = at / block.slots, per = block.local ? M.segs : M.row_tiles;
+    Share share = {(int)(behind - at), tile / per, tile % per, (int)(at % block.slots)};
+    if (!block.local) share.row = tile % per, share.seg = tile / per;
     room.shares[kind * STEP_WARPS + warp] = share;
+    if (block.local)
+      for (int t = warp; t < block.count; t += STEP_WARPS) { // warp w has slots from end * w / STEP_WARPS on
+        const u32 of_row = block.slots * M.segs;
+        room.warps[kind / 2 * P.parts_max + t] = ((t * of_row + 1) * STEP_WARPS - 1) / end | (((t + 1) * of_row * STEP_WARPS - 1) / end) << 16;
+      }
+  }
+  for (int i = threadIdx.x; P.layer_count > 0 && i < 2 * (STEP_HIDDEN_MAX / TILE_ROWS); i += STEP_THREADS) {
+    const StepProduct& of = P.layers[0].products[i < STEP_HIDDEN_MAX / TILE_ROWS ? O : DOWN];
+    const int row_tile = i % (STEP_HIDDEN_MAX / TILE_ROWS);
+    if (row_tile < of.matrix.row_tiles) room.arrivals[i] = of.arrivals[row_tile];
   }
   auto load_layer = [&](int layer) {
     const u32* from = (const u32*)(P.layers + layer);
     u32* to = (u32*)(room.layers + (layer & 1));
-    // Not by the threads on which attention waits.
+    // Not by the first threads, which have silu's columns.
     for (int i = (int)threadIdx.x - STEP_THREADS / 4; i >= 0 && i < (int)(sizeof(StepLayer) / 4); i += STEP_THREADS) to[i] = __ldg(from + i);
   };
   static_assert(sizeof(StepLayer) / 4 <= STEP_THREADS / 4, "at once");
@@ -616,10 +794,18 @@ __device__ __forceinline__ void step(const Step& P) {
 #pragma unroll 1
   for (int i = 0; i < P.slots; i++) feed.put(room);
 
-  const int mixed_flags = P.heads * SPLITS, active_flags = (P.intermediate + GROUP - 1) / GROUP;
+  const int mixed = P.heads * P.head_dim, mixed_flags = P.heads * SPLITS, active_flags = gridDim.x * P.block_flags;
   auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : P.head; };
   float unit = 0; // of the last product's activations
-  Far far = far_of(product_at(0).matrix, room.shares[kind_of(0, products) * STEP_WARPS + warp]);
+  Far far;
+  Scales scales;
+  auto ask = [&](int p) { // ahead of a product
+    const int which = kind_of(p, products);
+    const StepProduct& of = product_at(p);
+    const Block& block = room.blocks[which];
+    far = far_of(of.matrix, block, room.shares[which * STEP_WARPS + warp]);
+    scales = block.local ? scales_of(of, block, threadIdx.x, block.half * TILE_ROWS) : Scales{};
+  };
 
   // One product after another, and all code but once: what a step executes should fit the instruction cache.
 #pragma unroll 1
@@ -627,39 +813,56 @@ __device__ __forceinline__ void step(const Step& P) {
     const int which = kind_of(p, products), layer = p >> 2;
     const bool norm = which == QKV || which == GATE_UP || which == HEAD;
     const StepProduct& here = product_at(p);
-    const int2 range = room.met[which];
+    ask(p);
+    if (which == QKV) fetch_all(P, layer, position);
+    const Block& block = room.blocks[which];
+    const u32* warps = room.warps + which / 2 * P.parts_max;
     Columns columns = {};
     int base = 0;
     if (norm) {
       const float* weight = which == HEAD ? P.final_norm : which == QKV ? room.layers[layer & 1].input_norm : room.layers[layer & 1].post_norm;
       unit = normed(P.hidden, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
     }
-    const Left left = which == O ? Left{P.mixed, P.mixed_flags + layer * mixed_flags, (u32)layer + 1, P.heads * P.head_dim, mixed_flags}
-                                 : Left{P.active, P.active_flags + layer * active_flags, (u32)layer + 1, P.intermediate, active_flags};
-    base = norm ? 0 : range.x;
+    const Left left = which == O ? Left{P.mixed + (size_t)layer * mixed, P.mixed_flags + layer * mixed_flags, mixed, mixed_flags}
+                                 : Left{P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags, P.intermediate, active_flags};
+    base = norm ? 0 : block.begin;
     do {
-      if (!norm) gather(room, left, base, range.y, base == range.x, columns, unit);
-      quantize(room, range, base, columns, unit, per_unit(unit));
+      if (!norm) gather(room, left, base, block.end, base == block.begin, columns, unit);
+      quantize(room, block, base, columns, unit, per_unit(unit));
       base += ROUNDS * STEP_WARPS;
-    } while (!norm && base < range.y);
+    } while (!norm && base < block.end);
     __syncthreads();
-    product(here, feed, room, room.shares[which * STEP_WARPS + warp], far);
-    if (which != HEAD) {
-      if (which == QKV && layer + 1 < P.layer_count) load_layer(layer + 1); // nobody needs the layer before this one any more
-      if (which == QKV) attend_all<PAIRS>(P, room, room.layers[layer & 1], layer, unit, position);
-      if (which == GATE_UP) activate(P, here, layer, unit);
-      far = far_of(product_at(p + 1).matrix, room.shares[kind_of(p + 1, products) * STEP_WARPS + warp]);
+    product(here, which, feed, room, far);
+    if (norm) __syncthreads(); // all parts of the block's sums are there
+    if (which == HEAD) break;
+    if (which == QKV) {
+      u32* qkv = P.qkv + (size_t)layer * here.matrix.n;
+      leave_rows(room, warps, here, block, scales, unit, qkv);
+      attend_all<PAIRS>(P, room, room.layers[layer & 1], qkv, layer, position);
+    }
+    if (which == GATE_UP) {
+      activate(P, room, warps, here, block, scales, unit, P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags + blockIdx.x * P.block_flags);
+      if (layer + 1 < P.layer_count) load_layer(layer + 1); // nobody needs the layer before this one any more
     }
   }
-  for (int row = blockIdx.x * STEP_THREADS + threadIdx.x; row < P.vocab; row += gridDim.x * STEP_THREADS) {
-    if (lane == 0) wait_for(P.head.sums + row);
-    __syncwarp(__activemask());
-    i64 sum;
-    do sum = load_now(P.head.sums + row);
-    while (!complete(sum));
-    const float y = value_of(sum >> 8, unit, P.head.scale[row]);
-    P.logits[row] = P.head.bias ? y + P.head.bias[row] : y;
+  const Block& block = room.blocks[HEAD];
+  const u32* warps = room.warps + HEAD / 2 * P.parts_max;
+  const int rows = min(block.count * TILE_ROWS, P.vocab - block.first * TILE_ROWS);
+  u64 greatest = 0;
+  for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
+    const Scales of = i < STEP_THREADS ? scales : scales_of(P.head, block, i, rows);
+    float y = value_of(own_sum(room, warps, i), unit, of.scale[0]);
+    if (P.head.bias) y += of.bias[0];
+    const int row = block.first * TILE_ROWS + i;
+    P.logits[row] = y;
+    greatest = max(greatest, rank_of(y, row));
   }
+  greatest = greatest_of_warp(greatest);
+  if (lane == 0) room.far[warp][0] = greatest;
+  __syncthreads();
+  if (warp > 0) return;
+  greatest = greatest_of_warp(room.far[lane % STEP_WARPS][0]);
+  if (lane == 0) atomicMax(P.greatest, greatest);
 }
 
 #define STEP(DIM, PAIRS) extern "C" __global__ void __launch_bounds__(STEP_THREADS, 1) step_##DIM(Step P) { step<PAIRS>(P); }

@@ -86,10 +86,15 @@ impl Sampler {
     /// there are none.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Option<u32> {
         let greatest = ops::greatest_if_finite(self.level, logits)?;
-        if self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0 {
+        if self.is_greatest() {
             return Some(greatest as u32);
         }
         Some(self.draw(logits, history))
+    }
+
+    /// Whether [`sample`](Self::sample) chooses the greatest logit, whatever came before.
+    pub(super) fn is_greatest(&self) -> bool {
+        self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0
     }
 
     fn draw(&mut self, logits: &[f32], history: &[u32]) -> u32 {

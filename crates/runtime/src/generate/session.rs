@@ -175,6 +175,12 @@ impl Session {
         start..self.tokens.len().min(start + SLICE_TOKENS_MAX)
     }
 
+    /// The token that passes through the model next, if it is one, and nothing but its greatest logit is asked for.
+    fn greatest_follows(&self) -> Option<u32> {
+        let [token] = self.tokens[self.kv.len()..] else { return None };
+        (self.hash.is_none() && self.sampler.is_greatest()).then_some(token)
+    }
+
     /// Adds a token that was chosen.
     fn take(&mut self, token: u32) {
         self.tokens.push(token);
@@ -211,6 +217,13 @@ fn hash_logits(hash: &mut Xxh3Default, logits: &[f32]) {
 pub fn step(runner: &mut dyn Runner, sessions: &mut [&mut Session]) -> Result<(), RunError> {
     let mut moving: Vec<&mut Session> =
         sessions.iter_mut().map(|session| &mut **session).filter(|session| session.stop.is_none()).collect();
+    if let [session] = &mut moving[..]
+        && let Some(token) = session.greatest_follows()
+    {
+        let greatest = runner.greatest(&mut session.kv, token)?;
+        session.take(greatest.ok_or(RunError::NotFinite { position: session.tokens.len() })?);
+        return Ok(());
+    }
     let vocab = runner.config().vocab;
     let mut chosen: Vec<Option<Result<u32, RunError>>> = moving.iter().map(|_| None).collect();
     // What chooses a sequence's next token, beside what computes it.

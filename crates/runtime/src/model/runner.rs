@@ -8,6 +8,7 @@ use super::kv::{KvCache, KvPrecision};
 use super::llama::{Continuation, LogitsOf, Model};
 use super::weights::{ResidencyReport, RunError, Weights};
 use std::fmt;
+use tersor_cpu::{Level, ops};
 
 /// A model with its weights, ready to continue sequences.
 ///
@@ -34,6 +35,15 @@ pub trait Runner: Send {
     /// No tokens, a token outside the vocabulary, a full cache or one of another backend, weights that cannot be decoded, a device that fails.
     fn forward_batch(&mut self, batch: &mut [Continuation<'_>], sink: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), RunError>;
 
+    /// Continues one sequence by a token; returns the token of the greatest logit in the order of `f32::total_cmp`, the least of equals, or `None` if a
+    /// logit is not finite. Devices need not bring all logits to the host for it.
+    ///
+    /// # Errors
+    /// As [`forward_batch`](Self::forward_batch).
+    fn greatest(&mut self, kv: &mut KvCache, token: u32) -> Result<Option<u32>, RunError> {
+        greatest_of_row(self, kv, token)
+    }
+
     /// What the strategy holds in memory now, and the counts since construction.
     fn report(&self) -> ResidencyReport;
 
@@ -45,6 +55,15 @@ pub trait Runner: Send {
         logits.clear();
         self.forward_batch(&mut [Continuation { kv, tokens, want }], &mut |_, _, row| logits.extend_from_slice(row))
     }
+}
+
+/// [`Runner::greatest`] by way of all logits.
+pub(crate) fn greatest_of_row<R: Runner + ?Sized>(runner: &mut R, kv: &mut KvCache, token: u32) -> Result<Option<u32>, RunError> {
+    let mut greatest = None;
+    runner.forward_batch(&mut [Continuation { kv, tokens: &[token], want: LogitsOf::Last }], &mut |_, _, row| {
+        greatest = ops::greatest_if_finite(Level::best(), row).map(|index| index as u32);
+    })?;
+    Ok(greatest)
 }
 
 /// The forward pass on the CPU, over weights in whatever form.

@@ -11,6 +11,7 @@ use crate::model::Runner;
 use crate::model::config::Config;
 use crate::model::kv::{DeviceKv, KvCache};
 use crate::model::llama::{Continuation, LayerVectors, LogitsOf, Model};
+use crate::model::runner::greatest_of_row;
 use crate::model::weights::{ResidencyReport, RunError};
 use crate::residency::OpenError;
 use std::collections::HashMap;
@@ -111,9 +112,17 @@ pub(super) struct CudaRunner {
     /// A step's logits have arrived; what is queued behind them need not be waited for.
     arrived: Event,
     /// Recorded steps by their number of tokens.
-    graphs: HashMap<usize, Graph>,
+    graphs: HashMap<(usize, Answer), Graph>,
     report: ResidencyReport,
     vector_bytes: u64,
+}
+
+/// What a pass brings to the host.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Answer {
+    Logits,
+    /// Of a step of one token in one kernel: which logit is the greatest.
+    Greatest,
 }
 
 /// A token of a slice.
@@ -238,7 +247,7 @@ impl CudaRunner {
     }
 
     /// The layers, of a slice that was staged, and the logits of the wanted rows: all of them, or those in `scratch.rows`.
-    fn pass(&mut self, tokens: usize, wanted: usize, chosen: bool) -> Result<(), CudaError> {
+    fn pass(&mut self, tokens: usize, wanted: usize, chosen: bool, answer: Answer) -> Result<(), CudaError> {
         self.send(tokens)?;
         let kernels = Arc::clone(&self.kernels);
         let mut queue = Queue::new(&kernels);
@@ -258,11 +267,14 @@ impl CudaRunner {
             }
             self.residency.end(&mut queue)?;
         }
-        if wanted > 0 {
-            let bytes = wanted * self.config.vocab * 4;
-            self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)?;
+        match (&self.step, answer) {
+            (Some(step), Answer::Greatest) => step.copy_greatest(&mut self.scratch.logits_host),
+            _ if wanted > 0 => {
+                let bytes = wanted * self.config.vocab * 4;
+                self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// One layer. What the layer before it computed last is still to be added to the stream.
@@ -332,8 +344,8 @@ impl CudaRunner {
     }
 
     /// A pass in which every token's logits are wanted and there are few: recorded when it comes a second time.
-    fn step(&mut self, tokens: usize) -> Result<(), CudaError> {
-        self.replay_or_pass(tokens)?;
+    fn step(&mut self, tokens: usize, answer: Answer) -> Result<(), CudaError> {
+        self.replay_or_pass(tokens, answer)?;
         self.device().record(&self.arrived, Stream::Compute)?;
         match &self.step {
             Some(step) if tokens == 1 => step.clear(),
@@ -341,19 +353,19 @@ impl CudaRunner {
         }
     }
 
-    fn replay_or_pass(&mut self, tokens: usize) -> Result<(), CudaError> {
-        if let Some(graph) = self.graphs.get(&tokens) {
+    fn replay_or_pass(&mut self, tokens: usize, answer: Answer) -> Result<(), CudaError> {
+        if let Some(graph) = self.graphs.get(&(tokens, answer)) {
             graph.launch()?;
             self.residency.replayed();
             return Ok(());
         }
-        self.pass(tokens, tokens, false)?;
+        self.pass(tokens, tokens, false, answer)?;
         if self.residency.repeats() {
             // What was just run shows that all launches are accepted; the recording itself runs nothing.
             self.device().synchronize()?;
             let device = Arc::clone(self.device());
-            let graph = device.capture(|| self.pass(tokens, tokens, false))?;
-            self.graphs.insert(tokens, graph);
+            let graph = device.capture(|| self.pass(tokens, tokens, false, answer))?;
+            self.graphs.insert((tokens, answer), graph);
         }
         Ok(())
     }
@@ -364,13 +376,13 @@ impl CudaRunner {
         let wanted: Vec<u32> = (0..).zip(slice).filter(|(_, token)| token.wanted).map(|(row, _)| row).collect();
         let is_step = wanted.len() == slice.len() && slice.len() <= HEAD_TOKENS_MAX;
         if is_step {
-            self.step(slice.len())?;
+            self.step(slice.len(), Answer::Logits)?;
         } else {
             let first = &wanted[..wanted.len().min(HEAD_TOKENS_MAX)];
             if !first.is_empty() {
                 self.scratch.rows.write(0, first)?;
             }
-            self.pass(slice.len(), first.len(), true)?;
+            self.pass(slice.len(), first.len(), true, Answer::Logits)?;
         }
         let mut rows = &wanted[..];
         while !rows.is_empty() {
@@ -531,6 +543,23 @@ impl Runner for CudaRunner {
             sequence.kv.advance(sequence.tokens.len());
         }
         Ok(())
+    }
+
+    fn greatest(&mut self, kv: &mut KvCache, token: u32) -> Result<Option<u32>, RunError> {
+        if self.step.is_none() {
+            return greatest_of_row(self, kv, token);
+        }
+        let sequence = Continuation { kv, tokens: &[token], want: LogitsOf::Last };
+        sequence.check(self.config.vocab)?;
+        let capacity = u32::try_from(sequence.kv.capacity()).map_err(|_| RunError::ForeignKv)?;
+        let position = sequence.kv.len() as u32;
+        let CudaKv { keys, values } = sequence.kv.device::<CudaKv>()?;
+        let place = Place { keys: keys.address(), values: values.address(), position, capacity };
+        self.stage(&[Token { sequence: 0, index: 0, id: token, place, wanted: true }])?;
+        self.step(1, Answer::Greatest)?;
+        self.arrived.wait_on_host()?;
+        sequence.kv.advance(1);
+        Ok(Step::greatest(&self.scratch.logits_host))
     }
 
     fn report(&self) -> ResidencyReport {
