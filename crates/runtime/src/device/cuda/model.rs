@@ -111,7 +111,7 @@ pub(super) struct CudaRunner {
     step: Option<Step>,
     /// A step's logits have arrived; what is queued behind them need not be waited for.
     arrived: Event,
-    /// Recorded steps by their number of tokens.
+    /// Recorded steps by their number of tokens and what they bring to the host.
     graphs: HashMap<(usize, Answer), Graph>,
     report: ResidencyReport,
     vector_bytes: u64,
@@ -123,6 +123,14 @@ enum Answer {
     Logits,
     /// Of a step of one token in one kernel: which logit is the greatest.
     Greatest,
+}
+
+/// Where a sequence's next token goes.
+fn next_place(kv: &mut KvCache) -> Result<Place, RunError> {
+    let capacity = u32::try_from(kv.capacity()).map_err(|_| RunError::ForeignKv)?;
+    let position = kv.len() as u32;
+    let CudaKv { keys, values } = kv.device::<CudaKv>()?;
+    Ok(Place { keys: keys.address(), values: values.address(), position, capacity })
 }
 
 /// A token of a slice.
@@ -522,13 +530,11 @@ impl Runner for CudaRunner {
         // Slices of tokens of consecutive sequences; a slice may end inside a sequence.
         let mut slice: Vec<Token> = Vec::new();
         for (sequence, continuation) in batch.iter_mut().enumerate() {
-            let (tokens, want, first) = (continuation.tokens, continuation.want, continuation.kv.len());
-            let capacity = u32::try_from(continuation.kv.capacity()).map_err(|_| RunError::ForeignKv)?;
-            let kv = continuation.kv.device::<CudaKv>()?;
-            let (keys, values) = (kv.keys.address(), kv.values.address());
+            let (tokens, want) = (continuation.tokens, continuation.want);
+            let next = next_place(continuation.kv)?;
             for (index, &id) in tokens.iter().enumerate() {
                 let wanted = want == LogitsOf::All || (want == LogitsOf::Last && index + 1 == tokens.len());
-                let place = Place { keys, values, position: (first + index) as u32, capacity };
+                let place = Place { position: next.position + index as u32, ..next };
                 slice.push(Token { sequence, index, id, place, wanted });
                 if slice.len() == SLICE_TOKENS_MAX {
                     self.run_slice(&slice, sink)?;
@@ -551,10 +557,7 @@ impl Runner for CudaRunner {
         }
         let sequence = Continuation { kv, tokens: &[token], want: LogitsOf::Last };
         sequence.check(self.config.vocab)?;
-        let capacity = u32::try_from(sequence.kv.capacity()).map_err(|_| RunError::ForeignKv)?;
-        let position = sequence.kv.len() as u32;
-        let CudaKv { keys, values } = sequence.kv.device::<CudaKv>()?;
-        let place = Place { keys: keys.address(), values: values.address(), position, capacity };
+        let place = next_place(sequence.kv)?;
         self.stage(&[Token { sequence: 0, index: 0, id: token, place, wanted: true }])?;
         self.step(1, Answer::Greatest)?;
         self.arrived.wait_on_host()?;
