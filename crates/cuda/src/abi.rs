@@ -207,6 +207,7 @@ pub(crate) struct Step {
     pub slots: i32,
     pub block_flags: i32,
     pub parts_max: i32,
+    pub plan: [i32; 6],
     pub unused: i32,
 }
 

@@ -127,7 +127,8 @@ impl Step {
         let device = kernels.device();
         let blocks = device.properties().multiprocessors as usize;
         let parts_max = parts_max(&model.layers, &model.head, blocks);
-        let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len(), parts_max);
+        let plan = plan(&model.layers, &model.head, blocks);
+        let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len(), parts_max, plan[PRODUCTS + 1]);
         let slots = (SLOTS_MIN..=SLOTS_MAX).rev().find(|&slots| room(slots) <= function.shared_bytes as usize);
         let (Some(slots), true) = (slots, padded_hidden <= STEP_HIDDEN_MAX) else { return Ok(None) };
         // A warp's share is computed once for all layers.
@@ -229,6 +230,7 @@ impl Step {
             slots: slots as i32,
             block_flags: block_flags as i32,
             parts_max: parts_max as i32,
+            plan: plan.map(|words| words as i32),
             unused: 0,
         };
         let step = Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared };
@@ -336,13 +338,34 @@ fn parts_max(layers: &[StepLayer<'_>], head: &StepMatrix<'_>, blocks: usize) -> 
     of_layer.max(row_tiles(head).div_ceil(blocks)) + STEP_WARPS
 }
 
+/// Where the slots of each kind of product begin in the plan of a warp, and how many there are: those of the head, which are the last, end with them.
+fn plan(layers: &[StepLayer<'_>], head: &StepMatrix<'_>, blocks: usize) -> [usize; PRODUCTS + 2] {
+    let of_warp = |index: usize, m: &StepMatrix<'_>| {
+        let g = m.form.geometry();
+        let of_tile = g.supersteps().div_ceil(STEP_SLOT);
+        let of_block = match index {
+            _ if adds(index) => (g.tiles() * of_tile).div_ceil(blocks),
+            // A row tile of gate comes with one of up.
+            2 => 2 * g.row_tiles().div_ceil(2).div_ceil(blocks) * g.segs() * of_tile,
+            _ => g.row_tiles().div_ceil(blocks) * g.segs() * of_tile,
+        };
+        of_block.div_ceil(STEP_WARPS)
+    };
+    let mut begins = [0; PRODUCTS + 2];
+    for index in 0..=PRODUCTS {
+        let matrix = if index == PRODUCTS { Some(head) } else { layers.first().map(|layer| &layer.matrices[index]) };
+        begins[index + 1] = begins[index] + matrix.map_or(0, |m| of_warp(index, m));
+    }
+    begins
+}
+
 /// Bytes of `AttendRoom` in transformer.cuh, for heads of `dim` numbers; step.cu asserts the same.
 const fn attend_room_bytes(dim: usize) -> usize {
     (2 * ATTENTION_WARPS + ATTENTION_WARPS * dim + 8 + dim) * size_of::<f32>()
 }
 
 /// What `Room` in step.cu takes, for heads of at most `dim` numbers.
-fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize, parts_max: usize) -> usize {
+fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize, parts_max: usize, planned: usize) -> usize {
     let slot = STEP_SLOT * SUPERSTEP_COLS * TILE_ROWS / 2;
     let parts = [
         STEP_WARPS * slots * slot,
@@ -359,8 +382,9 @@ fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usiz
         STEP_WARPS * 4,
         2 * size_of::<abi::StepLayer>(),
         products * 8,
-        (PRODUCTS + 1) * STEP_WARPS * 16,
+        (PRODUCTS + 1) * STEP_WARPS * 20,
         (PRODUCTS + 1) * 48,
+        STEP_WARPS * planned * 4,
     ];
     parts.iter().map(|bytes| bytes.next_multiple_of(128)).sum()
 }
@@ -395,8 +419,8 @@ mod tests {
 
     #[test]
     fn a_large_model_fits_a_hopper() {
-        // 70 B: 8192 columns, 28,672 in the middle, 80 layers, heads of 128; 227 KiB a block.
-        assert!(shared_bytes(SLOTS_MIN, 128, 8192, 28_672, 321, 61 + STEP_WARPS) <= 227 * 1024);
+        // 70 B: 8192 columns, 28,672 in the middle, 80 layers, heads of 128, 220 slots of a warp; 227 KiB a block.
+        assert!(shared_bytes(SLOTS_MIN, 128, 8192, 28_672, 321, 61 + STEP_WARPS, 220) <= 227 * 1024);
     }
 
     #[test]

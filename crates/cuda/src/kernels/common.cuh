@@ -126,6 +126,13 @@ __device__ __forceinline__ void barrier_wait(u32 b, u32 parity) {
   asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory");
 #endif
 }
+__device__ __forceinline__ bool barrier_passed(u32 b, u32 parity) { // the same for all lanes of a warp
+  u32 passed = 0;
+#if HOPPER
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p; }" : "=r"(passed) : "r"(b), "r"(parity) : "memory");
+#endif
+  return __any_sync(~0u, passed);
+}
 __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 b) {
 #if HOPPER
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
@@ -140,6 +147,7 @@ __device__ __forceinline__ void bulk_copy_of_warp(u32 to, const void* from, u32 
 #endif
 }
 
+__device__ __forceinline__ void store_shared(u32 address, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(v) : "memory"); }
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 v;
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address) : "memory");

@@ -140,7 +140,7 @@ __device__ __forceinline__ void prepare(const Prepare& P) {
     all.most = max(all.most, load_of_block(p + 1, of));
   }
   all = combine_warp(all);
-  const float factor = INPUT == NORM ? 1.0f / sqrtf(all.sum / P.cols + P.eps) : 1.0f;
+  const float factor = INPUT == NORM ? norm_factor(all.sum, 1.0f / P.cols, P.eps) : 1.0f;
   const float unit = unit_of(__uint_as_float(all.most) * factor), per = per_unit(unit);
   if (threadIdx.x == 0 && rank == 0) P.unit[t] = unit;
   const int batch = t / P.nt, token = t - batch * P.nt, token_tiles = (P.nt + 7) / 8, lanes = P.nt == 1 ? 8 : 32;

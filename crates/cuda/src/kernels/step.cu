@@ -101,10 +101,11 @@ struct Step {
   int slots;             // of a warp's ring
   int block_flags;       // of a block's part of what silu leaves: a warp's each
   int parts_max;         // room for parts of sums
+  int plan[KINDS + 1];   // of a warp's slots of all kinds, where each kind's begin; and how many there are
   int unused;
 };
 
-static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 272, "as abi.rs says");
+static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 296, "as abi.rs says");
 
 // What a block multiplies of the matrices of a kind, in row tiles; of gate and up as many of each.
 struct Block {
@@ -129,9 +130,10 @@ struct Share {
   int row;               // where it begins: which of the block's row tiles
   int seg;               // column segment
   int slot;              // slot of the tile
+  u32 plan;              // address: where in the matrix its slots are, a word each: the first superstep * 2, + 1 if there are two
 };
 
-static_assert(sizeof(Block) == 48 && sizeof(Share) == 16, "as step.rs says");
+static_assert(sizeof(Block) == 48 && sizeof(Share) == 20, "as step.rs says");
 
 // Shared memory, in order; `shared_bytes` of step.rs adds it up.
 struct Room {
@@ -151,6 +153,7 @@ struct Room {
   const u8** nibbles;    // (products)
   Share* shares;         // (kinds, warps)
   Block* blocks;         // (kinds)
+  u32 plan;              // of the warp: (slots of all kinds)
 };
 
 // ---- What other blocks write while this one waits for it: past the L1 cache, in no order but that of the addresses.
@@ -197,12 +200,6 @@ __device__ __forceinline__ float number_of(u64 word) { return __uint_as_float((u
 
 __device__ __forceinline__ bool complete(i64 sum) { return ((u32)sum & 255) == COMPLETE; }
 
-// Waits for one sum, before many lanes look at many: what they read over and over, weights could not pass meanwhile.
-__device__ __forceinline__ void wait_for(const i64* p) {
-  while (!complete(load_now(p))) {
-  }
-}
-
 __device__ __forceinline__ bool complete(const FourSums& s) { return complete(s.a.x) && complete(s.a.y) && complete(s.b.x) && complete(s.b.y); }
 __device__ __forceinline__ FourSums load_four_now(const i64* p) { return {load_two_now(p), load_two_now(p + 2)}; }
 __device__ __forceinline__ FourSums sums_alone(const FourSums& s) { return {{s.a.x >> 8, s.a.y >> 8}, {s.b.x >> 8, s.b.y >> 8}}; }
@@ -222,22 +219,26 @@ __device__ __forceinline__ uint4 load_ring(u32 address) { // not to be moved beh
   return v;
 }
 
-// What a warp reads, from the first product to the last, a ring ahead of what it multiplies. A slot has supersteps of one tile. Bulk copies, since
-// loads and atomics of the model's other parts would queue behind as many copies by lanes.
+// What a warp reads, from the first product to the last, ahead of what it multiplies. A slot has supersteps of one tile. Bulk copies, since loads and
+// atomics of the model's other parts would queue behind as many copies by lanes.
+//
+// What is asked for when.  All blocks wait for the one that multiplies last, so weights that are needed now should not queue behind such as are needed later:
+// while a warp multiplies gate and up or down, which are longer than a ring, it asks for these alone. Once it is done, it has STEP_PACE slots of the next
+// product on their way and no more, since what the model then waits for would queue behind them.
 struct Feed {
-  const u8* next;
-  const Block* block;        // of the product
-  int left, of_tile;         // slots of the share, supersteps of the tile that are still to be asked for
-  int row, seg;
-  int product, products;     // the next
-  u32 ring, bar, slot;       // addresses: of the ring, of the slot's barrier, of the slot
-  u32 ring_end, bars;
-  u32 parity;                // of the arrivals at the slots' barriers
+  const u8* matrix;          // that is asked for
+  u32 plan;                  // address: of its next slot's word
+  int left;                  // slots of it that are still to be asked for
+  int product, products;     // the one behind it
+  u32 ring, ring_end, bars;  // addresses: of the ring, of the slots' barriers
+  u32 slot;                  // address: of the one that is multiplied next
+  int slots, ahead;          // of the ring; asked for and not multiplied
+  u32 parity;                // of the arrivals at the slots' barriers from `slot` on; of those before it, the other
   u64 once;
 
   __device__ __forceinline__ Feed(const Room& room, int products, int slots)
-      : next(nullptr), block(nullptr), left(0), of_tile(0), row(0), seg(0), product(0), products(products), ring(room.ring), bar(room.bars), slot(room.ring),
-        ring_end(room.ring + slots * SLOT_BYTES), bars(room.bars), parity(0), once(policy_once()) {
+      : matrix(nullptr), plan(0), left(0), product(0), products(products), ring(room.ring), ring_end(room.ring + slots * SLOT_BYTES), bars(room.bars), slot(room.ring),
+        slots(slots), ahead(0), parity(0), once(policy_once()) {
     if ((threadIdx.x & 31) == 0) {
       for (int i = 0; i < slots; i++) barrier_init(bars + i * 8);
       barrier_fence();
@@ -245,44 +246,55 @@ struct Feed {
     __syncwarp();
   }
 
-  // Goes on to the next tile, in the order in which `product` multiplies.
-  __device__ __forceinline__ void next_tile(const Room& room) {
-    if (left == 0) {
-      while (left == 0) {
-        if (product == products) return;
-        const int kind = kind_of(product++, products);
-        const Share& share = room.shares[kind * STEP_WARPS + (threadIdx.x >> 5)];
-        block = room.blocks + kind;
-        left = share.slots, row = share.row, seg = share.seg;
-        of_tile = block->supersteps - share.slot * STEP_SLOT;
-      }
-    } else {
-      const bool local = block->local;
-      if (local ? ++seg == block->segs : ++row == block->count) local ? (seg = 0, row++) : (row = 0, seg++);
-      of_tile = block->supersteps;
-    }
-    const u32 tile = seg * block->row_tiles + block->row_tile(row);
-    next = room.nibbles[product - 1] + (size_t)((tile + 1) * block->supersteps - of_tile) * SUPERSTEP_BYTES;
+  // The slot that is so many behind the next one; the barrier of a slot.
+  __device__ __forceinline__ u32 behind(int slots) const {
+    const u32 at = slot + slots * SLOT_BYTES;
+    return at >= ring_end ? at - (ring_end - ring) : at;
   }
+  __device__ __forceinline__ u32 bar_of(u32 at) const { return bars + (at - ring) / SLOT_BYTES * 8; }
 
   // Asks for one more slot; at the end for none.
-  __device__ __forceinline__ void put(const Room& room) {
-    if (of_tile == 0 || left == 0) next_tile(room);
-    if (left > 0) {
-      const u32 bytes = min(of_tile, STEP_SLOT) * SUPERSTEP_BYTES;
-      bulk_copy_of_warp(slot, next, bytes, bar, once);
-      next += SLOT_BYTES;
-      of_tile = max(of_tile - STEP_SLOT, 0);
-      left--;
+  __device__ __forceinline__ void ask(const Room& room) {
+    while (left == 0) {
+      if (product == products) return;
+      const Share& share = room.shares[kind_of(product, products) * STEP_WARPS + (threadIdx.x >> 5)];
+      matrix = room.nibbles[product++];
+      left = share.slots;
+      plan = share.plan;
     }
-    slot += SLOT_BYTES;
-    bar += 8;
-    if (slot == ring_end) slot = ring, bar = bars, parity ^= 1;
+    static_assert(STEP_SLOT == 2, "one or two supersteps");
+    const u32 word = load_shared(plan), at = behind(ahead);
+    bulk_copy_of_warp(at, matrix + (size_t)(word >> 1) * SUPERSTEP_BYTES, ((word & 1) + 1) * SUPERSTEP_BYTES, bar_of(at), once);
+    plan += 4;
+    left--;
+    ahead++;
   }
 
-  // Waits for the slot that was asked for first; `put` asks for another in its place.
-  __device__ __forceinline__ void wait() const {
-    barrier_wait(bar, parity ^ 1); // its copy was asked for a round before
+  // Asks for all that there is room for, of products up to the `last`.
+  __device__ __forceinline__ void fill(const Room& room, int last) {
+    while (ahead < slots && (left > 0 ? product - 1 : product) <= min(last, products - 1)) ask(room);
+  }
+
+  // Asks for more, unless STEP_PACE slots are on their way.
+  __device__ __forceinline__ void pump(const Room& room) {
+#pragma unroll 1
+    for (int i = 0; i < STEP_PACE && ahead < slots; i++) {
+      if (ahead >= STEP_PACE) {
+        const u32 at = behind(ahead - STEP_PACE);
+        if (!barrier_passed(bar_of(at), at >= slot ? parity : parity ^ 1)) return;
+      }
+      ask(room);
+    }
+  }
+
+  // Waits for the slot that is multiplied next.
+  __device__ __forceinline__ void wait() const { barrier_wait(bar_of(slot), parity); }
+
+  // It is multiplied.
+  __device__ __forceinline__ void pass() {
+    ahead--;
+    slot += SLOT_BYTES;
+    if (slot == ring_end) slot = ring, parity ^= 1;
   }
 };
 
@@ -312,16 +324,25 @@ __device__ __forceinline__ Far far_of(const Plain& M, const Block& block, const 
   return {__ldg(off), __ldg(off + 1)};
 }
 
-// N supersteps' sums of rows g and g + 8, times 16. `from`: the lane's weights in the ring, `x`: activations.
+// N supersteps' sums of rows g and g + 8, times 16. `from`: the lane's weights in the ring, `x`: activations. Of a tile's eight columns only the first is
+// used: the lanes that hold the others need no activations.
 template <int N>
-__device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64& y0, i64& y1) {
+__device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64& y0, i64& y1, Feed& feed, const Room& room, int last) {
+  const bool first_column = (threadIdx.x & 31) < 4;
   const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
   uint4 a[N * 2], f[N * 2];
   int2 m[N];
 #pragma unroll
-  for (int i = 0; i < N * 2; i++) a[i] = load_ring(from + i * (SUPERSTEP_BYTES / 2)), f[i] = load_shared_16(x + i * 64);
+  for (int i = 0; i < N * 2; i++) {
+    a[i] = load_ring(from + i * (SUPERSTEP_BYTES / 2));
+    f[i] = make_uint4(0, 0, 0, 0);
+    if (first_column) f[i] = load_shared_16(x + i * 64);
+  }
 #pragma unroll
   for (int i = 0; i < N; i++) m[i] = info[i];
+  __syncwarp(); // all lanes have what is overwritten
+  feed.pass();
+  feed.fill(room, last);
 #pragma unroll
   for (int i = 0; i < N; i++) {
     int low[2][4] = {}, high[2][4] = {};
@@ -337,7 +358,7 @@ __device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64&
 }
 
 // The warp's part of a product with the activations in `room`.
-__device__ __forceinline__ void product(const StepProduct& of, int which, Feed& feed, const Room& room, Far far) {
+__device__ __forceinline__ void product(const StepProduct& of, int p, int which, Feed& feed, const Room& room, Far far) {
   const Plain& M = of.matrix;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const Block& block = room.blocks[which];
@@ -347,6 +368,8 @@ __device__ __forceinline__ void product(const StepProduct& of, int which, Feed& 
   int row = share.row, seg = share.seg, slot = share.slot;
   i64 y0[1] = {0}, y1[1] = {0};
   if (block.local && share.slots == 0 && lane < TILE_ROWS) room.parts[row + warp][lane] = 0; // whoever adds the parts up does not know
+  const int last = which == QKV || which == O ? p + 2 : p;
+  feed.fill(room, last);
 #pragma unroll 1
   for (int left = share.slots; left > 0;) {
     const int slots = min(left, block.slots - slot), column = seg * block.supersteps + slot * STEP_SLOT;
@@ -358,10 +381,8 @@ __device__ __forceinline__ void product(const StepProduct& of, int which, Feed& 
     for (int i = 0; i < slots; i++, x += STEP_SLOT * SUPERSTEP, info += STEP_SLOT, supersteps -= STEP_SLOT) {
       static_assert(STEP_SLOT == 2, "two cases");
       feed.wait();
-      if (supersteps > 1) multiply<2>(feed.slot + mine, x, info, y0[0], y1[0]);
-      else multiply<1>(feed.slot + mine, x, info, y0[0], y1[0]);
-      __syncwarp(); // all lanes have what is overwritten
-      feed.put(room);
+      if (supersteps > 1) multiply<2>(feed.slot + mine, x, info, y0[0], y1[0], feed, room, last);
+      else multiply<1>(feed.slot + mine, x, info, y0[0], y1[0], feed, room, last);
     }
     const int row_tile = block.row_tile(row);
     if (any && slot == 0) {
@@ -394,13 +415,31 @@ __device__ __forceinline__ void product(const StepProduct& of, int which, Feed& 
   }
 }
 
-// A sum whose parts the block's warps left. `i`: of the block's rows; `warps`: of the matrix.
-__device__ __forceinline__ i64 own_sum(const Room& room, const u32* warps, int i) {
-  const int t = i / TILE_ROWS;
-  i64 sum = 0;
-#pragma unroll 2
-  for (u32 w = warps[t] & 0xffff, last = warps[t] >> 16; w <= last; w++) sum += room.parts[t + w][i % TILE_ROWS];
-  return sum;
+// N sums whose parts the block's warps left, of rows i, i + rows ... of the block's; `warps`: of the matrix.
+template <int N>
+__device__ __forceinline__ void own_sums(const Room& room, const u32* warps, int i, int rows, i64 (&sums)[N]) {
+  constexpr int AT_ONCE = 4; // parts of a sum whose loads are in flight together
+  const i64* part[N];
+  int left[N], most = 0;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const int row = i + n * rows, t = row / TILE_ROWS;
+    const u32 first = warps[t] & 0xffff;
+    part[n] = room.parts[t + first] + row % TILE_ROWS;
+    left[n] = (warps[t] >> 16) + 1 - first;
+    most = max(most, left[n]);
+    sums[n] = 0;
+  }
+#pragma unroll 1
+  for (int begun = 0; begun < most; begun += AT_ONCE) {
+    i64 of[N][AT_ONCE];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) of[n][j] = begun + j < left[n] ? part[n][(begun + j) * TILE_ROWS] : 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) sums[n] += of[n][0] + of[n][1] + (of[n][2] + of[n][3]);
+  }
 }
 
 // ---- Activations.
@@ -415,28 +454,31 @@ __device__ __forceinline__ int superstep_of(int base, int round) { return base +
 __device__ __forceinline__ int column_of(int base, int round) { return superstep_of(base, round) * SUPERSTEP + (threadIdx.x & 31) * 4; }
 
 // Adds a product, if there is one, of activations in `unit`s to the residual stream, and norms it; returns the new unit.
-__device__ __forceinline__ float normed(int hidden, float eps, const Room& room, const StepProduct* add, float unit, const float* weight, Columns& columns) {
-  constexpr int AT_ONCE = 2; // rounds whose loads are in flight together
+__device__ __forceinline__ float normed(int hidden, float per_column, float eps, const Room& room, const StepProduct* add, float unit, const float* weight, Columns& columns, Feed& feed) {
+  constexpr int AT_ONCE = 2; // rounds that are computed together
   const int lane = threadIdx.x & 31, supersteps = (hidden + SUPERSTEP - 1) / SUPERSTEP;
 #pragma unroll
   for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
     if (superstep_of(0, r0) >= supersteps) break;
-    Four w[AT_ONCE], scale[AT_ONCE] = {}, bias[AT_ONCE] = {};
-    FourSums sums[AT_ONCE] = {};
+    Four w[AT_ONCE], scale[AT_ONCE] = {}, bias[AT_ONCE] = {}, a[AT_ONCE];
+    float squares[AT_ONCE];
     int cols[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      cols[u] = min(column_of(0, r0 + u), hidden - 4); // beyond the end: loaded, not used
+      cols[u] = min(column_of(0, r0 + u), hidden - 4); // beyond the end: computed, not used
       w[u] = load_four(weight + cols[u]);
       if (!add) continue;
       scale[u] = load_four(add->scale + cols[u]);
       if (add->bias) bias[u] = load_four(add->bias + cols[u]);
     }
-    if (add) {
 #pragma unroll
-      for (int u = 0; u < AT_ONCE; u++)
-        if (lane == u) wait_for(add->sums + cols[u]);
-      __syncwarp();
+    for (int u = 0; u < AT_ONCE; u++) a[u] = four(room.x[min(superstep_of(0, r0 + u), supersteps - 1) * 32 + lane]);
+    if (add) {
+      FourSums sums[AT_ONCE];
+      // Two lanes wait for a sum each, before all look at theirs: what they read over and over, weights could not pass meanwhile.
+      static_assert(AT_ONCE == 2, "a lane for each");
+      const i64* mine = add->sums + (lane == 0 ? cols[0] : cols[1]);
+      while (!__all_sync(~0u, lane >= AT_ONCE || complete(load_now(mine)))) feed.pump(room);
       bool all;
       do {
         all = true;
@@ -445,27 +487,26 @@ __device__ __forceinline__ float normed(int hidden, float eps, const Room& room,
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) all &= complete(sums[u]);
       } while (!all);
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) {
+        const Four more = values_of(sums_alone(sums[u]), unit, scale[u], add->bias, bias[u]);
+        const bool has = column_of(0, r0 + u) < hidden;
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[u].v[j] += has ? more.v[j] : 0.0f;
+        if (has) room.x[superstep_of(0, r0 + u) * 32 + lane] = float4_of(a[u]);
+      }
     }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      const int superstep = superstep_of(0, r0 + u);
-      if (superstep >= supersteps) break;
-      Four a = four(room.x[superstep * 32 + lane]);
-      if (add) {
-        const Four more = values_of(sums_alone(sums[u]), unit, scale[u], add->bias, bias[u]);
-        if (column_of(0, r0 + u) < hidden) {
+      squares[u] = squares_of(a[u]);
 #pragma unroll
-          for (int j = 0; j < 4; j++) a.v[j] += more.v[j];
-          room.x[superstep * 32 + lane] = float4_of(a);
-        }
-      }
-      const float sum = squares_of(a);
-#pragma unroll
-      for (int j = 0; j < 4; j++) a.v[j] *= w[u].v[j];
-      columns.of[r0 + u] = a;
-      const u32 most = columns.most[r0 + u] = most_of(a);
-      if (lane == 0) room.said[superstep] = {sum, most};
+      for (int j = 0; j < 4; j++) a[u].v[j] *= w[u].v[j];
+      columns.of[r0 + u] = a[u];
+      columns.most[r0 + u] = most_of(a[u]);
     }
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++)
+      if (lane == 0 && superstep_of(0, r0 + u) < supersteps) room.said[superstep_of(0, r0 + u)] = {squares[u], columns.most[r0 + u]};
   }
   __syncthreads();
   Both all = {0.0f, 0u};
@@ -474,7 +515,7 @@ __device__ __forceinline__ float normed(int hidden, float eps, const Room& room,
     all.most = max(all.most, room.said[s].most);
   }
   all = combine_warp(all);
-  const float factor = 1.0f / sqrtf(all.sum / hidden + eps);
+  const float factor = norm_factor(all.sum, per_column, eps);
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
 #pragma unroll
@@ -493,7 +534,7 @@ struct Left {
 };
 
 // Columns of a superstep a round up to `end`; with the first of them the unit, which is known when all flags are there.
-__device__ __forceinline__ void gather(const Room& room, const Left& L, int base, int end, bool first, Columns& columns, float& unit) {
+__device__ __forceinline__ void gather(const Room& room, const Left& L, int base, int end, bool first, Columns& columns, float& unit, Feed& feed) {
   constexpr int AT_ONCE = 2; // rounds whose loads are in flight together
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   u32 most = 0;
@@ -504,22 +545,25 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
     uint4 v[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) from[u] = L.words + min(column_of(base, r0 + u), L.cols - 4);
-    // A few lanes wait for all, as for sums.
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++)
-      if ((lane & 3) == u && superstep_of(base, r0 + u) < end)
-        while (load_now(from[u]) == 0) {
-        }
-    __syncwarp();
+    // A few lanes wait for all, as for sums; with the first words for the warp's flags too.
+    static_assert(AT_ONCE == 2, "of four lanes");
+    const u32* word = (lane & 3) == 0 ? from[0] : from[1];
+    const bool waits = (lane & 3) < AT_ONCE && superstep_of(base, r0 + (lane & 3)) < end;
+    int i = r0 == 0 && first ? warp * 64 : L.flag_count; // warp-uniform
+    while (true) {
+      bool there = !waits || load_now(word) != 0;
+      if (i < L.flag_count) {
+        const uint2 flags = load_two_now(L.flags + min(i + lane * 2, L.flag_count - 2));
+        const bool ready = flags.x & flags.y & READY;
+        if (ready) most = max(most, max(flags.x, flags.y) & ~READY);
+        if (__all_sync(~0u, ready)) i += STEP_THREADS * 2;
+        there &= i >= L.flag_count;
+      }
+      if (__all_sync(~0u, there)) break;
+      feed.pump(room);
+    }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) v[u] = load_words_now(from[u]);
-    if (r0 == 0 && first)
-      for (int i = warp * 64; i < L.flag_count; i += STEP_THREADS * 2) { // warp-uniform
-        uint2 flags;
-        do flags = load_two_now(L.flags + min(i + lane * 2, L.flag_count - 2));
-        while (!(flags.x & flags.y & READY));
-        most = max(most, max(flags.x, flags.y) & ~READY);
-      }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       if (superstep_of(base, r0 + u) >= end) break;
@@ -535,18 +579,25 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
   unit = unit_of(__uint_as_float(most_of_warp(room.most[lane % STEP_WARPS])));
 }
 
-// int8 activations of the supersteps in `range`, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
+// int8 activations of the supersteps from `base` on, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
 __device__ __forceinline__ void quantize(const Room& room, const Block& block, int base, const Columns& columns, float unit, float per) {
+  constexpr int AT_ONCE = 2; // rounds that are computed together
   const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int r = 0; r < ROUNDS; r++) {
-    const int superstep = superstep_of(base, r);
-    if (superstep < block.begin || superstep >= block.end) continue;
-    const Quantized x = quantized(columns.of[r], columns.most[r], unit, per);
-    const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 4) * 64 + (lane >> 1 & 3) * 16 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
-    asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"((u16)x.evens) : "memory");
-    asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 8), "h"((u16)x.odds) : "memory");
-    if (lane == 0) room.info[superstep] = make_int2(x.m, 128 * x.even);
+  for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
+    if (superstep_of(base, r0) >= block.end) break;
+    Quantized x[AT_ONCE];
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) x[u] = quantized(columns.of[r0 + u], columns.most[r0 + u], unit, per);
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      const int superstep = superstep_of(base, r0 + u);
+      if (superstep >= block.end) break;
+      const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 4) * 64 + (lane >> 1 & 3) * 16 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
+      asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"((u16)x[u].evens) : "memory");
+      asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 8), "h"((u16)x[u].odds) : "memory");
+      if (lane == 0) room.info[superstep] = make_int2(x[u].m, 128 * x[u].even);
+    }
   }
 }
 
@@ -670,7 +721,9 @@ __device__ __forceinline__ void leave_rows(const Room& room, const u32* warps, c
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
     const Scales scales = i < STEP_THREADS ? first : scales_of(of, block, i, rows);
-    float y = value_of(own_sum(room, warps, i), unit, scales.scale[0]);
+    i64 sums[1];
+    own_sums(room, warps, i, 0, sums);
+    float y = value_of(sums[0], unit, scales.scale[0]);
     if (of.bias) y += scales.bias[0];
     publish(words + block.first * TILE_ROWS + i, word_of(y));
   }
@@ -685,7 +738,9 @@ __device__ __forceinline__ void activate(const Step& P, const Room& room, const 
     const int col = block.first * TILE_ROWS + i;
     if (i < rows && col < P.intermediate) {
       const Scales scales = i < STEP_THREADS ? first : scales_of(of, block, i, rows);
-      float gate = value_of(own_sum(room, warps, i), unit, scales.scale[0]), up = value_of(own_sum(room, warps, i + rows), unit, scales.scale[1]);
+      i64 sums[2];
+      own_sums(room, warps, i, rows, sums);
+      float gate = value_of(sums[0], unit, scales.scale[0]), up = value_of(sums[1], unit, scales.scale[1]);
       if (of.bias) gate += scales.bias[0], up += scales.bias[1];
       const float y = silu(gate, up);
       publish(words + col, word_of(y));
@@ -733,6 +788,7 @@ __device__ __forceinline__ void step(const Step& P) {
   room.nibbles = (const u8**)place(products * 8);
   room.shares = (Share*)place(KINDS * STEP_WARPS * sizeof(Share));
   room.blocks = (Block*)place(KINDS * sizeof(Block));
+  room.plan = shared_address(place(STEP_WARPS * P.plan[KINDS] * 4)) + warp * P.plan[KINDS] * 4;
   for (int i = threadIdx.x; i < products; i += STEP_THREADS) room.nibbles[i] = (const u8*)(i + 1 < products ? P.layers[i / 4].products[i % 4].matrix : P.head.matrix).nibbles;
   for (int kind = P.layer_count > 0 ? lane : HEAD; kind < KINDS; kind += 32) { // of all layers alike
     const Plain& M = kind == HEAD ? P.head.matrix : P.layers[0].products[kind].matrix;
@@ -762,7 +818,7 @@ __device__ __forceinline__ void step(const Step& P) {
     u32 at, behind;
     share_out(first, end - first, STEP_WARPS, warp, at, behind);
     const int tile = at / block.slots, per = block.local ? M.segs : M.row_tiles;
-    Share share = {(int)(behind - at), tile / per, tile % per, (int)(at % block.slots)};
+    Share share = {(int)(behind - at), tile / per, tile % per, (int)(at % block.slots), room.plan + P.plan[kind] * 4};
     if (!block.local) share.row = tile % per, share.seg = tile / per;
     room.shares[kind * STEP_WARPS + warp] = share;
     if (block.local)
@@ -790,12 +846,26 @@ __device__ __forceinline__ void step(const Step& P) {
       room.x[superstep_of(0, r) * 32 + lane] = column_of(0, r) < P.hidden ? *(const float4*)(P.x + column_of(0, r)) : make_float4(0, 0, 0, 0);
   const Place position = *P.place;
   __syncthreads();
-  Feed feed(room, products, P.slots);
 #pragma unroll 1
-  for (int i = 0; i < P.slots; i++) feed.put(room);
+  for (int kind = P.layer_count > 0 ? 0 : HEAD; kind < KINDS; kind++) { // each warp plans its own
+    const Block& block = room.blocks[kind];
+    const Share& share = room.shares[kind * STEP_WARPS + warp];
+    const int per = block.local ? block.segs : block.count, begun = block.local ? share.row * per + share.seg : share.seg * per + share.row;
+#pragma unroll 1
+    for (int i = lane; i < share.slots; i += 32) {
+      const int tile = begun + (share.slot + i) / block.slots, first = (share.slot + i) % block.slots * STEP_SLOT;
+      const int row = block.local ? tile / per : tile % per, seg = block.local ? tile % per : tile / per;
+      const u32 superstep = (seg * block.row_tiles + block.row_tile(row)) * block.supersteps + first;
+      store_shared(share.plan + i * 4, superstep * 2 + (first + 1 < block.supersteps));
+    }
+  }
+  __syncwarp();
+  Feed feed(room, products, P.slots);
+  feed.fill(room, products - 1);
 
   const int mixed = P.heads * P.head_dim, mixed_flags = P.heads * SPLITS, active_flags = gridDim.x * P.block_flags;
   auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : P.head; };
+  const float per_column = 1.0f / P.hidden;
   float unit = 0; // of the last product's activations
   Far far;
   Scales scales;
@@ -821,20 +891,21 @@ __device__ __forceinline__ void step(const Step& P) {
     int base = 0;
     if (norm) {
       const float* weight = which == HEAD ? P.final_norm : which == QKV ? room.layers[layer & 1].input_norm : room.layers[layer & 1].post_norm;
-      unit = normed(P.hidden, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
+      unit = normed(P.hidden, per_column, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns, feed);
     }
     const Left left = which == O ? Left{P.mixed + (size_t)layer * mixed, P.mixed_flags + layer * mixed_flags, mixed, mixed_flags}
                                  : Left{P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags, P.intermediate, active_flags};
     base = norm ? 0 : block.begin;
     do {
-      if (!norm) gather(room, left, base, block.end, base == block.begin, columns, unit);
+      if (!norm) gather(room, left, base, block.end, base == block.begin, columns, unit, feed);
       quantize(room, block, base, columns, unit, per_unit(unit));
       base += ROUNDS * STEP_WARPS;
     } while (!norm && base < block.end);
     __syncthreads();
-    product(here, which, feed, room, far);
+    product(here, p, which, feed, room, far);
     if (norm) __syncthreads(); // all parts of the block's sums are there
     if (which == HEAD) break;
+    if (which == DOWN) feed.pump(room);
     if (which == QKV) {
       u32* qkv = P.qkv + (size_t)layer * here.matrix.n;
       leave_rows(room, warps, here, block, scales, unit, qkv);
@@ -842,6 +913,7 @@ __device__ __forceinline__ void step(const Step& P) {
     }
     if (which == GATE_UP) {
       activate(P, room, warps, here, block, scales, unit, P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags + blockIdx.x * P.block_flags);
+      feed.pump(room); // not before: what the block leaves goes first
       if (layer + 1 < P.layer_count) load_layer(layer + 1); // nobody needs the layer before this one any more
     }
   }
@@ -851,7 +923,9 @@ __device__ __forceinline__ void step(const Step& P) {
   u64 greatest = 0;
   for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
     const Scales of = i < STEP_THREADS ? scales : scales_of(P.head, block, i, rows);
-    float y = value_of(own_sum(room, warps, i), unit, of.scale[0]);
+    i64 sums[1];
+    own_sums(room, warps, i, 0, sums);
+    float y = value_of(sums[0], unit, of.scale[0]);
     if (P.head.bias) y += of.bias[0];
     const int row = block.first * TILE_ROWS + i;
     P.logits[row] = y;

@@ -10,7 +10,10 @@ struct Sums {
   int n;
 };
 
-__device__ __forceinline__ float value_of(i64 sum, float unit, float scale) { return (float)sum * (0.0625f * unit) * scale; }
+// Below 2^47 rounded once, as a conversion of 64 bits would, which takes four times as long as two of 32.
+__device__ __forceinline__ float float_of(i64 sum) { return __fmaf_rn((float)(int)(sum >> 24), 16777216.0f, (float)((u32)sum & 0xffffff)); }
+
+__device__ __forceinline__ float value_of(i64 sum, float unit, float scale) { return float_of(sum) * (0.0625f * unit) * scale; }
 
 __device__ __forceinline__ float value(const Sums& s, int token, int row) {
   const float y = value_of(s.sum[(size_t)token * s.n + row], s.unit[token], s.scale[row]);
@@ -57,7 +60,7 @@ struct Both { float sum; u32 most; };
 
 __device__ __forceinline__ Both combine_warp(Both v) { return {sum_of_warp(v.sum), most_of_warp(v.most)}; }
 
-// Approximations of two units in the last place: 2^x, 1/x.
+// Approximations of two units in the last place: 2^x, 1/x, 1/sqrt(x).
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
@@ -66,6 +69,11 @@ __device__ __forceinline__ float exp2_of(float x) {
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
 constexpr float LOG2_E = 1.44269504f;
@@ -118,7 +126,10 @@ __device__ __forceinline__ u32 most_of(const Four& a) {
 }
 
 // `top`: the largest |v| of a token; where it is no number, the unit is none either and all products are NaN.
-__device__ __forceinline__ float unit_of(float top) { return !(top <= 3.4e38f) ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top / (127.0f * 4095.0f); }
+__device__ __forceinline__ float unit_of(float top) { return !(top <= 3.4e38f) ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top * (1.0f / (127.0f * 4095.0f)); }
+
+// What a norm multiplies by. `per_column`: 1 / columns.
+__device__ __forceinline__ float norm_factor(float squares, float per_column, float eps) { return inverse_root(squares * per_column + eps); }
 
 struct Quantized {
   u32 evens;    // of the lane's four columns: the even ones in two bytes, the odd ones
@@ -193,7 +204,7 @@ __device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, Angle 
     s = 0;
     for (int w = 0; w < (half + 31) / 32; w++) s += slots[w];
     crew.sync(); // the slots may be written again
-    const float inverse = 1.0f / sqrtf(s / P.head_dim + P.eps);
+    const float inverse = norm_factor(s, 1.0f / P.head_dim, P.eps);
     if (i < half) v = make_float2(v.x * (inverse * norm[i]), v.y * (inverse * norm[half + i]));
   }
   if (part == V) return v;

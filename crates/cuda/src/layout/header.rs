@@ -1,7 +1,7 @@
 //! What the kernels must know of the layouts, as CUDA C++.
 
 use super::{
-    ATTENTION_SPLITS, ATTENTION_WARPS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, STREAMS,
+    ATTENTION_SPLITS, ATTENTION_WARPS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_HIDDEN_MAX, STEP_PACE, STEP_SLOT, STEP_WARPS, STREAMS,
     SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS,
 };
 
@@ -23,6 +23,7 @@ pub fn header() -> String {
         ("STEP_WARPS", STEP_WARPS, "warps of a block of step"),
         ("STEP_HIDDEN_MAX", STEP_HIDDEN_MAX, "widest residual stream that step was made for"),
         ("STEP_SLOT", STEP_SLOT, "supersteps in a slot of a warp of step"),
+        ("STEP_PACE", STEP_PACE, "slots of a warp of step on their way while the model waits"),
     ];
     let mut text = String::from("// generated from crates/cuda/src/layout: do not edit\n");
     for (name, value, meaning) in constants {

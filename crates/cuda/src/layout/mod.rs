@@ -65,6 +65,8 @@ pub const STEP_WARPS: usize = 16;
 pub const STEP_HIDDEN_MAX: usize = 8192;
 /// Supersteps of weights, 1 KiB each, in a slot of a warp's ring.
 pub const STEP_SLOT: usize = 2;
+/// Slots of a warp that are on their way while the model waits for something else.
+pub const STEP_PACE: usize = 3;
 /// Bit streams of a tile: two per lane, one for each of its rows. Stream = lane + 32 · (row >= 8).
 pub const STREAMS: usize = 2 * LANES;
 /// Words of each stream in a group of the ring ("rows" of words).
