@@ -296,7 +296,7 @@ impl Queue<'_> {
 pub(crate) fn shape(device: &Arc<Device>, shared_bytes: usize) -> Shape {
     Shape {
         grid: (device.properties().multiprocessors, 1),
-        threads: (STEP_WARPS * LANES) as u32,
+        threads: ((STEP_WARPS + 1) * LANES) as u32,
         shared_bytes: shared_bytes as u32,
         cluster: 1,
         programmatic: false,
@@ -365,7 +365,15 @@ const fn attend_room_bytes(dim: usize) -> usize {
 }
 
 /// What `Room` in step.cu takes, for heads of at most `dim` numbers.
-fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize, parts_max: usize, planned: usize) -> usize {
+fn shared_bytes(
+    slots: usize,
+    dim: usize,
+    padded_hidden: usize,
+    frag_bytes: usize,
+    products: usize,
+    parts_max: usize,
+    planned: usize,
+) -> usize {
     let slot = STEP_SLOT * SUPERSTEP_COLS * TILE_ROWS / 2;
     let parts = [
         STEP_WARPS * slots * slot,
@@ -385,6 +393,7 @@ fn shared_bytes(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usiz
         (PRODUCTS + 1) * STEP_WARPS * 20,
         (PRODUCTS + 1) * 48,
         STEP_WARPS * planned * 4,
+        STEP_WARPS * 4,
     ];
     parts.iter().map(|bytes| bytes.next_multiple_of(128)).sum()
 }

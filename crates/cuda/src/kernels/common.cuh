@@ -126,28 +126,44 @@ __device__ __forceinline__ void barrier_wait(u32 b, u32 parity) {
   asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p,[%0],%1; @!p bra L; }" ::"r"(b), "r"(parity) : "memory");
 #endif
 }
-__device__ __forceinline__ bool barrier_passed(u32 b, u32 parity) { // the same for all lanes of a warp
+__device__ __forceinline__ bool barrier_passed(u32 b, u32 parity) {
   u32 passed = 0;
 #if HOPPER
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p; }" : "=r"(passed) : "r"(b), "r"(parity) : "memory");
 #endif
-  return __any_sync(~0u, passed);
+  return passed;
 }
 __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 b) {
 #if HOPPER
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
 #endif
 }
-// Asked for by one lane of the warp, with what its barrier is to expect; all lanes call.
-__device__ __forceinline__ void bulk_copy_of_warp(u32 to, const void* from, u32 bytes, u32 b, u64 policy) {
+// On its way into the L2 cache.
+__device__ __forceinline__ void bulk_fetch(const void* from, u32 bytes) {
 #if HOPPER
-  asm volatile("{ .reg .pred p; elect.sync _|p,0xffffffff; @p mbarrier.arrive.expect_tx.shared.b64 _,[%3],%2;"
-               "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4; }" ::"r"(to), "l"(from), "r"(bytes), "r"(b), "l"(policy)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ u32 clock_now() {
+  u32 v;
+  asm volatile("mov.u32 %0,%%clock;" : "=r"(v) :: "memory");
+  return v;
+}
+// Asked for with what its barrier is to expect.
+__device__ __forceinline__ void bulk_copy_of_lane(u32 to, const void* from, u32 bytes, u32 b, u64 policy) {
+#if HOPPER
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%3],%2; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(to), "l"(from), "r"(bytes),
+               "r"(b), "l"(policy)
                : "memory");
 #endif
 }
 
 __device__ __forceinline__ void store_shared(u32 address, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(v) : "memory"); }
+__device__ __forceinline__ u32 load_shared_now(u32 address) { // what another warp wrote
+  u32 v;
+  asm volatile("ld.volatile.shared.u32 %0,[%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 v;
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address) : "memory");

@@ -2,13 +2,13 @@
 //
 // Computes what ops.cu and plain.cu compute one launch after another, to the bit.
 //
-// Why.  A launch costs 3 to 5 us in which the memory idles, and a layer needs nine.  Here the weights are one stream: each warp knows from
-// the start which parts of which matrices it will multiply, and keeps its ring of slots full whatever the model waits for.
+// Why.  A launch costs 3 to 5 us in which the memory idles, and a layer needs nine.  Here the weights are one stream: it is known from the start which warp
+// multiplies which parts of which matrices, and a warp of its own (`feed`) keeps the others' rings filled whatever the model waits for.
 //
 // Weights.  Supersteps of 1 KiB in the plain layout (no raw low bits).  A block has whole rows of q, k and v, of gate and up (the same of both) and of the
 // head: it has normed all columns anyway, and sums that are complete in it need no hop to be silu's input.  Of o and down it has an even share of all tiles,
 // so few of the columns, which others left.  A warp has an even share of the block's, in slots of STEP_SLOT supersteps of a tile, which arrive in a
-// ring of its own, a bulk copy each.
+// ring of its own, a bulk copy each.  Where its slots lie is planned at the start, a word a slot.
 //
 // Order.  There is no barrier of the grid, and no fence.  Sums of o and down are exact integers, and each carries in its low 8 bits the arrivals of the warps
 // that have added to it, weighed so that they are COMPLETE together: whoever needs a sum reads it until they are.  What a block alone computes are words
@@ -23,24 +23,27 @@
 //
 // Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums, words and flags of all layers cleared.
 //
-// Cost.  An 8 B-shaped layer takes 53 us on an H100, of which its weights alone would take 35 (on an H200, before rows were kept in a block, 41 of 23).
-// By the H100's global timer, from the first block that begins a layer: down's last sums 6.7, normed 8.8, q, k and v left 11.7 to 13.0, read and turned
-// 14.3 to 15.7, attention's parts 16.0 to 18.3, together 18.0 to 20.4, o multiplied 23 to 25, normed 28, gate and up multiplied 38 to 47, silu's words read
-// 49 to 50, down multiplied 54 to 60.  The memory works from then until the rings are full, and idles for some 11 us, most of it during attention.  While it works, what
-// the model waits for queues behind weights: a read that hits the L2 cache takes 200 to 400 cycles or up to 3,900.
+// Cost.  An 8 B-shaped layer takes some 49 us on an H100, of which its weights alone would take 35.  Before there was a feeding warp it took 55 with these clocks
+// read in it (the global timer, from the first block that begins a layer): down's last sums 7.5, normed 8.3, rounded 8.9, q, k and v multiplied 11.6, left 12.2,
+// read 14.9, attention's parts 16.8, together 18.8, read 21.2, o multiplied 23.5, its sums 26.8, rounded 28.2, gate and up multiplied 39 to 48, silu's words read
+// 51, down multiplied 56 to 60.  At the start of every product its ring was full, and yet gate and up took 17 us for what the memory brings in 12: blocks that were
+// done first asked for down's weights, before which those of the others queued.  And while many weights are on their way, a read that hits the L2 cache, or an
+// atomic, queues behind them: up to 3,900 cycles instead of 200 to 400.  So what counts is how little is on its way, as long as the memory is busy.
 //
 // Tried, tokens/s of runs that stood beside each other.  On an H200, where launches gave 523 and this kernel then 579: barriers of the grid (520), all lanes reading
-// sums over and over (463), copies by lanes (519), a warp that feeds the others (528), 2 KiB a warp ahead (526).  On an H100, where it gave 478 to 492:
-// constants asked for by cp.async a product ahead (460 to 467), with q, k and v by warps of their own and loops instead of unrolled rounds (440), with a feeding
-// warp that keeps 32, 64 or 96 KiB in flight (440 each).  On an H100, where it gives 514 to 526 with rows kept in a block: a superstep at a time instead of two (498,
-// for 524); at most 1, 2, 3 or 5 slots of a warp on their way and the others asked for whenever it waits (502, 511 to 516, 520, 514: reads take few cycles, weights
-// come later); rows of o in a block too (515 to 518); weights of gate and up on their way into the L2 cache during attention, 6 to 26 KiB a warp, before or behind
-// it (504 to 525: gate and up take 7 us instead of 12, attention and o as much more); what was cleared fetched into the cache a layer ahead (514 to 516).
+// sums over and over (463), copies by lanes (519).  On an H100, where it gave 478 to 492: constants asked for by cp.async a product ahead (460 to 467), with q, k
+// and v by warps of their own and loops instead of unrolled rounds (440).  Where it gave 514 to 526 with rows kept in a block: a superstep at a time instead of two
+// (498, for 524); rows of o in a block too (515 to 518); what was cleared fetched into the cache a layer ahead (514 to 516).  Where it gave 541 to 548, each warp
+// asking for its own: only the product's own slots until the warp is done with it (539 to 543), until the block is (537 to 540); then no more than 1, 2, 3 on their
+// way while it waits (552, 566, 565), with norms, roundings and sums side by side 572 to 580 for 3; q, k and v's too (562 to 570), 4 to 14 KiB a warp of gate and up
+// brought to the L2 cache at once besides (555 to 568).  With the feeding warp: always at most 1, 2, 3, 5 on their way (557 to 578, 550 to 557, 538 to 543, 542); at most
+// 5, 8, 12 of a block unless a ring is empty (500, 525, 537); two where fewer than 2, 3, 4 are ahead, else one (589, 588, 579); with slots brought to the L2 cache when
+// the ring is full, 4 every 4000 cycles 591 to 600, every 2500 591, every 6000 591, 8 every 4000 590 to 603.
 // Measured: bench/RESULTS.md, "CUDA".
 
 #if HOPPER
 
-constexpr int STEP_THREADS = STEP_WARPS * 32;
+constexpr int STEP_THREADS = STEP_WARPS * 32; // that compute; one warp more asks for weights
 constexpr int SUPERSTEP_BYTES = SUPERSTEP * TILE_ROWS / 2;
 constexpr int SLOT_BYTES = STEP_SLOT * SUPERSTEP_BYTES;
 constexpr int ROUNDS = STEP_HIDDEN_MAX / (STEP_WARPS * SUPERSTEP); // supersteps of the residual stream that a warp has
@@ -137,8 +140,8 @@ static_assert(sizeof(Block) == 48 && sizeof(Share) == 20, "as step.rs says");
 
 // Shared memory, in order; `shared_bytes` of step.rs adds it up.
 struct Room {
-  u32 ring;              // of the warp
-  u32 bars;              // of the warp: a barrier a slot
+  u32 ring;              // (warps, slots)
+  u32 bars;              // (warps): a barrier a slot
   u8* attention;         // (2) AttendRoom
   float4* x;             // (supersteps, lanes): the residual stream
   u32 frag;              // (columns), see `quantize`
@@ -154,6 +157,7 @@ struct Room {
   Share* shares;         // (kinds, warps)
   Block* blocks;         // (kinds)
   u32 plan;              // of the warp: (slots of all kinds)
+  u32 passed;            // (warps): slots that were multiplied
 };
 
 // ---- What other blocks write while this one waits for it: past the L1 cache, in no order but that of the addresses.
@@ -204,6 +208,9 @@ __device__ __forceinline__ bool complete(const FourSums& s) { return complete(s.
 __device__ __forceinline__ FourSums load_four_now(const i64* p) { return {load_two_now(p), load_two_now(p + 2)}; }
 __device__ __forceinline__ FourSums sums_alone(const FourSums& s) { return {{s.a.x >> 8, s.a.y >> 8}, {s.b.x >> 8, s.b.y >> 8}}; }
 
+// All warps but the one that feeds them.
+__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 3,%0;" ::"n"(STEP_THREADS) : "memory"); }
+
 // ---- Weights.
 
 __device__ __forceinline__ int kind_of(int product, int products) { return product + 1 == products ? (int)HEAD : product & 3; }
@@ -219,84 +226,75 @@ __device__ __forceinline__ uint4 load_ring(u32 address) { // not to be moved beh
   return v;
 }
 
-// What a warp reads, from the first product to the last, ahead of what it multiplies. A slot has supersteps of one tile. Bulk copies, since loads and
-// atomics of the model's other parts would queue behind as many copies by lanes.
+// A warp's ring, as the warp sees it that multiplies what arrives there.
+struct Ring {
+  u32 slots, end, bars;      // addresses: of the slots, of their barriers
+  u32 slot, bar;             // of the next one
+  u32 parity;                // of its arrivals
+  u32 count, passed;         // of slots that were multiplied; address: where the feeding warp reads it
+
+  __device__ __forceinline__ Ring(const Room& room, int warp, int count_of_slots)
+      : slots(room.ring + warp * count_of_slots * SLOT_BYTES), end(slots + count_of_slots * SLOT_BYTES), bars(room.bars + warp * count_of_slots * 8), slot(slots), bar(bars),
+        parity(0), count(0), passed(room.passed + warp * 4) {}
+  // Waits for the next slot.
+  __device__ __forceinline__ void wait() const { barrier_wait(bar, parity); }
+  // All lanes have it: it may be overwritten.
+  __device__ __forceinline__ void pass() {
+    store_shared(passed, ++count);
+    slot += SLOT_BYTES;
+    bar += 8;
+    if (slot == end) slot = slots, bar = bars, parity ^= 1;
+  }
+};
+
+// The warp that asks for what the others multiply, from the first product to the last: lane w fills the ring of warp w, with slots of one tile each. Bulk copies,
+// since loads and atomics of the model's other parts would queue behind as many copies by lanes.
 //
-// What is asked for when.  All blocks wait for the one that multiplies last, so weights that are needed now should not queue behind such as are needed later:
-// while a warp multiplies gate and up or down, which are longer than a ring, it asks for these alone. Once it is done, it has STEP_PACE slots of the next
-// product on their way and no more, since what the model then waits for would queue behind them.
-struct Feed {
-  const u8* matrix;          // that is asked for
-  u32 plan;                  // address: of its next slot's word
-  int left;                  // slots of it that are still to be asked for
-  int product, products;     // the one behind it
-  u32 ring, ring_end, bars;  // addresses: of the ring, of the slots' barriers
-  u32 slot;                  // address: of the one that is multiplied next
-  int slots, ahead;          // of the ring; asked for and not multiplied
-  u32 parity;                // of the arrivals at the slots' barriers from `slot` on; of those before it, the other
-  u64 once;
-
-  __device__ __forceinline__ Feed(const Room& room, int products, int slots)
-      : matrix(nullptr), plan(0), left(0), product(0), products(products), ring(room.ring), ring_end(room.ring + slots * SLOT_BYTES), bars(room.bars), slot(room.ring),
-        slots(slots), ahead(0), parity(0), once(policy_once()) {
-    if ((threadIdx.x & 31) == 0) {
-      for (int i = 0; i < slots; i++) barrier_init(bars + i * 8);
-      barrier_fence();
-    }
-    __syncwarp();
-  }
-
-  // The slot that is so many behind the next one; the barrier of a slot.
-  __device__ __forceinline__ u32 behind(int slots) const {
-    const u32 at = slot + slots * SLOT_BYTES;
-    return at >= ring_end ? at - (ring_end - ring) : at;
-  }
-  __device__ __forceinline__ u32 bar_of(u32 at) const { return bars + (at - ring) / SLOT_BYTES * 8; }
-
-  // Asks for one more slot; at the end for none.
-  __device__ __forceinline__ void ask(const Room& room) {
-    while (left == 0) {
-      if (product == products) return;
-      const Share& share = room.shares[kind_of(product, products) * STEP_WARPS + (threadIdx.x >> 5)];
+// What the model waits for queues behind weights that are on their way, so no more of them than the memory needs to be busy: a warp that has fewer than
+// STEP_PACE slots ahead gets one at once, others one after another; and once a ring is full, now and then a slot comes to the L2 cache, up to STEP_FETCHED.
+__device__ __forceinline__ void feed(const Room& room, int products, int count_of_slots) {
+  const int w = threadIdx.x & 31;
+  const u64 once = policy_once();
+  const u32 slots = room.ring + w * count_of_slots * SLOT_BYTES, bars = room.bars + w * count_of_slots * 8, passed = room.passed + w * 4;
+  const u8* matrix = nullptr; // that is asked for
+  u32 plan = 0;               // address: of its next slot's word
+  int left = 0, product = w < STEP_WARPS ? 0 : products; // slots of it that are still to be asked for; the one behind it
+  u32 asked = 0, arrived = 0; // slots
+  int to = 0, next = 0;       // slots of the ring: where the next goes, the next to arrive
+  u32 parity = 0;             // of its arrivals
+  int fetched = 0;            // slots of the matrix that come to the L2 cache
+  u32 fetched_at = 0;         // clock
+  while (__any_sync(~0u, left > 0 || product < products)) {
+    if (left == 0 && product < products) {
+      const Share& share = room.shares[kind_of(product, products) * STEP_WARPS + w];
       matrix = room.nibbles[product++];
       left = share.slots;
       plan = share.plan;
+      fetched = 0;
     }
+    if (arrived != asked && barrier_passed(bars + next * 8, parity)) {
+      arrived++;
+      if (++next == count_of_slots) next = 0, parity ^= 1;
+    }
+    const int ahead = asked - load_shared_now(passed);
     static_assert(STEP_SLOT == 2, "one or two supersteps");
-    const u32 word = load_shared(plan), at = behind(ahead);
-    bulk_copy_of_warp(at, matrix + (size_t)(word >> 1) * SUPERSTEP_BYTES, ((word & 1) + 1) * SUPERSTEP_BYTES, bar_of(at), once);
-    plan += 4;
-    left--;
-    ahead++;
-  }
-
-  // Asks for all that there is room for, of products up to the `last`.
-  __device__ __forceinline__ void fill(const Room& room, int last) {
-    while (ahead < slots && (left > 0 ? product - 1 : product) <= min(last, products - 1)) ask(room);
-  }
-
-  // Asks for more, unless STEP_PACE slots are on their way.
-  __device__ __forceinline__ void pump(const Room& room) {
-#pragma unroll 1
-    for (int i = 0; i < STEP_PACE && ahead < slots; i++) {
-      if (ahead >= STEP_PACE) {
-        const u32 at = behind(ahead - STEP_PACE);
-        if (!barrier_passed(bar_of(at), at >= slot ? parity : parity ^ 1)) return;
-      }
-      ask(room);
+    if (left > 0 && ahead < count_of_slots && (ahead < STEP_PACE || asked == arrived)) {
+      const u32 word = load_shared(plan);
+      bulk_copy_of_lane(slots + to * SLOT_BYTES, matrix + (size_t)(word >> 1) * SUPERSTEP_BYTES, ((word & 1) + 1) * SUPERSTEP_BYTES, bars + to * 8, once);
+      if (++to == count_of_slots) to = 0;
+      plan += 4;
+      left--;
+      asked++;
+      fetched = max(fetched - 1, 0);
+    } else if (fetched < min(left, STEP_FETCHED) && ahead == count_of_slots && asked == arrived && clock_now() - fetched_at > STEP_FETCH_CYCLES) {
+      const u32 word = load_shared(plan + fetched * 4);
+      bulk_fetch(matrix + (size_t)(word >> 1) * SUPERSTEP_BYTES, ((word & 1) + 1) * SUPERSTEP_BYTES);
+      fetched++;
+      fetched_at = clock_now();
     }
+    __syncwarp();
   }
-
-  // Waits for the slot that is multiplied next.
-  __device__ __forceinline__ void wait() const { barrier_wait(bar_of(slot), parity); }
-
-  // It is multiplied.
-  __device__ __forceinline__ void pass() {
-    ahead--;
-    slot += SLOT_BYTES;
-    if (slot == ring_end) slot = ring, parity ^= 1;
-  }
-};
+}
 
 // m * q of a column for far symbols, from the fragments of the block.
 struct OfRoom {
@@ -327,7 +325,7 @@ __device__ __forceinline__ Far far_of(const Plain& M, const Block& block, const 
 // N supersteps' sums of rows g and g + 8, times 16. `from`: the lane's weights in the ring, `x`: activations. Of a tile's eight columns only the first is
 // used: the lanes that hold the others need no activations.
 template <int N>
-__device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64& y0, i64& y1, Feed& feed, const Room& room, int last) {
+__device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64& y0, i64& y1, Ring& ring) {
   const bool first_column = (threadIdx.x & 31) < 4;
   const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
   uint4 a[N * 2], f[N * 2];
@@ -341,8 +339,7 @@ __device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64&
 #pragma unroll
   for (int i = 0; i < N; i++) m[i] = info[i];
   __syncwarp(); // all lanes have what is overwritten
-  feed.pass();
-  feed.fill(room, last);
+  ring.pass();
 #pragma unroll
   for (int i = 0; i < N; i++) {
     int low[2][4] = {}, high[2][4] = {};
@@ -358,7 +355,7 @@ __device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64&
 }
 
 // The warp's part of a product with the activations in `room`.
-__device__ __forceinline__ void product(const StepProduct& of, int p, int which, Feed& feed, const Room& room, Far far) {
+__device__ __forceinline__ void product(const StepProduct& of, int which, Ring& ring, const Room& room, Far far) {
   const Plain& M = of.matrix;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const Block& block = room.blocks[which];
@@ -368,8 +365,6 @@ __device__ __forceinline__ void product(const StepProduct& of, int p, int which,
   int row = share.row, seg = share.seg, slot = share.slot;
   i64 y0[1] = {0}, y1[1] = {0};
   if (block.local && share.slots == 0 && lane < TILE_ROWS) room.parts[row + warp][lane] = 0; // whoever adds the parts up does not know
-  const int last = which == QKV || which == O ? p + 2 : p;
-  feed.fill(room, last);
 #pragma unroll 1
   for (int left = share.slots; left > 0;) {
     const int slots = min(left, block.slots - slot), column = seg * block.supersteps + slot * STEP_SLOT;
@@ -380,9 +375,9 @@ __device__ __forceinline__ void product(const StepProduct& of, int p, int which,
 #pragma unroll 1
     for (int i = 0; i < slots; i++, x += STEP_SLOT * SUPERSTEP, info += STEP_SLOT, supersteps -= STEP_SLOT) {
       static_assert(STEP_SLOT == 2, "two cases");
-      feed.wait();
-      if (supersteps > 1) multiply<2>(feed.slot + mine, x, info, y0[0], y1[0], feed, room, last);
-      else multiply<1>(feed.slot + mine, x, info, y0[0], y1[0], feed, room, last);
+      ring.wait();
+      if (supersteps > 1) multiply<2>(ring.slot + mine, x, info, y0[0], y1[0], ring);
+      else multiply<1>(ring.slot + mine, x, info, y0[0], y1[0], ring);
     }
     const int row_tile = block.row_tile(row);
     if (any && slot == 0) {
@@ -454,7 +449,7 @@ __device__ __forceinline__ int superstep_of(int base, int round) { return base +
 __device__ __forceinline__ int column_of(int base, int round) { return superstep_of(base, round) * SUPERSTEP + (threadIdx.x & 31) * 4; }
 
 // Adds a product, if there is one, of activations in `unit`s to the residual stream, and norms it; returns the new unit.
-__device__ __forceinline__ float normed(int hidden, float per_column, float eps, const Room& room, const StepProduct* add, float unit, const float* weight, Columns& columns, Feed& feed) {
+__device__ __forceinline__ float normed(int hidden, float per_column, float eps, const Room& room, const StepProduct* add, float unit, const float* weight, Columns& columns) {
   constexpr int AT_ONCE = 2; // rounds that are computed together
   const int lane = threadIdx.x & 31, supersteps = (hidden + SUPERSTEP - 1) / SUPERSTEP;
 #pragma unroll
@@ -478,7 +473,8 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
       // Two lanes wait for a sum each, before all look at theirs: what they read over and over, weights could not pass meanwhile.
       static_assert(AT_ONCE == 2, "a lane for each");
       const i64* mine = add->sums + (lane == 0 ? cols[0] : cols[1]);
-      while (!__all_sync(~0u, lane >= AT_ONCE || complete(load_now(mine)))) feed.pump(room);
+      while (!__all_sync(~0u, lane >= AT_ONCE || complete(load_now(mine)))) {
+      }
       bool all;
       do {
         all = true;
@@ -508,7 +504,7 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
     for (int u = 0; u < AT_ONCE; u++)
       if (lane == 0 && superstep_of(0, r0 + u) < supersteps) room.said[superstep_of(0, r0 + u)] = {squares[u], columns.most[r0 + u]};
   }
-  __syncthreads();
+  sync_all();
   Both all = {0.0f, 0u};
   for (int s = lane; s < supersteps; s += 32) {
     all.sum += room.said[s].sum;
@@ -534,7 +530,7 @@ struct Left {
 };
 
 // Columns of a superstep a round up to `end`; with the first of them the unit, which is known when all flags are there.
-__device__ __forceinline__ void gather(const Room& room, const Left& L, int base, int end, bool first, Columns& columns, float& unit, Feed& feed) {
+__device__ __forceinline__ void gather(const Room& room, const Left& L, int base, int end, bool first, Columns& columns, float& unit) {
   constexpr int AT_ONCE = 2; // rounds whose loads are in flight together
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   u32 most = 0;
@@ -560,7 +556,6 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
         there &= i >= L.flag_count;
       }
       if (__all_sync(~0u, there)) break;
-      feed.pump(room);
     }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) v[u] = load_words_now(from[u]);
@@ -575,7 +570,7 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
   if (!first) return;
   most = most_of_warp(most);
   if (lane == 0) room.most[warp] = most;
-  __syncthreads(); // and all warps are done with the activations before these
+  sync_all(); // and all warps are done with the activations before these
   unit = unit_of(__uint_as_float(most_of_warp(room.most[lane % STEP_WARPS])));
 }
 
@@ -772,8 +767,8 @@ __device__ __forceinline__ void step(const Step& P) {
   Room room;
   u8* at = shared;
   auto place = [&](int bytes) { u8* here = at; at += (bytes + 127) & ~127; return here; };
-  room.ring = shared_address(place(STEP_WARPS * P.slots * SLOT_BYTES)) + warp * P.slots * SLOT_BYTES;
-  room.bars = shared_address(place(STEP_WARPS * P.slots * 8)) + warp * P.slots * 8;
+  room.ring = shared_address(place(STEP_WARPS * P.slots * SLOT_BYTES));
+  room.bars = shared_address(place(STEP_WARPS * P.slots * 8));
   room.attention = place(2 * sizeof(AttendRoom<PAIRS>));
   room.x = (float4*)place(P.padded_hidden * 4);
   room.frag = shared_address(place(P.frag_bytes));
@@ -789,8 +784,9 @@ __device__ __forceinline__ void step(const Step& P) {
   room.shares = (Share*)place(KINDS * STEP_WARPS * sizeof(Share));
   room.blocks = (Block*)place(KINDS * sizeof(Block));
   room.plan = shared_address(place(STEP_WARPS * P.plan[KINDS] * 4)) + warp * P.plan[KINDS] * 4;
+  room.passed = shared_address(place(STEP_WARPS * 4));
   for (int i = threadIdx.x; i < products; i += STEP_THREADS) room.nibbles[i] = (const u8*)(i + 1 < products ? P.layers[i / 4].products[i % 4].matrix : P.head.matrix).nibbles;
-  for (int kind = P.layer_count > 0 ? lane : HEAD; kind < KINDS; kind += 32) { // of all layers alike
+  for (int kind = warp == STEP_WARPS ? (int)KINDS : P.layer_count > 0 ? lane : HEAD; kind < KINDS; kind += 32) { // of all layers alike
     const Plain& M = kind == HEAD ? P.head.matrix : P.layers[0].products[kind].matrix;
     Block block = {};
     block.supersteps = M.tc / SUPERSTEP;
@@ -842,12 +838,12 @@ __device__ __forceinline__ void step(const Step& P) {
   if (P.layer_count > 0) load_layer(0);
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++)
-    if (superstep_of(0, r) < P.padded_hidden / SUPERSTEP)
+    if (warp < STEP_WARPS && superstep_of(0, r) < P.padded_hidden / SUPERSTEP)
       room.x[superstep_of(0, r) * 32 + lane] = column_of(0, r) < P.hidden ? *(const float4*)(P.x + column_of(0, r)) : make_float4(0, 0, 0, 0);
   const Place position = *P.place;
   __syncthreads();
 #pragma unroll 1
-  for (int kind = P.layer_count > 0 ? 0 : HEAD; kind < KINDS; kind++) { // each warp plans its own
+  for (int kind = warp == STEP_WARPS ? (int)KINDS : P.layer_count > 0 ? 0 : HEAD; kind < KINDS; kind++) { // each warp plans its own
     const Block& block = room.blocks[kind];
     const Share& share = room.shares[kind * STEP_WARPS + warp];
     const int per = block.local ? block.segs : block.count, begun = block.local ? share.row * per + share.seg : share.seg * per + share.row;
@@ -859,9 +855,17 @@ __device__ __forceinline__ void step(const Step& P) {
       store_shared(share.plan + i * 4, superstep * 2 + (first + 1 < block.supersteps));
     }
   }
-  __syncwarp();
-  Feed feed(room, products, P.slots);
-  feed.fill(room, products - 1);
+  if (threadIdx.x < STEP_WARPS) store_shared(room.passed + threadIdx.x * 4, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STEP_WARPS * P.slots; i++) barrier_init(room.bars + i * 8);
+    barrier_fence();
+  }
+  __syncthreads();
+  if (warp == STEP_WARPS) {
+    feed(room, products, P.slots);
+    return;
+  }
+  Ring ring(room, warp, P.slots);
 
   const int mixed = P.heads * P.head_dim, mixed_flags = P.heads * SPLITS, active_flags = gridDim.x * P.block_flags;
   auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : P.head; };
@@ -891,21 +895,20 @@ __device__ __forceinline__ void step(const Step& P) {
     int base = 0;
     if (norm) {
       const float* weight = which == HEAD ? P.final_norm : which == QKV ? room.layers[layer & 1].input_norm : room.layers[layer & 1].post_norm;
-      unit = normed(P.hidden, per_column, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns, feed);
+      unit = normed(P.hidden, per_column, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
     }
     const Left left = which == O ? Left{P.mixed + (size_t)layer * mixed, P.mixed_flags + layer * mixed_flags, mixed, mixed_flags}
                                  : Left{P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags, P.intermediate, active_flags};
     base = norm ? 0 : block.begin;
     do {
-      if (!norm) gather(room, left, base, block.end, base == block.begin, columns, unit, feed);
+      if (!norm) gather(room, left, base, block.end, base == block.begin, columns, unit);
       quantize(room, block, base, columns, unit, per_unit(unit));
       base += ROUNDS * STEP_WARPS;
     } while (!norm && base < block.end);
-    __syncthreads();
-    product(here, p, which, feed, room, far);
-    if (norm) __syncthreads(); // all parts of the block's sums are there
+    sync_all();
+    product(here, which, ring, room, far);
+    if (norm) sync_all(); // all parts of the block's sums are there
     if (which == HEAD) break;
-    if (which == DOWN) feed.pump(room);
     if (which == QKV) {
       u32* qkv = P.qkv + (size_t)layer * here.matrix.n;
       leave_rows(room, warps, here, block, scales, unit, qkv);
@@ -913,7 +916,6 @@ __device__ __forceinline__ void step(const Step& P) {
     }
     if (which == GATE_UP) {
       activate(P, room, warps, here, block, scales, unit, P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags + blockIdx.x * P.block_flags);
-      feed.pump(room); // not before: what the block leaves goes first
       if (layer + 1 < P.layer_count) load_layer(layer + 1); // nobody needs the layer before this one any more
     }
   }
@@ -933,13 +935,13 @@ __device__ __forceinline__ void step(const Step& P) {
   }
   greatest = greatest_of_warp(greatest);
   if (lane == 0) room.far[warp][0] = greatest;
-  __syncthreads();
+  sync_all();
   if (warp > 0) return;
   greatest = greatest_of_warp(room.far[lane % STEP_WARPS][0]);
   if (lane == 0) atomicMax(P.greatest, greatest);
 }
 
-#define STEP(DIM, PAIRS) extern "C" __global__ void __launch_bounds__(STEP_THREADS, 1) step_##DIM(Step P) { step<PAIRS>(P); }
+#define STEP(DIM, PAIRS) extern "C" __global__ void __launch_bounds__(STEP_THREADS + 32, 1) step_##DIM(Step P) { step<PAIRS>(P); }
 STEP(64, 1) STEP(128, 2) STEP(256, 4)
 
 #endif

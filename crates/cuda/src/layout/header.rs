@@ -1,8 +1,8 @@
 //! What the kernels must know of the layouts, as CUDA C++.
 
 use super::{
-    ATTENTION_SPLITS, ATTENTION_WARPS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_HIDDEN_MAX, STEP_PACE, STEP_SLOT, STEP_WARPS, STREAMS,
-    SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS,
+    ATTENTION_SPLITS, ATTENTION_WARPS, CODE_BITS_MAX, GROUP_WORDS, RING_GROUPS, STEP_FETCH_CYCLES, STEP_FETCHED, STEP_HIDDEN_MAX,
+    STEP_PACE, STEP_SLOT, STEP_WARPS, STREAMS, SUPERSTEP_COLS, SUPERSTEPS_MAX, TILE_COLS_MAX, TILE_ROWS,
 };
 
 /// `constexpr` definitions of the constants that kernels share with this crate, to be put before their source.
@@ -23,7 +23,9 @@ pub fn header() -> String {
         ("STEP_WARPS", STEP_WARPS, "warps of a block of step"),
         ("STEP_HIDDEN_MAX", STEP_HIDDEN_MAX, "widest residual stream that step was made for"),
         ("STEP_SLOT", STEP_SLOT, "supersteps in a slot of a warp of step"),
-        ("STEP_PACE", STEP_PACE, "slots of a warp of step on their way while the model waits"),
+        ("STEP_PACE", STEP_PACE, "slots that a warp of step has ahead before it asks for one at a time"),
+        ("STEP_FETCHED", STEP_FETCHED, "slots of a warp of step that wait in the L2 cache"),
+        ("STEP_FETCH_CYCLES", STEP_FETCH_CYCLES, "between two of them"),
     ];
     let mut text = String::from("// generated from crates/cuda/src/layout: do not edit\n");
     for (name, value, meaning) in constants {

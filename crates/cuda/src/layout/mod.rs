@@ -65,8 +65,12 @@ pub const STEP_WARPS: usize = 16;
 pub const STEP_HIDDEN_MAX: usize = 8192;
 /// Supersteps of weights, 1 KiB each, in a slot of a warp's ring.
 pub const STEP_SLOT: usize = 2;
-/// Slots of a warp that are on their way while the model waits for something else.
-pub const STEP_PACE: usize = 3;
+/// Slots that a warp has ahead before it asks for one only when the one before has come.
+pub const STEP_PACE: usize = 2;
+/// Slots of a warp that wait in the L2 cache behind its ring, and the cycles between two that are asked for.
+pub const STEP_FETCHED: usize = 4;
+/// See [`STEP_FETCHED`].
+pub const STEP_FETCH_CYCLES: usize = 4000;
 /// Bit streams of a tile: two per lane, one for each of its rows. Stream = lane + 32 · (row >= 8).
 pub const STREAMS: usize = 2 * LANES;
 /// Words of each stream in a group of the ring ("rows" of words).
