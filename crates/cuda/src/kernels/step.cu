@@ -467,7 +467,8 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
       if (add->bias) bias[u] = load_four(add->bias + cols[u]);
     }
 #pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) a[u] = four(room.x[superstep_of(0, superstep_of(0, r0 + u) < supersteps ? r0 + u : r0) * 32 + lane]); // the warp's own
+    for (int u = 0; u < AT_ONCE; u++) // beyond the end the last superstep's, which its own warp may be writing: not used
+      a[u] = four(room.x[min(superstep_of(0, r0 + u), supersteps - 1) * 32 + lane]);
     if (add) {
       FourSums sums[AT_ONCE];
       // Two lanes wait for a sum each, before all look at theirs: what they read over and over, weights could not pass meanwhile.
