@@ -329,13 +329,20 @@ fn warps_of_rows(g: &Geometry, blocks: usize) -> Vec<usize> {
     counts
 }
 
+/// Most row tiles of a block, of a matrix of which it has whole rows: the `index`-th of a layer, or the head.
+fn row_tiles_of_block(index: usize, row_tiles: usize, blocks: usize) -> usize {
+    match index {
+        // A row tile of gate comes with one of up.
+        2 => 2 * row_tiles.div_ceil(2 * blocks),
+        _ => row_tiles.div_ceil(blocks),
+    }
+}
+
 /// Most parts of sums that a block's warps leave each other: a row tile more or a warp more each.
 fn parts_max(layers: &[StepLayer<'_>], head: &StepMatrix<'_>, blocks: usize) -> usize {
-    let row_tiles = |m: &StepMatrix<'_>| m.form.geometry().row_tiles();
-    let of_layer = layers
-        .first()
-        .map_or(0, |layer| row_tiles(&layer.matrices[0]).div_ceil(blocks).max(2 * row_tiles(&layer.matrices[2]).div_ceil(2 * blocks)));
-    of_layer.max(row_tiles(head).div_ceil(blocks)) + STEP_WARPS
+    let of_block = |index: usize, m: &StepMatrix<'_>| row_tiles_of_block(index, m.form.geometry().row_tiles(), blocks);
+    let of_layer = layers.first().map_or(0, |layer| of_block(0, &layer.matrices[0]).max(of_block(2, &layer.matrices[2])));
+    of_layer.max(of_block(PRODUCTS, head)) + STEP_WARPS
 }
 
 /// Where the slots of each kind of product begin in the plan of a warp, and how many there are: those of the head, which are the last, end with them.
@@ -343,11 +350,9 @@ fn plan(layers: &[StepLayer<'_>], head: &StepMatrix<'_>, blocks: usize) -> [usiz
     let of_warp = |index: usize, m: &StepMatrix<'_>| {
         let g = m.form.geometry();
         let of_tile = g.supersteps().div_ceil(STEP_SLOT);
-        let of_block = match index {
-            _ if adds(index) => (g.tiles() * of_tile).div_ceil(blocks),
-            // A row tile of gate comes with one of up.
-            2 => 2 * g.row_tiles().div_ceil(2).div_ceil(blocks) * g.segs() * of_tile,
-            _ => g.row_tiles().div_ceil(blocks) * g.segs() * of_tile,
+        let of_block = match adds(index) {
+            true => (g.tiles() * of_tile).div_ceil(blocks),
+            false => row_tiles_of_block(index, g.row_tiles(), blocks) * g.segs() * of_tile,
         };
         of_block.div_ceil(STEP_WARPS)
     };
@@ -424,6 +429,15 @@ mod tests {
         let bytes = layer_bytes(&layer);
         assert_eq!(bytes.len(), size_of::<abi::StepLayer>());
         assert_eq!(bytes[size_of::<abi::StepProduct>() - 8..][..8], 14u64.to_le_bytes());
+    }
+
+    #[test]
+    fn row_tiles_of_block_by_hand() {
+        // An 8 B-shaped model on 132 multiprocessors: 6,144 rows of q, k and v, 14,336 of gate and as many of up, 128,256 of the head.
+        assert_eq!(
+            [(0, 384), (2, 1792), (PRODUCTS, 8016)].map(|(index, row_tiles)| row_tiles_of_block(index, row_tiles, 132)),
+            [3, 14, 61]
+        );
     }
 
     #[test]
