@@ -34,6 +34,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/gpu
 step kernels_are_exact 150 "$bin/gpu_test"
 # (One test asks for more memory than there is, which the tool would count.)
 step memcheck 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$bin/gpu_test" --test-threads=1 --skip impossible
+step synccheck 150 compute-sanitizer --tool synccheck --error-exitcode 9 "$bin/gpu_test" --test-threads=1 --skip impossible
 step racecheck 100 compute-sanitizer --tool racecheck --error-exitcode 9 "$bin/gpu_test" --test-threads=1 attention activations replayed damage
 
 # Real models: every strategy gives the same tokens and logits; both devices predict alike.

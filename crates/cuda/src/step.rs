@@ -7,7 +7,7 @@ use crate::abi;
 use crate::driver::{Buffer, Device, Function, Pinned, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
 use crate::layout::{
-    ATTENTION_SPLITS, ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS,
+    ATTENTION_SPLITS, ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_PACE, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS,
 };
 use crate::matrix::Form;
 
@@ -16,6 +16,8 @@ const PRODUCTS: usize = 4;
 /// Fewest slots of a warp's ring that hide the memory's latency, and the most that are of use.
 const SLOTS_MIN: usize = 3;
 const SLOTS_MAX: usize = 6;
+// The feeding warp sees an arrival late by at most STEP_PACE slots: no barrier's parity may have turned twice meanwhile.
+const _: () = assert!(STEP_PACE < SLOTS_MIN);
 /// What the arrivals at a sum add up to, in step.cu.
 const COMPLETE: usize = 128;
 
