@@ -94,19 +94,13 @@ impl QuadMatrix {
             .expect("streams of equal length never overrun the ring"))
     }
 
-    /// Encodes a matrix with the parameters that suit it, in the tiles that suit it ([`QuadMatrix::plan`]).
+    /// Encodes a matrix with the parameters that suit it ([`QuadParams::choose`]), in `geometry` or in narrower tiles if those are smaller by more than 1 %.
     pub fn encode_auto(source: &dyn Source, geometry: Geometry, threads: usize) -> Result<Self, LayoutError> {
-        let (geometry, params, statistics) = Self::plan(source, geometry, threads);
-        Self::encode(source, geometry, params, &statistics, threads)
-    }
-
-    /// How a matrix is best encoded: in `geometry`, or in narrower tiles if those are smaller by more than 1 %; with which parameters ([`QuadParams::choose`]);
-    /// and its statistics.
-    pub fn plan(source: &dyn Source, geometry: Geometry, threads: usize) -> (Geometry, QuadParams, Statistics) {
         let statistics = Statistics::sample(source, geometry, threads);
         let params = QuadParams::choose(&statistics, &geometry, threads);
         let book = Book::new(&statistics.ranking(params.low_bits), params.window_bits);
-        (plan::fit_geometry(source, geometry, params, &book, threads), params, statistics)
+        let geometry = plan::fit_geometry(source, geometry, params, &book, threads);
+        Self::encode(source, geometry, params, &statistics, threads)
     }
 
     /// `None` if a tile cannot be scheduled with this book.

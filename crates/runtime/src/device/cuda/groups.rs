@@ -5,9 +5,8 @@ use crate::model::llama::LayerVectors;
 use crate::model::weights::{LinearId, LinearKind};
 use crate::residency::OpenError;
 use crate::residency::set::{Linear, TensorSet};
+use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
 use tersor_codec::{Histogram, decode_chunk};
 use tersor_cpu::{Level, Pool, decode_bytes};
 use tersor_cuda::layout::plain::choose_low_bits;
@@ -18,9 +17,6 @@ use tersor_format::{CodedTensor, ModelDir, ScaleScheme};
 /// Groups of a layer, in order of use.
 pub(super) const PER_LAYER: usize = 4;
 
-/// Groups that are transcoded side by side, each by half of the threads: there is much that only one of them does (looking for far symbols, merging counts, making a
-/// book, taking memory), and the copy to the device.
-const TRANSCODED_AT_ONCE: usize = 3;
 /// Chunks of a matrix that are decoded to choose its form.
 const SAMPLED_CHUNKS: usize = 2;
 
@@ -244,11 +240,13 @@ pub(super) struct Loader<'a> {
     pub pool: &'a Pool,
     pub level: Level,
     rans: Option<RansDecoder>,
+    /// Tile width and parameters of the quad layout, by kind.
+    chosen: RefCell<Vec<(Kind, Geometry, QuadParams)>>,
 }
 
 impl<'a> Loader<'a> {
     pub fn new(dir: &'a ModelDir, set: &'a TensorSet, groups: &'a Groups, kernels: &'a Kernels, pool: &'a Pool, level: Level) -> Self {
-        Self { dir, set, groups, kernels, pool, level, rans: None }
+        Self { dir, set, groups, kernels, pool, level, rans: None, chosen: RefCell::default() }
     }
 
     pub fn device(&self) -> &Arc<Device> {
@@ -270,57 +268,24 @@ impl<'a> Loader<'a> {
         Ok(Stacked { parts, starts: group.first_rows.iter().map(|row| row / TILE_ROWS).collect() })
     }
 
-    /// Gives groups in the quad layout, in host memory, to `take` in order, and their coded bytes back to the system: transcoded from the file's chunks by
-    /// all threads, [`TRANSCODED_AT_ONCE`] side by side.
-    ///
-    /// # Errors
-    /// A chunk that does not decode; those of `take`.
-    pub fn quads(
-        &self,
-        indices: impl IntoIterator<Item = usize>,
-        mut take: impl FnMut(usize, QuadPlaces, QuadMatrix) -> Result<(), OpenError>,
-    ) -> Result<(), OpenError> {
-        let indices: Vec<usize> = indices.into_iter().collect();
-        // Groups of one kind are alike: what is chosen for the first (tile width, low bits, window) serves the others, each with a table of its own.
-        let mut chosen: Vec<(Kind, Geometry, QuadParams)> = Vec::new();
-        for &index in &indices {
-            let group = &self.groups.all[index];
-            if chosen.iter().all(|(kind, ..)| *kind != group.kind) {
-                let (geometry, params, _) = QuadMatrix::plan(&self.stacked(group)?, group.geometry, self.pool.threads());
-                chosen.push((group.kind, geometry, params));
+    /// A group in the quad layout, in host memory: transcoded from the file's chunks by all threads.
+    pub fn quad(&self, index: usize) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
+        let group = &self.groups.all[index];
+        let stacked = self.stacked(group)?;
+        let threads = self.pool.threads();
+        // Groups of one kind are alike: what was chosen for the first (tile width, low bits, window) serves the others, each with a table of its own.
+        let known = self.chosen.borrow().iter().find(|(kind, ..)| *kind == group.kind).map(|&(_, geometry, params)| (geometry, params));
+        let encoded = match known {
+            Some((geometry, params)) => {
+                QuadMatrix::encode(&stacked, geometry, params, &Statistics::sample(&stacked, geometry, threads), threads)
             }
-        }
-        let transcode = |index: usize| {
-            let group = &self.groups.all[index];
-            let &(_, geometry, params) = chosen.iter().find(|(kind, ..)| *kind == group.kind).expect("chosen above");
-            let stacked = self.stacked(group)?;
-            let threads = self.pool.threads().div_ceil(2);
-            QuadMatrix::encode(&stacked, geometry, params, &Statistics::sample(&stacked, geometry, threads), threads)
-                .map_err(|e| OpenError::Device { cause: e.to_string() })
+            None => QuadMatrix::encode_auto(&stacked, group.geometry, threads),
         };
-        let (indices, transcode) = (&indices[..], &transcode);
-        thread::scope(|scope| {
-            // Each has one matrix at most that waits to be taken.
-            let workers: Vec<Receiver<Result<QuadMatrix, OpenError>>> = (0..TRANSCODED_AT_ONCE)
-                .map(|first| {
-                    let (done, taken) = mpsc::sync_channel(0);
-                    scope.spawn(move || {
-                        for &index in indices.iter().skip(first).step_by(TRANSCODED_AT_ONCE) {
-                            if done.send(transcode(index)).is_err() {
-                                return; // an earlier group failed
-                            }
-                        }
-                    });
-                    taken
-                })
-                .collect();
-            for (i, &index) in indices.iter().enumerate() {
-                let matrix = workers[i % TRANSCODED_AT_ONCE].recv().expect("a worker sends a result for each of its groups")?;
-                take(index, QuadPlaces::new(&matrix), matrix)?;
-                self.release(index);
-            }
-            Ok(())
-        })
+        let matrix = encoded.map_err(|e| OpenError::Device { cause: e.to_string() })?;
+        if known.is_none() {
+            self.chosen.borrow_mut().push((group.kind, matrix.geometry, matrix.params));
+        }
+        Ok((QuadPlaces::new(&matrix), matrix))
     }
 
     /// Bytes on the device of a group in the plain layout, known without decoding it.

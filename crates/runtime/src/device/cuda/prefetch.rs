@@ -4,7 +4,7 @@
 //!
 //! Layers that fit the budget stay on the device, spread evenly, so that copies go on while they compute. Without a budget all layers are streamed.
 
-use super::groups::{Loader, PER_LAYER};
+use super::groups::{Groups, Loader, PER_LAYER};
 use super::residency::{Held, Residency, Resident};
 use super::slots::Slots;
 use crate::model::weights::Span;
@@ -42,24 +42,20 @@ impl Prefetch {
     pub fn open(loader: &Loader<'_>, available: Option<u64>, timed: bool) -> Result<Self, OpenError> {
         let count = loader.groups.layers;
         let device = Arc::clone(loader.device());
-        let mut head = None;
-        loader.quads([loader.groups.all.len() - 1], |_, places, matrix| {
-            head = Some(Resident::quad(loader, places, &matrix)?);
-            Ok(())
-        })?;
-        let head = head.expect("every model has a head");
+        let head = Resident::quad(loader, loader.groups.all.len() - 1)?;
+        loader.release(loader.groups.all.len() - 1);
         let mut layers = Vec::with_capacity(count);
         let (mut streamed, mut resident) = (Vec::new(), 0);
-        let mut packed = Vec::with_capacity(PER_LAYER);
-        let mut end = 0;
-        loader.quads(0..count * PER_LAYER, |index, places, matrix| {
-            let at = end;
-            end += places.bytes();
-            packed.push((places, at, matrix));
-            if packed.len() < PER_LAYER {
-                return Ok(());
+        for layer in 0..count {
+            let mut packed = Vec::with_capacity(PER_LAYER);
+            let mut end = 0;
+            for index in Groups::of_layer(layer) {
+                let (places, matrix) = loader.quad(index)?;
+                let at = end;
+                end += places.bytes();
+                packed.push((places, at, matrix));
+                loader.release(index);
             }
-            let layer = index / PER_LAYER;
             if layer == 0 {
                 // Layers have the same shape; a twentieth more covers what they differ in.
                 let room = available.map_or(0, |bytes| bytes.saturating_sub(head.bytes()));
@@ -87,12 +83,10 @@ impl Prefetch {
                 }
                 None => Home::Device(device.upload(&image, "coded weights")?),
             };
-            end = 0;
-            let places: Vec<(QuadPlaces, usize)> = packed.drain(..).map(|(places, at, _)| (places, at)).collect();
+            let places: Vec<(QuadPlaces, usize)> = packed.into_iter().map(|(places, at, _)| (places, at)).collect();
             let places = places.try_into().unwrap_or_else(|_| unreachable!("a layer has {PER_LAYER} groups"));
             layers.push(Layer { places, home });
-            Ok(())
-        })?;
+        }
         let largest = streamed.iter().map(|&layer| layers[layer].bytes()).max().unwrap_or(0);
         let buffers = (0..BUFFERS.min(streamed.len())).map(|_| device.allocate(largest, "layer buffers")).collect::<Result<Vec<_>, _>>()?;
         let slots = Slots::new(&device, buffers.len(), streamed.len(), timed)?;

@@ -3,7 +3,6 @@
 use super::groups::Loader;
 use crate::model::weights::Span;
 use crate::residency::OpenError;
-use tersor_cuda::layout::QuadMatrix;
 use tersor_cuda::{Buffer, CudaError, Form, PlainMatrix, QuadAt, QuadPlaces, Queue};
 
 /// Where the groups are, for one forward pass after another. The pass goes layer by layer and announces each.
@@ -92,20 +91,11 @@ pub(super) enum Resident {
 }
 
 impl Resident {
-    /// Transcodes all groups and sends them to the device.
-    pub fn quads(loader: &Loader<'_>) -> Result<Vec<Self>, OpenError> {
-        let mut groups = Vec::with_capacity(loader.groups.all.len());
-        loader.quads(0..loader.groups.all.len(), |_, places, matrix| {
-            groups.push(Self::quad(loader, places, &matrix)?);
-            Ok(())
-        })?;
-        Ok(groups)
-    }
-
-    /// Sends a group to the device.
-    pub fn quad(loader: &Loader<'_>, places: QuadPlaces, matrix: &QuadMatrix) -> Result<Self, OpenError> {
+    /// Transcodes a group and sends it to the device.
+    pub fn quad(loader: &Loader<'_>, index: usize) -> Result<Self, OpenError> {
+        let (places, matrix) = loader.quad(index)?;
         let mut image = vec![0; places.bytes()];
-        places.write(matrix, &mut image);
+        places.write(&matrix, &mut image);
         Ok(Self::Quad(places, loader.device().upload(&image, "coded weights")?))
     }
 
@@ -133,17 +123,12 @@ pub(super) struct Fixed {
 impl Fixed {
     /// `decoded`: which groups are held decoded.
     pub fn load(loader: &mut Loader<'_>, decoded: &[bool]) -> Result<Self, OpenError> {
-        let mut groups: Vec<(usize, Resident)> = Vec::with_capacity(decoded.len());
-        for index in (0..decoded.len()).filter(|&index| decoded[index]) {
-            groups.push((index, Resident::Plain(loader.plain(index)?)));
+        let mut groups = Vec::with_capacity(decoded.len());
+        for (index, &decoded) in decoded.iter().enumerate() {
+            groups.push(if decoded { Resident::Plain(loader.plain(index)?) } else { Resident::quad(loader, index)? });
             loader.release(index);
         }
-        loader.quads((0..decoded.len()).filter(|&index| !decoded[index]), |index, places, matrix| {
-            groups.push((index, Resident::quad(loader, places, &matrix)?));
-            Ok(())
-        })?;
-        groups.sort_unstable_by_key(|&(index, _)| index);
-        Ok(Self { groups: groups.into_iter().map(|(_, group)| group).collect() })
+        Ok(Self { groups })
     }
 }
 
