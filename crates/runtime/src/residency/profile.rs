@@ -198,6 +198,13 @@ impl MachineProfile {
         }
     }
 
+    /// How much faster products with decoded matrices read the memory than the loop that measured its bandwidth; at least 1. What is priced by its bytes
+    /// would otherwise look slower than it was measured, and what is priced by its rate would not.
+    pub(super) fn reading_ahead(&self) -> f64 {
+        let read = self.read_bytes_per_second(self.threads);
+        self.plain.iter().map(|rates| rates.weights_per_second * f64::from(rates.bits) / 8.0 / read).fold(1.0, f64::max)
+    }
+
     /// How much faster than from memory a working set of `bytes` is read that is read again and again; at least 1.
     pub(super) fn cache_speedup(&self, bytes: u64) -> f64 {
         let Some((_, in_memory)) = self.read_bytes_per_second_by_mib.last_key_value() else { return 1.0 };
