@@ -535,5 +535,10 @@ mod tests {
             assert!((share - expected).abs() < 1e-12, "{shares:?}");
         }
         assert_eq!((profile.cache_speedup(1), profile.cache_speedup(u64::MAX)), (5.0, 1.0));
+        // 7 weights of half a byte are less than 18 bytes; 54 are one and a half times as much.
+        assert_eq!(profile.reading_ahead(), 1.0);
+        let mut faster = profile;
+        faster.plain[0].weights_per_second = 54.0;
+        assert_eq!(faster.reading_ahead(), 1.5);
     }
 }
