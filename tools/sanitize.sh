@@ -9,7 +9,8 @@
 # - the address sanitizer still sees every access of ours: its allocator and libc interceptors serve std as well;
 # - the thread sanitizer sees neither the locks, channels and parking inside the prebuilt std nor its fences, so it is given tools/tsan.supp,
 #   which names those of std, libtest and rayon, and two functions of ours that do nothing but lock, and one test at a time (libtest then
-#   needs its channel less). It does not run the test that damages every byte of a model, one after another: hours, and the address sanitizer's.
+#   needs its channel less).
+# The thread sanitizer does not run the test that damages every byte of a model, one after another: that would take hours, and is the address sanitizer's.
 # Doctests are not run: rustdoc links no sanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."

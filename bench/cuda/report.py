@@ -159,7 +159,7 @@ def same_rows(results):
 def main():
     results = Results(sys.argv[1])
     results.check("every kernel equals the oracle", not (results.folder / "kernels_are_exact.json").read_text().count("FAILED"))
-    for tool, clean in [("memcheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "RACECHECK SUMMARY: 0 hazards")]:
+    for tool, clean in [("memcheck", "ERROR SUMMARY: 0 errors"), ("synccheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "RACECHECK SUMMARY: 0 hazards")]:
         text = (results.folder / f"{tool}.json").read_text()
         results.check(f"compute-sanitizer {tool}", clean in text, next((line for line in text.splitlines() if "SUMMARY" in line), "").strip("= "))
     same_rows(results)

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use tersor_codec::{Codec, Histogram, Table, encode_chunk, rans};
-use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Stack, Statistics, TILE_ROWS};
+use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, STEP_HIDDEN_MAX, Stack, Statistics, TILE_ROWS};
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Form, Heads, Input, Kernels, Mixed, Place, PlainMatrix, Prepared, QuadAt,
     QuadPlaces, Queue, RansDecoder, RansPart, RansTable, Step, StepInput, StepLayer, StepMatrix, StepModel, Stream, SumsAt,
@@ -638,8 +638,8 @@ impl Tiny {
         let up_row = ffn.next_multiple_of(16);
         let shapes = [(v_row + kv_heads * head_dim, hidden), (hidden, heads * head_dim), (up_row + ffn, hidden), (hidden, ffn)];
         // Of the matrices of a kind, and of the head.
-        // (As wide as may be there must be no padding.)
-        let any = |n: usize| if hidden < 8192 { 1 + n % 32 } else { 1 << (n % 6) };
+        // At the greatest width padding would be too much.
+        let any = |n: usize| if hidden < STEP_HIDDEN_MAX { 1 + n % 32 } else { 1 << (n % 6) };
         let supersteps: [usize; 5] = std::array::from_fn(|_| any(rng.next() as usize));
         let matrix = |rng: &mut Rng, (rows, cols): (usize, usize), biased: bool, supersteps: usize| {
             let case = Case::new(gpu, rng, rows, cols, (1.1, 0), supersteps);
@@ -752,7 +752,7 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
         (640, 256, (2, 1, 256), false),
         (384, 4500, (4, 2, 64), true),
         (4096, 1536, (32, 8, 128), true),
-        (8192, 512, (16, 4, 128), false), // as wide as a residual stream may be
+        (STEP_HIDDEN_MAX, 512, (16, 4, 128), false),
     ];
     for (hidden, ffn, heads, special) in shapes {
         let what = format!("{hidden} columns, {ffn} inside, heads {heads:?}");

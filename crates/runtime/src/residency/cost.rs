@@ -6,7 +6,8 @@
 //!
 //! with the rates of a [`MachineProfile`]. A small model stays in the caches from step to step, where decoding costs more than the bytes that it
 //! saves; a large one comes from memory, where it may not. So bandwidth and rates are those of the model's working set, between the rates measured in
-//! the caches and in memory. Only the ratios of prices matter to a choice, and both sides of each were measured in the same run.
+//! the caches and in memory. The bandwidth is no less than what products with decoded matrices were seen to read, and products with coded matrices take a tenth
+//! longer than their rate says ([`FUSED_IN_STEPS`]). Only the ratios of prices matter to a choice, and both sides of each were measured in the same run.
 
 use super::profile::MachineProfile;
 use tersor_codec::Codec;
@@ -46,7 +47,8 @@ impl<'a> CostModel<'a> {
     #[must_use]
     pub fn new(profile: &'a MachineProfile, threads: usize, working_set_bytes: u64) -> Self {
         let threads = threads.max(1);
-        let bytes_per_second = profile.read_bytes_per_second(threads) * profile.reading_ahead() * profile.cache_speedup(working_set_bytes);
+        let bytes_per_second =
+            profile.read_bytes_per_second(threads) * profile.product_speedup() * profile.cache_speedup(working_set_bytes);
         Self { profile, threads, bytes_per_second, memory_share: profile.memory_share(working_set_bytes) }
     }
 

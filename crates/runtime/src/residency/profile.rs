@@ -200,7 +200,7 @@ impl MachineProfile {
 
     /// How much faster products with decoded matrices read the memory than the loop that measured its bandwidth; at least 1. What is priced by its bytes
     /// would otherwise look slower than it was measured, and what is priced by its rate would not.
-    pub(super) fn reading_ahead(&self) -> f64 {
+    pub(super) fn product_speedup(&self) -> f64 {
         let read = self.read_bytes_per_second(self.threads);
         self.plain.iter().map(|rates| rates.weights_per_second * f64::from(rates.bits) / 8.0 / read).fold(1.0, f64::max)
     }
@@ -536,9 +536,9 @@ mod tests {
         }
         assert_eq!((profile.cache_speedup(1), profile.cache_speedup(u64::MAX)), (5.0, 1.0));
         // 7 weights of half a byte are less than 18 bytes; 54 are one and a half times as much.
-        assert_eq!(profile.reading_ahead(), 1.0);
+        assert_eq!(profile.product_speedup(), 1.0);
         let mut faster = profile;
         faster.plain[0].weights_per_second = 54.0;
-        assert_eq!(faster.reading_ahead(), 1.5);
+        assert_eq!(faster.product_speedup(), 1.5);
     }
 }
