@@ -186,8 +186,6 @@ pub(crate) struct Step {
     pub qkv: u64,
     pub mixed: u64,
     pub active: u64,
-    pub mixed_flags: u64,
-    pub active_flags: u64,
     pub logits: u64,
     pub greatest: u64,
     pub eps: f32,
@@ -205,10 +203,8 @@ pub(crate) struct Step {
     pub vocab: i32,
     pub frag_bytes: i32,
     pub slots: i32,
-    pub block_flags: i32,
     pub parts_max: i32,
     pub plan: [i32; 6],
-    pub unused: i32,
 }
 
 /// `RansChunk`.
@@ -283,7 +279,7 @@ mod tests {
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
         // step.cu, of which there is no PTX for old GPUs, asserts the same.
-        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 296));
+        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 272));
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

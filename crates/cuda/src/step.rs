@@ -168,9 +168,6 @@ impl Step {
         let mut words = |per_layer: usize| places.place(layer_count * per_layer * size_of::<u32>());
         let rows_of_qkv = model.layers.first().map_or(0, |_| geometry(0).padded_rows());
         let (qkv, mixed, active) = (words(rows_of_qkv), words(heads * model.heads.head_dim), words(model.intermediate));
-        // A warp finishes LANES of a block's columns.
-        let block_flags = model.intermediate.div_ceil(TILE_ROWS).div_ceil(blocks).div_ceil(LANES / TILE_ROWS).next_multiple_of(2);
-        let (mixed_flags, active_flags) = (words(crews), words(blocks * block_flags));
         let cleared = device.allocate(places.0, "a step's sums")?;
 
         let product = |index: usize| {
@@ -211,8 +208,6 @@ impl Step {
             qkv: cleared.address() + qkv,
             mixed: cleared.address() + mixed,
             active: cleared.address() + active,
-            mixed_flags: cleared.address() + mixed_flags,
-            active_flags: cleared.address() + active_flags,
             logits: 0,
             greatest: cleared.address() + greatest,
             eps: model.eps,
@@ -230,10 +225,8 @@ impl Step {
             vocab: model.vocab as i32,
             frag_bytes: frag_bytes as i32,
             slots: slots as i32,
-            block_flags: block_flags as i32,
             parts_max: parts_max as i32,
             plan: plan.map(|words| words as i32),
-            unused: 0,
         };
         let step = Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared };
         step.clear()?;
@@ -251,8 +244,8 @@ impl Step {
         self.cleared.device().copy_out(to, &self.cleared, size_of::<u64>(), Stream::Compute)
     }
 
-    /// The token of the greatest logit, in the order of `f32::total_cmp`, the first of equals; `None` if one is not finite. From what
-    /// [`copy_greatest`](Self::copy_greatest) brought.
+    /// The token of the greatest logit, in the order of `f32::total_cmp`, the first of equals. From what [`copy_greatest`](Self::copy_greatest) brought.
+    /// `None` if a logit is not finite or activations left the range of the step's numbers: then all logits are NaN, and launches can tell.
     ///
     /// # Panics
     /// If `from` has fewer than 8 bytes.
@@ -394,7 +387,6 @@ fn shared_bytes(
         3 * parts_max * 4,
         2 * (STEP_HIDDEN_MAX / TILE_ROWS),
         STEP_HIDDEN_MAX / SUPERSTEP_COLS * 8,
-        STEP_WARPS * 4,
         2 * size_of::<abi::StepLayer>(),
         products * 8,
         (PRODUCTS + 1) * STEP_WARPS * 20,

@@ -141,14 +141,15 @@ __device__ __forceinline__ void prepare(const Prepare& P) {
   }
   all = combine_warp(all);
   const float factor = INPUT == NORM ? norm_factor(all.sum, 1.0f / P.cols, P.eps) : 1.0f;
-  const float unit = unit_of(__uint_as_float(all.most) * factor), per = per_unit(unit);
+  const bool fixed = (INPUT == SILU || INPUT == MIX) && fits(all.most);
+  const float unit = fixed ? FIXED_UNIT : unit_of(__uint_as_float(all.most) * factor), per = per_unit(unit);
   if (threadIdx.x == 0 && rank == 0) P.unit[t] = unit;
   const int batch = t / P.nt, token = t - batch * P.nt, token_tiles = (P.nt + 7) / 8, lanes = P.nt == 1 ? 8 : 32;
   for (int i = warp; i < count; i += warps) {
     Four a = four(kept[i * 32 + lane]);
 #pragma unroll
     for (int j = 0; j < 4; j++) a.v[j] *= factor;
-    const Quantized x = quantized(a, __float_as_uint(__uint_as_float(said[i].most) * factor), unit, per);
+    const Quantized x = quantized(a, __float_as_uint(__uint_as_float(said[i].most) * factor), unit, per, fixed ? FIXED_M_MAX : M_MAX);
     const int superstep = first + i, column_block = superstep * 2 + (lane >> 4), kb = lane >> 3 & 1, c = lane >> 1 & 3, half = lane & 1;
     u16* f = (u16*)(P.frag + (((size_t)batch * (P.k / 64) + column_block) * token_tiles + token / 8) * lanes) + kb * 2 + half;
     f[((token & 7) * 4 + c) * 8] = (u16)x.evens;

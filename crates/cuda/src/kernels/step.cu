@@ -13,15 +13,15 @@
 // Order.  There is no barrier of the grid, and no fence.  Sums of o and down are exact integers, and each carries in its low 8 bits the arrivals of the warps
 // that have added to it, weighed so that they are COMPLETE together: whoever needs a sum reads it until they are.  What a block alone computes are words
 // of a number, read until they are there: q, k and v, attention's and silu's results, each layer's in a place of its own; parts of attention, which are larger,
-// have one place for all layers and carry theirs.  The unit of attention's and silu's results depends on a maximum over the whole grid: each part has a flag
-// of its own, its maximum in it.
+// have one place for all layers and carry theirs.  A block waits for what it multiplies, no more: attention's and silu's results have a unit that depends on
+// no maximum (FIXED_UNIT).  Where one is beyond that unit's range, the step's answer is none, and the launches that it stands for find it.
 //
 //   norm, qkv | attention | o | norm, gate, up and silu | down | norm ...
 //
 // Every block norms the whole residual stream for itself and keeps it in shared memory.  Since a norm waits for all rows of o or down, no block is ever
 // more than one product ahead of another that has a share in it; so attention's parts may lie in one place for all layers.
 //
-// Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums, words and flags of all layers cleared.
+// Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums and words of all layers cleared.
 //
 // Cost.  An 8 B-shaped layer takes some 49 us on an H100, of which its weights alone would take 35.  Before there was a feeding warp it took 55 with these clocks
 // read in it (the global timer, from the first block that begins a layer): down's last sums 7.5, normed 8.3, rounded 8.9, q, k and v multiplied 11.6, left 12.2,
@@ -47,8 +47,8 @@ constexpr int STEP_THREADS = STEP_WARPS * 32; // that compute; one warp more ask
 constexpr int SUPERSTEP_BYTES = SUPERSTEP * TILE_ROWS / 2;
 constexpr int SLOT_BYTES = STEP_SLOT * SUPERSTEP_BYTES;
 constexpr int ROUNDS = STEP_HIDDEN_MAX / (STEP_WARPS * SUPERSTEP); // supersteps of the residual stream that a warp has
-constexpr u32 READY = 0x80000000;                                 // a flag's part is there; its other bits are a maximum
 constexpr u32 COMPLETE = 128;                                     // what all arrivals at a sum add up to
+constexpr u64 NO_ANSWER = ~0ull;                                  // instead of a rank: a logit is no number, or something did not fit FIXED_UNIT
 
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, HEAD = 4, KINDS = 5 };
 
@@ -83,10 +83,8 @@ struct Step {
   u32* qkv;              // (layers, rows), a word each
   u32* mixed;            // what attention left, (layers, heads * head_dim), a word each
   u32* active;           // what silu left, (layers, intermediate), a word each
-  u32* mixed_flags;      // (layers, heads, SPLITS)
-  u32* active_flags;     // (layers, blocks, block_flags)
   float* logits;         // (vocab)
-  u64* greatest;         // of the logits, see `rank_of`
+  u64* greatest;         // of the logits, see `rank_of`; or NO_ANSWER
   float eps;
   float scale;
   int layer_count;
@@ -102,13 +100,11 @@ struct Step {
   int vocab;
   int frag_bytes;        // room for activations
   int slots;             // of a warp's ring
-  int block_flags;       // of a block's part of what silu leaves: a warp's each
   int parts_max;         // room for parts of sums
   int plan[KINDS + 1];   // of a warp's slots of all kinds, where each kind's begin; and how many there are
-  int unused;
 };
 
-static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 296, "as abi.rs says");
+static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 272, "as abi.rs says");
 
 // What a block multiplies of the matrices of a kind, in row tiles; of gate and up as many of each.
 struct Block {
@@ -151,7 +147,6 @@ struct Room {
   u32* warps;            // (matrices that are not o or down, row tiles of the block): the first with a part of its sums, the last << 16
   u8* arrivals;          // (o and down, row tiles)
   Both* said;            // (supersteps of the residual stream): sum of squares, maximum
-  u32* most;             // (warps): maxima of flags
   StepLayer* layers;     // this one and the next, by turns
   const u8** nibbles;    // (products)
   Share* shares;         // (kinds, warps)
@@ -522,41 +517,22 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
   return unit_of(__uint_as_float(all.most) * factor);
 }
 
-// What attention or silu left, of all blocks.
-struct Left {
-  const u32* words;      // (cols)
-  const u32* flags;      // (flag_count), an even number
-  int cols;
-  int flag_count;
-};
-
-// Columns of a superstep a round up to `end`; with the first of them the unit, which is known when all flags are there.
-__device__ __forceinline__ void gather(const Room& room, const Left& L, int base, int end, bool first, Columns& columns, float& unit) {
+// What attention or silu left: columns of a superstep a round up to `end`.
+__device__ __forceinline__ void gather(const u32* words, int cols, int base, int end, Columns& columns) {
   constexpr int AT_ONCE = 2; // rounds whose loads are in flight together
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  u32 most = 0;
+  const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
-    if (r0 > 0 && superstep_of(base, r0) >= end) break;
+    if (superstep_of(base, r0) >= end) break;
     const u32* from[AT_ONCE];
     uint4 v[AT_ONCE];
 #pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) from[u] = L.words + min(column_of(base, r0 + u), L.cols - 4);
-    // A few lanes wait for all, as for sums; with the first words for the warp's flags too.
+    for (int u = 0; u < AT_ONCE; u++) from[u] = words + min(column_of(base, r0 + u), cols - 4);
+    // A few lanes wait for all, as for sums.
     static_assert(AT_ONCE == 2, "of four lanes");
     const u32* word = (lane & 3) == 0 ? from[0] : from[1];
     const bool waits = (lane & 3) < AT_ONCE && superstep_of(base, r0 + (lane & 3)) < end;
-    int i = r0 == 0 && first ? warp * 64 : L.flag_count; // warp-uniform
-    while (true) {
-      bool there = !waits || load_now(word) != 0;
-      if (i < L.flag_count) {
-        const uint2 flags = load_two_now(L.flags + min(i + lane * 2, L.flag_count - 2));
-        const bool ready = flags.x & flags.y & READY;
-        if (ready) most = max(most, max(flags.x, flags.y) & ~READY);
-        if (__all_sync(~0u, ready)) i += STEP_THREADS * 2;
-        there &= i >= L.flag_count;
-      }
-      if (__all_sync(~0u, there)) break;
+    while (!__all_sync(~0u, !waits || load_now(word) != 0)) {
     }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) v[u] = load_words_now(from[u]);
@@ -564,35 +540,36 @@ __device__ __forceinline__ void gather(const Room& room, const Left& L, int base
     for (int u = 0; u < AT_ONCE; u++) {
       if (superstep_of(base, r0 + u) >= end) break;
       while (!complete(v[u])) v[u] = load_words_now(from[u]);
-      columns.of[r0 + u] = column_of(base, r0 + u) < L.cols ? numbers_of(v[u]) : Four{};
+      columns.of[r0 + u] = column_of(base, r0 + u) < cols ? numbers_of(v[u]) : Four{};
       columns.most[r0 + u] = most_of(columns.of[r0 + u]);
     }
   }
-  if (!first) return;
-  most = most_of_warp(most);
-  if (lane == 0) room.most[warp] = most;
-  sync_all(); // and all warps are done with the activations before these
-  unit = unit_of(__uint_as_float(most_of_warp(room.most[lane % STEP_WARPS])));
 }
 
-// int8 activations of the supersteps from `base` on, for the block's products. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
-__device__ __forceinline__ void quantize(const Room& room, const Block& block, int base, const Columns& columns, float unit, float per) {
+// int8 activations of the supersteps from `base` on, for the block's products. `greatest`: where to say that some do not fit FIXED_UNIT; or null. Whoever
+// writes it does so before its block adds to sums, on which all logits depend. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
+__device__ __forceinline__ void quantize(const Room& room, int end, int base, const Columns& columns, float unit, int m_max, u64* greatest) {
   constexpr int AT_ONCE = 2; // rounds that are computed together
   const int lane = threadIdx.x & 31;
+  const float per = per_unit(unit);
 #pragma unroll
   for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
-    if (superstep_of(base, r0) >= block.end) break;
+    if (superstep_of(base, r0) >= end) break;
     Quantized x[AT_ONCE];
 #pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) x[u] = quantized(columns.of[r0 + u], columns.most[r0 + u], unit, per);
+    for (int u = 0; u < AT_ONCE; u++) x[u] = quantized(columns.of[r0 + u], columns.most[r0 + u], unit, per, m_max);
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       const int superstep = superstep_of(base, r0 + u);
-      if (superstep >= block.end) break;
+      if (superstep >= end) break;
       const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 4) * 64 + (lane >> 1 & 3) * 16 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
       asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"((u16)x[u].evens) : "memory");
       asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 8), "h"((u16)x[u].odds) : "memory");
       if (lane == 0) room.info[superstep] = make_int2(x[u].m, 128 * x[u].even);
+      if (greatest && lane == 0 && !fits(columns.most[r0 + u])) {
+        atomicMax(greatest, NO_ANSWER);
+        __threadfence();
+      }
     }
   }
 }
@@ -612,33 +589,27 @@ struct WordOut {
 __device__ __forceinline__ void mix(const Step& P, int layer, int head, int split) {
   const int lane = threadIdx.x & 31, each = (P.head_dim + SPLITS - 1) / SPLITS, e = split * each + lane;
   const u64* stat = P.stats + ((size_t)layer * P.heads + head) * SPLITS;
-  u32 most = 0;
-  if (lane < each && e < P.head_dim) {
-    u64 words[SPLITS], of[SPLITS];
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int s = 0; s < SPLITS; s++) {
-        of[s] = load_now(stat + s);
-        words[s] = load_now(P.parts + (head * SPLITS + s) * P.head_dim + e);
-      }
-#pragma unroll
-      for (int s = 0; s < SPLITS; s++) all &= of[s] != 0 && (tag_of(of[s]) == 0 || tag_of(words[s]) == layer + 1); // without positions there is no part
-    } while (!all);
-    float2 stats[SPLITS];
-    float parts[SPLITS];
+  if (lane >= each || e >= P.head_dim) return;
+  u64 words[SPLITS], of[SPLITS];
+  bool all;
+  do {
+    all = true;
 #pragma unroll
     for (int s = 0; s < SPLITS; s++) {
-      stats[s] = make_float2(__uint_as_float((u32)of[s]), __uint_as_float((u32)(of[s] >> 32)));
-      parts[s] = number_of(words[s]);
+      of[s] = load_now(stat + s);
+      words[s] = load_now(P.parts + (head * SPLITS + s) * P.head_dim + e);
     }
-    const float y = mixed_of(stats, parts);
-    publish(P.mixed + (layer * P.heads + head) * P.head_dim + e, word_of(y));
-    most = __float_as_uint(y) & 0x7fffffff;
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) all &= of[s] != 0 && (tag_of(of[s]) == 0 || tag_of(words[s]) == layer + 1); // without positions there is no part
+  } while (!all);
+  float2 stats[SPLITS];
+  float parts[SPLITS];
+#pragma unroll
+  for (int s = 0; s < SPLITS; s++) {
+    stats[s] = make_float2(__uint_as_float((u32)of[s]), __uint_as_float((u32)(of[s] >> 32)));
+    parts[s] = number_of(words[s]);
   }
-  most = most_of_warp(most);
-  if (lane == 0) publish(P.mixed_flags + (layer * P.heads + head) * SPLITS + split, most | READY);
+  publish(P.mixed + (layer * P.heads + head) * P.head_dim + e, word_of(mixed_of(stats, parts)));
 }
 
 // Keys and values of the positions before, on their way into the L2 cache.
@@ -726,32 +697,27 @@ __device__ __forceinline__ void leave_rows(const Room& room, const u32* warps, c
 }
 
 // silu(gate) * up of the block's rows.
-__device__ __forceinline__ void activate(const Step& P, const Room& room, const u32* warps, const StepProduct& of, const Block& block, const Scales& first, float unit, u32* words, u32* flags) {
-  const int rows = block.half * TILE_ROWS, lane = threadIdx.x & 31;
+__device__ __forceinline__ void activate(const Step& P, const Room& room, const u32* warps, const StepProduct& of, const Block& block, const Scales& first, float unit, u32* words) {
+  const int rows = min(block.half * TILE_ROWS, P.intermediate - block.first * TILE_ROWS), up = block.half * TILE_ROWS;
 #pragma unroll 1
-  for (int i = threadIdx.x; i - lane < P.block_flags * 32; i += STEP_THREADS) {
-    u32 most = 0;
-    const int col = block.first * TILE_ROWS + i;
-    if (i < rows && col < P.intermediate) {
-      const Scales scales = i < STEP_THREADS ? first : scales_of(of, block, i, rows);
-      i64 sums[2];
-      own_sums(room, warps, i, rows, sums);
-      float gate = value_of(sums[0], unit, scales.scale[0]), up = value_of(sums[1], unit, scales.scale[1]);
-      if (of.bias) gate += scales.bias[0], up += scales.bias[1];
-      const float y = silu(gate, up);
-      publish(words + col, word_of(y));
-      most = __float_as_uint(y) & 0x7fffffff;
+  for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
+    const Scales scales = i < STEP_THREADS ? first : scales_of(of, block, i, up);
+    i64 sums[2];
+    own_sums(room, warps, i, up, sums);
+    float y[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      y[e] = value_of(sums[e], unit, scales.scale[e]);
+      if (of.bias) y[e] += scales.bias[e];
     }
-    __syncwarp();
-    most = most_of_warp(most);
-    if (lane == 0) publish(flags + i / 32, most | READY);
+    publish(words + block.first * TILE_ROWS + i, word_of(silu(y[0], y[1])));
   }
 }
 
 // A logit by which its token is chosen: the larger, and of equals the one of the least id, in the order of `f32::total_cmp`; what is not finite is above all.
 __device__ __forceinline__ u64 rank_of(float logit, u32 id) {
   const u32 bits = __float_as_uint(logit);
-  if ((bits & 0x7fffffff) >= 0x7f800000) return ~0ull;
+  if ((bits & 0x7fffffff) >= 0x7f800000) return NO_ANSWER;
   return (u64)(bits ^ ((u32)((int)bits >> 31) | 0x80000000)) << 32 | ~id;
 }
 
@@ -779,7 +745,6 @@ __device__ __forceinline__ void step(const Step& P) {
   room.warps = (u32*)place(3 * P.parts_max * 4);
   room.arrivals = place(2 * (STEP_HIDDEN_MAX / TILE_ROWS));
   room.said = (Both*)place(ROUNDS * STEP_WARPS * 8);
-  room.most = (u32*)place(STEP_WARPS * 4);
   room.layers = (StepLayer*)place(2 * sizeof(StepLayer));
   room.nibbles = (const u8**)place(products * 8);
   room.shares = (Share*)place(KINDS * STEP_WARPS * sizeof(Share));
@@ -868,7 +833,6 @@ __device__ __forceinline__ void step(const Step& P) {
   }
   Ring ring(room, warp, P.slots);
 
-  const int mixed = P.heads * P.head_dim, mixed_flags = P.heads * SPLITS, active_flags = gridDim.x * P.block_flags;
   auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : P.head; };
   const float per_column = 1.0f / P.hidden;
   float unit = 0; // of the last product's activations
@@ -893,20 +857,23 @@ __device__ __forceinline__ void step(const Step& P) {
     const Block& block = room.blocks[which];
     const u32* warps = room.warps + which / 2 * P.parts_max;
     Columns columns = {};
-    int base = 0;
     if (norm) {
       const float* weight = which == HEAD ? P.final_norm : which == QKV ? room.layers[layer & 1].input_norm : room.layers[layer & 1].post_norm;
       unit = normed(P.hidden, per_column, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
     }
-    const Left left = which == O ? Left{P.mixed + (size_t)layer * mixed, P.mixed_flags + layer * mixed_flags, mixed, mixed_flags}
-                                 : Left{P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags, P.intermediate, active_flags};
-    base = norm ? 0 : block.begin;
-    do {
-      if (!norm) gather(room, left, base, block.end, base == block.begin, columns, unit);
-      quantize(room, block, base, columns, unit, per_unit(unit));
-      base += ROUNDS * STEP_WARPS;
-    } while (!norm && base < block.end);
-    sync_all();
+    if (norm) {
+      quantize(room, block.end, 0, columns, unit, M_MAX, nullptr);
+      sync_all();
+    } else {
+      unit = FIXED_UNIT;
+      const int cols = which == O ? P.heads * P.head_dim : P.intermediate;
+      const u32* words = (which == O ? P.mixed : P.active) + (size_t)layer * cols;
+      for (int base = block.begin; base < block.end; base += ROUNDS * STEP_WARPS) {
+        gather(words, cols, base, block.end, columns);
+        quantize(room, block.end, base, columns, unit, FIXED_M_MAX, P.greatest);
+      }
+      sync_all();
+    }
     product(here, which, ring, room, far);
     if (norm) sync_all(); // all parts of the block's sums are there
     if (which == HEAD) break;
@@ -916,13 +883,15 @@ __device__ __forceinline__ void step(const Step& P) {
       attend_all<PAIRS>(P, room, room.layers[layer & 1], qkv, layer, position);
     }
     if (which == GATE_UP) {
-      activate(P, room, warps, here, block, scales, unit, P.active + (size_t)layer * P.intermediate, P.active_flags + layer * active_flags + blockIdx.x * P.block_flags);
+      activate(P, room, warps, here, block, scales, unit, P.active + (size_t)layer * P.intermediate);
       if (layer + 1 < P.layer_count) load_layer(layer + 1); // nobody needs the layer before this one any more
     }
   }
   const Block& block = room.blocks[HEAD];
   const u32* warps = room.warps + HEAD / 2 * P.parts_max;
   const int rows = min(block.count * TILE_ROWS, P.vocab - block.first * TILE_ROWS);
+  __threadfence(); // what was said before the sums that were read
+  const bool none = load_now(P.greatest) == NO_ANSWER;
   u64 greatest = 0;
   for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
     const Scales of = i < STEP_THREADS ? scales : scales_of(P.head, block, i, rows);
@@ -930,6 +899,7 @@ __device__ __forceinline__ void step(const Step& P) {
     own_sums(room, warps, i, 0, sums);
     float y = value_of(sums[0], unit, of.scale[0]);
     if (P.head.bias) y += of.bias[0];
+    if (none) y = __uint_as_float(0x7fc00000);
     const int row = block.first * TILE_ROWS + i;
     P.logits[row] = y;
     greatest = max(greatest, rank_of(y, row));

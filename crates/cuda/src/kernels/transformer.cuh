@@ -125,8 +125,16 @@ __device__ __forceinline__ u32 most_of(const Four& a) {
   return most_of_warp(most);
 }
 
+constexpr int M_MAX = 4095;
+// What attention and silu leave has one unit for all tokens, so that the kernel of a step need not wait for the maximum of a whole layer, as long as no
+// superstep's largest |v| is beyond what FIXED_M_MAX reaches: 2032. It is as fine as int8 is above 16 units of 127: 4.8e-4. (Sums of 2^8 supersteps then
+// stay below 2^55, as `float_of` and the arrivals of step.cu need.)
+constexpr float FIXED_UNIT = 0x1p-22f;
+constexpr int FIXED_M_MAX = 1 << 26;
+__device__ __forceinline__ bool fits(u32 most) { return __uint_as_float(most) <= 127.0f * FIXED_UNIT * FIXED_M_MAX; }
+
 // `top`: the largest |v| of a token; where it is no number, the unit is none either and all products are NaN.
-__device__ __forceinline__ float unit_of(float top) { return !(top <= 3.4e38f) ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top * (1.0f / (127.0f * 4095.0f)); }
+__device__ __forceinline__ float unit_of(float top) { return !(top <= 3.4e38f) ? __uint_as_float(0x7fc00000) : top < 1e-30f ? 0.0f : top * (1.0f / (127.0f * M_MAX)); }
 
 // What a norm multiplies by. `per_column`: 1 / columns.
 __device__ __forceinline__ float norm_factor(float squares, float per_column, float eps) { return inverse_root(squares * per_column + eps); }
@@ -146,9 +154,9 @@ __device__ __forceinline__ u32 bytes_of(float a, float b) {
 }
 
 // `most`: the bits of the superstep's largest |a|. `per`: 1 / (127 * unit), or 0.
-__device__ __forceinline__ Quantized quantized(const Four& a, u32 most, float unit, float per) {
+__device__ __forceinline__ Quantized quantized(const Four& a, u32 most, float unit, float per, int m_max) {
   Quantized out;
-  out.m = min((int)ceilf(__uint_as_float(most) * per), 4095);
+  out.m = min((int)ceilf(__uint_as_float(most) * per), m_max);
   const float inverse = out.m > 0 ? reciprocal(out.m * unit) : 0.0f; // m = 0: the superstep's columns are 0, or the unit is none
   out.evens = bytes_of(a.v[0] * inverse, a.v[2] * inverse);
   out.odds = bytes_of(a.v[1] * inverse, a.v[3] * inverse);
@@ -290,20 +298,32 @@ __device__ __forceinline__ void attention(const Crew& crew, AttentionRoom<PAIRS>
     acc[j] = make_float2(0, 0);
   }
   float top = none, sum = 0;
-#pragma unroll 1
-  for (int at = begin + (split * WARPS + warp) * AT_ONCE; at < end; at += SPLITS * WARPS * AT_ONCE) {
-    float score[AT_ONCE];
-    u32 k[AT_ONCE][PAIRS], v[AT_ONCE][PAIRS]; // values are on their way while the scores are summed
+  struct Positions { u32 k[AT_ONCE][PAIRS], v[AT_ONCE][PAIRS]; };
+  auto load = [&](Positions& to, int at) { // beyond the end: loaded, with weight 0
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      const u32 first = min(at + i, end - 1) * pairs + lane; // beyond the end: loaded, with weight 0
+      const u32 first = min(at + i, end - 1) * pairs + lane;
 #pragma unroll
       for (int j = 0; j < PAIRS; j++) {
         const bool has = lane + 32 * j < pairs;
-        k[i][j] = has ? keys[first + 32 * j] : 0;
-        v[i][j] = has ? values[first + 32 * j] : 0;
+        to.k[i][j] = has ? keys[first + 32 * j] : 0;
+        to.v[i][j] = has ? values[first + 32 * j] : 0;
       }
     }
+  };
+  // The next positions are on their way while these are summed, where registers allow.
+  constexpr bool AHEAD = PAIRS <= 2;
+  int at = begin + (split * WARPS + warp) * AT_ONCE;
+  Positions next;
+  if (AHEAD) load(next, at);
+#pragma unroll 1
+  for (; at < end; at += SPLITS * WARPS * AT_ONCE) {
+    float score[AT_ONCE];
+    Positions here;
+    if (AHEAD) here = next;
+    load(AHEAD ? next : here, at + (AHEAD ? SPLITS * WARPS * AT_ONCE : 0));
+    const auto& k = here.k;
+    const auto& v = here.v;
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       score[i] = 0;

@@ -1,7 +1,8 @@
 //! The forward pass on a GPU. A step of one token (or one token of each of several sequences) is recorded as a graph and replayed; what changes from step to
 //! step (the token's embedding, its angles, its place in the cache) lies in device memory.
 //!
-//! A step of one token with all matrices decoded for good is one kernel (`tersor_cuda::Step`). Else there are ten kernels a layer:
+//! A step of one token with all matrices decoded for good is one kernel (`tersor_cuda::Step`), unless what attention or silu leaves is beyond the range of
+//! that kernel's numbers, which shows when it is done. Else there are ten kernels a layer:
 //! prepare (add, norm, quantize) | q, k, v | rope | attention | prepare | o | prepare | gate, up | prepare (silu, quantize) | down.
 //! Products leave exact integer sums; the kernel behind them makes numbers of them. So every strategy gives the same bits.
 
@@ -16,7 +17,7 @@ use crate::model::weights::{ResidencyReport, RunError};
 use crate::residency::OpenError;
 use std::collections::HashMap;
 use std::sync::Arc;
-use tersor_cpu::{KernelScales, Level, Matrix, read_row};
+use tersor_cpu::{KernelScales, Level, Matrix, ops, read_row};
 use tersor_cuda::layout::ATTENTION_SPLITS;
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Event, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place,
@@ -378,6 +379,14 @@ impl CudaRunner {
         Ok(())
     }
 
+    /// The staged token once more, by launches, whose numbers have no range: where a step in one kernel gave no answer. Its logits are on the host.
+    fn by_launches(&mut self) -> Result<(), CudaError> {
+        let step = self.step.take();
+        let done = self.pass(1, 1, false, Answer::Logits).and_then(|()| self.device().synchronize_stream(Stream::Compute));
+        self.step = step;
+        done
+    }
+
     fn run_slice(&mut self, slice: &[Token], sink: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), RunError> {
         let vocab = self.config.vocab;
         self.stage(slice)?;
@@ -398,6 +407,9 @@ impl CudaRunner {
             match is_step {
                 true => self.arrived.wait_on_host()?,
                 false => self.device().synchronize_stream(Stream::Compute)?,
+            }
+            if self.step.is_some() && slice.len() == 1 && is_step && self.scratch.logits_host.floats(1)[0].is_nan() {
+                self.by_launches()?;
             }
             let logits = self.scratch.logits_host.floats(now.len() * vocab);
             for (&row, logits) in now.iter().zip(logits.chunks_exact(vocab)) {
@@ -561,8 +573,15 @@ impl Runner for CudaRunner {
         self.stage(&[Token { sequence: 0, index: 0, id: token, place, wanted: true }])?;
         self.step(1, Answer::Greatest)?;
         self.arrived.wait_on_host()?;
+        let greatest = match Step::greatest(&self.scratch.logits_host) {
+            None => {
+                self.by_launches()?;
+                ops::greatest_if_finite(Level::best(), self.scratch.logits_host.floats(self.config.vocab)).map(|index| index as u32)
+            }
+            some => some,
+        };
         sequence.kv.advance(1);
-        Ok(Step::greatest(&self.scratch.logits_host))
+        Ok(greatest)
     }
 
     fn report(&self) -> ResidencyReport {
