@@ -126,7 +126,7 @@ fn embedding(dir: &ModelDir, set: &TensorSet, options: &Options) -> Result<Embed
     let linear = &set.linears[slot];
     match &linear.source {
         Source::Coded { tensor, scales } => {
-            Ok(Embedding { name: linear.name.clone(), tensor: tensor.clone(), scales: scales.clone(), level: options.level })
+            Ok(Embedding { name: linear.name.clone(), tensor: tensor.clone(), scales: scales.clone(), level: options.level, decoded: None })
         }
         Source::Raw(_) => Err(OpenError::Device {
             cause: format!("{}: an embedding that is not coded is not supported on a GPU", dir.place(&linear.name)),

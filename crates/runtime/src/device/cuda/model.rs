@@ -17,7 +17,7 @@ use crate::model::weights::{ResidencyReport, RunError};
 use crate::residency::OpenError;
 use std::collections::HashMap;
 use std::sync::Arc;
-use tersor_cpu::{KernelScales, Level, Matrix, ops, read_row};
+use tersor_cpu::{Decoded, KernelScales, Level, Matrix, decode_into, ops, read_row};
 use tersor_cuda::layout::ATTENTION_SPLITS;
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Event, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place,
@@ -53,13 +53,29 @@ struct Norms {
     heads: Option<[Buffer; 2]>,
 }
 
-/// The embedding stays on the host, coded: a step reads one row of it.
+/// The embedding stays on the host: a step reads one row of it.
 #[derive(Debug)]
 pub(super) struct Embedding {
     pub name: String,
     pub tensor: CodedTensor,
     pub scales: KernelScales,
     pub level: Level,
+    /// Where steps are so short that decoding a chunk for a row would be a hundredth of one.
+    pub decoded: Option<Decoded>,
+}
+
+impl Embedding {
+    /// Decodes it. A corrupt chunk is left for whoever reads a row of it.
+    fn decode(&mut self) {
+        let mut decoded = Decoded::new();
+        self.decoded = decode_into(self.level, &self.tensor, &mut decoded, None).is_ok().then_some(decoded);
+    }
+
+    fn read_row(&self, row: usize, out: &mut [f32]) -> Result<(), RunError> {
+        let matrix = self.decoded.as_ref().map_or(Matrix::Coded(&self.tensor), Matrix::Decoded);
+        read_row(self.level, matrix, &self.scales, row, out)
+            .map_err(|e| RunError::Decode { tensor: self.name.clone(), cause: e.to_string() })
+    }
 }
 
 /// Activation buffers.
@@ -178,7 +194,7 @@ impl CudaRunner {
     }
 
     pub fn new(model: &Model, parts: Parts, residency: Box<dyn Residency>) -> Result<Self, OpenError> {
-        let Parts { kernels, groups, embedding, strategy, detail } = parts;
+        let Parts { kernels, groups, mut embedding, strategy, detail } = parts;
         let config = model.config().clone();
         if config.head_dim > HEAD_DIM_MAX {
             return Err(OpenError::Device {
@@ -202,6 +218,9 @@ impl CudaRunner {
             true => Step::new(&kernels, &step_model(&config, &groups, &norms, &final_norm, residency.as_ref()))?,
             false => None,
         };
+        if step.is_some() {
+            embedding.decode();
+        }
         let arrived = device.event(false)?;
         let report = ResidencyReport { strategy, detail, ..ResidencyReport::default() };
         Ok(Self {
@@ -231,11 +250,9 @@ impl CudaRunner {
         let (hidden, half) = (self.config.hidden, self.config.head_dim / 2);
         let parts = InputParts::new(&self.config, slice.len());
         let mut row = vec![0f32; hidden];
-        let Embedding { name, tensor, scales, level } = &self.embedding;
         let bytes = self.scratch.staging.bytes_mut();
         for (t, token) in slice.iter().enumerate() {
-            read_row(*level, Matrix::Coded(tensor), scales, token.id as usize, &mut row)
-                .map_err(|e| RunError::Decode { tensor: name.clone(), cause: e.to_string() })?;
+            self.embedding.read_row(token.id as usize, &mut row)?;
             put(&mut bytes[t * hidden * 4..], row.iter().map(|x| x.to_le_bytes()));
             let angles = self.frequencies.iter().map(|frequency| (f64::from(token.place.position) * frequency).sin_cos());
             let (sines, cosines): (Vec<f64>, Vec<f64>) = angles.unzip();
