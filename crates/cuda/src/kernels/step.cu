@@ -23,7 +23,7 @@
 //
 // Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums and words of all layers cleared.
 //
-// Cost.  An 8 B-shaped layer takes some 49 us on an H100, of which its weights alone would take 35.  Before there was a feeding warp it took 55 with these clocks
+// Cost.  An 8 B-shaped layer takes some 48 us on an H100, of which its weights alone would take 35, and some 40 on an H200, where they would take 25.  Before there was a feeding warp it took 55 with these clocks
 // read in it (the global timer, from the first block that begins a layer): down's last sums 7.5, normed 8.3, rounded 8.9, q, k and v multiplied 11.6, left 12.2,
 // read 14.9, attention's parts 16.8, together 18.8, read 21.2, o multiplied 23.5, its sums 26.8, rounded 28.2, gate and up multiplied 39 to 48, silu's words read
 // 51, down multiplied 56 to 60.  At the start of every product its ring was full, and yet gate and up took 17 us for what the memory brings in 12: blocks that were
@@ -39,6 +39,11 @@
 // brought to the L2 cache at once besides (555 to 568).  With the feeding warp: always at most 1, 2, 3, 5 on their way (557 to 578, 550 to 557, 538 to 543, 542); at most
 // 5, 8, 12 of a block unless a ring is empty (500, 525, 537); two where fewer than 2, 3, 4 are ahead, else one (589, 588, 579); with slots brought to the L2 cache when
 // the ring is full, 4 every 4000 cycles 591 to 600, every 2500 591, every 6000 591, 8 every 4000 590 to 603.
+// When every block still waited for the maximum of all that attention or silu left, 586 to 590, now 604 to 606; on an H200 (the clocks say) 4.0 us from silu to down,
+// now 2.0.  There, before: paces from one slot at a time to no limit 668 to 679, up to 8 slots or none brought to the L2 cache the same, at most a slot in 1500 to 4000
+// cycles 652 to 664; all lanes reading words instead of a few first 666 to 676 for 679; parts of attention put together by whoever multiplies them 613 to 644; this
+// structure's arguments in shared memory 605 for 680; no look for far symbols, scales loaded early, half the rounds' code: nothing.  Gate and up take 10.7 us however
+// many of their weights wait in the L2 cache: it gives 5.5 TB/s.
 // Measured: bench/RESULTS.md, "CUDA".
 
 #if HOPPER
