@@ -76,7 +76,7 @@ impl<'a> Parts<'a> {
         let symbols = tensor.chunk_symbols(chunk);
         let parts = Chunk::parse(table, symbols, tensor.chunk(chunk)).ok()?;
         let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
-        if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
+        if !raw.end_with(symbols / TILE_SYMBOLS) {
             return None;
         }
         for part in parts.tiers.iter().map(|(_, fields)| *fields).chain([parts.raw_lines]) {
@@ -86,6 +86,11 @@ impl<'a> Parts<'a> {
         }
         let escapes = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
         Some(Parts { table, chunk: parts, raw, escapes })
+    }
+
+    /// Whether listed symbols have no raw bits. To be asked last, when their lines are in the caches.
+    fn listed_without_raw(&self) -> bool {
+        self.chunk.listed.iter().all(|(position, _)| self.raw.of_symbol(position) == 0)
     }
 
     /// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
@@ -213,7 +218,7 @@ pub(crate) fn decode(
         return false;
     }
     let known = far.len();
-    let valid = take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
+    let valid = parts.listed_without_raw() && take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
     if !valid {
         far.truncate(known);
     }
@@ -266,7 +271,7 @@ pub(crate) fn decode_lines(
         }
         taken += more;
         let zeros = parts.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
-        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) {
+        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) || !parts.listed_without_raw() {
             return None;
         }
         far.extend(FarAt::of_chunk(tensor, chunk, parts.chunk.far));
@@ -306,7 +311,7 @@ pub(crate) fn dot(
         let row_tiles = tensor.chunk_row_tiles(chunk);
         let (sums, after) = rest.split_at_mut(row_tiles.len());
         rest = after;
-        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) {
+        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) || !parts.listed_without_raw() {
             return false;
         }
     }

@@ -154,6 +154,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
         let mut high: [__m512i; N] = std::array::from_fn(|i| _mm512_loadu_si512(streams[i].high.as_ptr().cast()));
         let mut words = Cursors::new(streams.each_ref().map(|stream| &stream.words));
         let mut escapes = Cursors::new(streams.each_ref().map(|stream| &stream.escapes));
+        let (ahead, ahead_step) = (streams.each_ref().map(|stream| stream.ahead), streams[0].ahead_step);
         for step in 0..steps {
             each_chunk!(N, |i| {
                 let upper = _mm512_movepi8_mask(low[i]);
@@ -174,6 +175,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
                 high[i] = _mm512_mask_mov_epi8(y_high, hungry, y_low);
                 words.advance(i, hungry.count_ones() as usize);
                 _mm_prefetch::<_MM_HINT_T0>(words.ahead(i).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead[i].wrapping_add(step * ahead_step).cast());
                 let next = _mm512_loadu_si512(escapes.readable(i).cast());
                 escapes.advance(i, escaped.count_ones() as usize);
                 let mut pair = _mm512_mask_expand_epi8(pair, escaped, next);
@@ -188,6 +190,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
             _mm512_storeu_si512(stream.low.as_mut_ptr().cast(), low[i]);
             _mm512_storeu_si512(stream.high.as_mut_ptr().cast(), high[i]);
             (stream.words, stream.escapes) = (words.rest(i), escapes.rest(i));
+            stream.ahead = ahead[i].wrapping_add(steps * ahead_step);
         }
     }
 }
