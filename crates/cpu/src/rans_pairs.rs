@@ -42,8 +42,6 @@ const WIDTH_MAX: usize = 4;
 const BLOCK: usize = 256;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
 pub(crate) const PART: usize = 64;
-/// Bytes at the beginning of a chunk's words that are fetched while the chunks before are decoded.
-const ANNOUNCED_BYTES: usize = 1024;
 /// Tiles of pairs that the buffer holds.
 const BUFFER: usize = WIDTH_MAX * BLOCK;
 
@@ -70,12 +68,10 @@ pub(crate) struct Stream<'a> {
     /// are readable for `'a`. If too many were taken the range begins behind its end.
     pub words: Range<*const u8>,
     pub escapes: Range<*const u8>,
-    /// Where the kernel is to fetch a cache line for each step, and how many bytes behind it for the next one: what comes
-    /// before the words of a chunk that is decoded later. They need not be readable.
+    /// Where the kernel is to fetch a cache line for each step, and how many bytes behind it for the next one: a chunk that is
+    /// decoded later. They need not be readable.
     pub ahead: *const u8,
     pub ahead_step: usize,
-    /// The chunk's first byte.
-    start: *const u8,
     chunk: Chunk<'a>,
     raw: RawLines<'a>,
 }
@@ -104,7 +100,6 @@ impl<'a> Stream<'a> {
             escapes: range(parts.escapes),
             ahead: bytes.as_ptr(),
             ahead_step: 0,
-            start: bytes.as_ptr(),
             chunk: parts,
             raw,
         })
@@ -184,13 +179,13 @@ impl<'a> Chunks<'a> {
         Some(streams)
     }
 
-    /// Has the streams fetch what the chunks behind these begin with, up to their first words if they are like these, line by
-    /// line: all at once the fetches stall, and so do all chunks if their beginnings come from memory.
+    /// Has the streams fetch the chunks behind these, line by line: their beginnings all at once stall, and raw lines while they are
+    /// multiplied come too fast.
     fn announce(&self, streams: &mut [Stream<'_>], chunks: &Range<usize>) {
         let steps = self.tensor.chunk_symbols(chunks.start).div_ceil(2 * TILE_SYMBOLS);
         for (stream, chunk) in streams.iter_mut().zip(chunks.end..self.tensor.chunk_count()) {
-            let bytes = stream.words.start.addr() - stream.start.addr() + ANNOUNCED_BYTES;
-            (stream.ahead, stream.ahead_step) = (self.tensor.chunk(chunk).as_ptr(), bytes.div_ceil(steps));
+            let bytes = self.tensor.chunk(chunk);
+            (stream.ahead, stream.ahead_step) = (bytes.as_ptr(), bytes.len().div_ceil(steps));
         }
     }
 
