@@ -21,7 +21,7 @@
 //! bits): fused with the dot from the cache 44, 45 and 28, from memory 35.8, 32.6 and 25.1 (33.2, 30.0, 18.3), which is 0.95, 0.88 and 0.69 of the plain GEMV of
 //! nibbles (0.88, 0.82, 0.51); `rans` does 13. To the decoded form from the cache 59, 40 and 17, from memory 22, 18 and 12.
 //!
-//! On Zen 5 (one of two cores, read bandwidth 30 GB/s) at 2.25 and 3.7 bits fused from the cache 72 and 49, from memory 56 and 37; to the decoded form
+//! On Zen 5 (one of two cores, read bandwidth 30 GB/s) at 2.25 and 3.7 bits fused from the cache 72 and 49, from memory 51 to 56 and 35 to 37; to the decoded form
 //! 94 and 36, from memory 32 and 19. Fetching 4,096 or 2,048 bytes ahead makes 54 to 60 and 33 to 34 of it, 128 KiB 54 and 36, 32 KiB the same; with coded bytes in
 //! pages of 2 MiB it is the same at 2.25 bits and a fifth faster at 3.7.
 //!

@@ -25,8 +25,8 @@
 //! threads times four do not reach these figures; with five to eight streams 16.5 to 18.6, as the registers are used up.
 //!
 //! On Zen 5 (4.1 GHz, one of two cores, read bandwidth 30 GB/s; `tersor kernels --codec rans-pairs --level avx512 --threads 1`, medians in turns
-//! with the kernel before, in brackets) at 2.25, 3.0 and 3.7 bits of entropy: fused from the cache 34.5, 34.8 and 32.5, from memory 32.0, 31.5 and
-//! 28.4 (31, 29, 23.5); to the decoded form from the cache 41, 32 and 24, from memory 30, 24 and 17.7. The gain: a line of the chunk that comes four later is fetched
+//! with the kernel before, in brackets) at 2.25, 3.0 and 3.7 bits of entropy: fused from the cache 34.5, 34.8 and 32.5, from memory 31.9, 31.0 and
+//! 28.3 (29.9, 29.1, 23.0); to the decoded form from the cache 41, 32 and 24, from memory 29, 25 and 17.7. The gain: a line of the chunk that comes four later is fetched
 //! to the L2 cache with each step, all of it and evenly. Before, 128 lines of the next chunks' beginnings were fetched at once (a tenth of the time), raw lines
 //! while they were multiplied (which doubled the time of that), and listed symbols looked up in raw lines before these had come. Tried without gain: words 512, 4,096, 65,536 and
 //! 98,304 bytes ahead instead of 1,024 (29, 26, 24 and 29 of 31 at 3.0 bits); raw lines 65,536 ahead of their use (24.2 of 24.9 at 3.7); beginnings of 256 or 512 bytes;
