@@ -42,8 +42,6 @@ const WIDTH_MAX: usize = 4;
 const BLOCK: usize = 256;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
 pub(crate) const PART: usize = 64;
-/// Bytes at the beginning of a chunk, and of its words, that are fetched while the chunks before are decoded.
-const ANNOUNCED_BYTES: usize = 1024;
 /// Tiles of pairs that the buffer holds.
 const BUFFER: usize = WIDTH_MAX * BLOCK;
 
@@ -70,8 +68,10 @@ pub(crate) struct Stream<'a> {
     /// are readable for `'a`. If too many were taken the range begins behind its end.
     pub words: Range<*const u8>,
     pub escapes: Range<*const u8>,
-    /// The chunk's first byte.
-    start: *const u8,
+    /// Where the kernel is to fetch a cache line for each step, and how many bytes behind it for the next one: a chunk that is
+    /// decoded later. They need not be readable.
+    pub ahead: *const u8,
+    pub ahead_step: usize,
     chunk: Chunk<'a>,
     raw: RawLines<'a>,
 }
@@ -84,7 +84,7 @@ impl<'a> Stream<'a> {
         let symbols = tensor.chunk_symbols(chunk);
         let parts = Chunk::parse(table, symbols, bytes).ok()?;
         let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
-        if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
+        if !raw.end_with(symbols / TILE_SYMBOLS) {
             return None;
         }
         // Pointers that reach beyond the part come from a slice that does.
@@ -98,15 +98,17 @@ impl<'a> Stream<'a> {
             high: high.try_into().ok()?,
             words: range(parts.words),
             escapes: range(parts.escapes),
-            start: bytes.as_ptr(),
+            ahead: bytes.as_ptr(),
+            ahead_step: 0,
             chunk: parts,
             raw,
         })
     }
 
-    /// Whether the chunk ended as its encoder began.
+    /// Whether the chunk ended as its encoder began, and listed symbols have no raw bits: their lines are in the caches only now.
     fn at_end(&self) -> bool {
-        self.low == [0; TILE_SYMBOLS]
+        self.chunk.listed.iter().all(|(position, _)| self.raw.of_symbol(position) == 0)
+            && self.low == [0; TILE_SYMBOLS]
             && self.high == [1; TILE_SYMBOLS]
             && [&self.words, &self.escapes].iter().all(|rest| rest.start == rest.end)
     }
@@ -172,20 +174,18 @@ impl<'a> Chunks<'a> {
         for (stream, chunk) in streams.iter_mut().zip(chunks.start..chunks.end - 1) {
             *stream = Some(Stream::new(self.table, self.tensor, chunk)?);
         }
-        let streams = streams.map(|stream| stream.unwrap_or_else(|| last.clone()));
-        self.announce(&streams[..chunks.len()], chunks.end);
+        let mut streams = streams.map(|stream| stream.unwrap_or_else(|| last.clone()));
+        self.announce(&mut streams[..chunks.len()], chunks);
         Some(streams)
     }
 
-    /// Tells the memory that the chunks from `next` on will be wanted: their beginnings, for what follows is read in
-    /// order, and where the words must begin about, if they are like these. Else all of them stall at once.
-    fn announce(&self, streams: &[Stream<'_>], next: usize) {
-        for (stream, chunk) in streams.iter().zip(next..self.tensor.chunk_count()) {
-            let start = self.tensor.chunk(chunk).as_ptr();
-            let words = stream.words.start.addr() - stream.start.addr();
-            for offset in (0..ANNOUNCED_BYTES).chain(words..words + ANNOUNCED_BYTES).step_by(64) {
-                prefetch(start.wrapping_add(offset));
-            }
+    /// Has the streams fetch the chunks behind these, line by line: their beginnings all at once stall, and raw lines while they are
+    /// multiplied come too fast.
+    fn announce(&self, streams: &mut [Stream<'_>], chunks: &Range<usize>) {
+        let steps = self.tensor.chunk_symbols(chunks.start).div_ceil(2 * TILE_SYMBOLS);
+        for (stream, chunk) in streams.iter_mut().zip(chunks.end..self.tensor.chunk_count()) {
+            let bytes = self.tensor.chunk(chunk);
+            (stream.ahead, stream.ahead_step) = (bytes.as_ptr(), bytes.len().div_ceil(steps));
         }
     }
 

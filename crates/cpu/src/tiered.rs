@@ -21,6 +21,10 @@
 //! bits): fused with the dot from the cache 44, 45 and 28, from memory 35.8, 32.6 and 25.1 (33.2, 30.0, 18.3), which is 0.95, 0.88 and 0.69 of the plain GEMV of
 //! nibbles (0.88, 0.82, 0.51); `rans` does 13. To the decoded form from the cache 59, 40 and 17, from memory 22, 18 and 12.
 //!
+//! On Zen 5 (one of two cores, read bandwidth 30 GB/s) at 2.25 and 3.7 bits fused from the cache 72 and 49, from memory 51 to 56 and 35 to 37; to the decoded form
+//! 94 and 36, from memory 32 and 19. Fetching 4,096 or 2,048 bytes ahead makes 54 to 60 and 33 to 34 of it, 128 KiB 54 and 36, 32 KiB the same; with coded bytes in
+//! pages of 2 MiB it is the same at 2.25 bits and a fifth faster at 3.7.
+//!
 //! Tried without gain, a *tail* bit behind the codes of a tier's rarer pairs, one bit stream a tier, spread over the lanes by `pdep`: 2.31, 3.15 and 3.84 bits a weight
 //! where this takes 2.45, 3.25 and 3.92, but 27, 24 and 21 G weights/s from the cache, hardly more than `rans-pairs`, which is smaller; with a second tail bit 2.30, 3.11
 //! and 3.78, and 13 to 17. A lane mask costs Zen 4 two cycles on its way to an integer register, and each tail needs one for every tile.
@@ -76,7 +80,7 @@ impl<'a> Parts<'a> {
         let symbols = tensor.chunk_symbols(chunk);
         let parts = Chunk::parse(table, symbols, tensor.chunk(chunk)).ok()?;
         let raw = RawLines::new(table.window().raw_bits(), parts.raw_lines);
-        if !raw.end_with(symbols / TILE_SYMBOLS) || parts.listed.iter().any(|(position, _)| raw.of_symbol(position) != 0) {
+        if !raw.end_with(symbols / TILE_SYMBOLS) {
             return None;
         }
         for part in parts.tiers.iter().map(|(_, fields)| *fields).chain([parts.raw_lines]) {
@@ -86,6 +90,11 @@ impl<'a> Parts<'a> {
         }
         let escapes = with_padding(tensor.chunk_with_padding(chunk), parts.escapes);
         Some(Parts { table, chunk: parts, raw, escapes })
+    }
+
+    /// Whether listed symbols have no raw bits. To be asked last, when their lines are in the caches.
+    fn listed_without_raw(&self) -> bool {
+        self.chunk.listed.iter().all(|(position, _)| self.raw.of_symbol(position) == 0)
     }
 
     /// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
@@ -213,7 +222,7 @@ pub(crate) fn decode(
         return false;
     }
     let known = far.len();
-    let valid = take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
+    let valid = parts.listed_without_raw() && take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
     if !valid {
         far.truncate(known);
     }
@@ -266,7 +275,7 @@ pub(crate) fn decode_lines(
         }
         taken += more;
         let zeros = parts.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
-        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) {
+        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) || !parts.listed_without_raw() {
             return None;
         }
         far.extend(FarAt::of_chunk(tensor, chunk, parts.chunk.far));
@@ -306,7 +315,7 @@ pub(crate) fn dot(
         let row_tiles = tensor.chunk_row_tiles(chunk);
         let (sums, after) = rest.split_at_mut(row_tiles.len());
         rest = after;
-        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) {
+        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) || !parts.listed_without_raw() {
             return false;
         }
     }

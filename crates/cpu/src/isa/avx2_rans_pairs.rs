@@ -170,6 +170,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
         let mut high: [[__m256i; 2]; N] = std::array::from_fn(|i| [half(&streams[i].high, 0), half(&streams[i].high, 1)]);
         let mut words = Cursors::new(streams.each_ref().map(|stream| &stream.words));
         let mut escapes = Cursors::new(streams.each_ref().map(|stream| &stream.escapes));
+        let (ahead, ahead_step) = (streams.each_ref().map(|stream| stream.ahead), streams[0].ahead_step);
         for at in 0..steps {
             each_chunk!(N, |i| {
                 let [y_low0, y_high0, mut pair0] = step(tables, apart, low[i][0], high[i][0]);
@@ -179,6 +180,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
                 let next = expand(words.readable(i), hungry);
                 words.advance(i, hungry.count_ones() as usize);
                 _mm_prefetch::<_MM_HINT_T0>(words.ahead(i).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead[i].wrapping_add(at * ahead_step).cast());
                 high[i] = [
                     _mm256_or_si256(y_high0, _mm256_and_si256(below[0], y_low0)),
                     _mm256_or_si256(y_high1, _mm256_and_si256(below[1], y_low1)),
@@ -215,6 +217,7 @@ unsafe fn decode<const N: usize, const SHIFT: bool>(
                 _mm256_storeu_si256(stream.high.as_mut_ptr().add(32 * half).cast(), high[i][half]);
             }
             (stream.words, stream.escapes) = (words.rest(i), escapes.rest(i));
+            stream.ahead = ahead[i].wrapping_add(steps * ahead_step);
         }
     }
 }

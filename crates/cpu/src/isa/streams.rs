@@ -16,7 +16,7 @@ use std::ops::Range;
 use tersor_codec::{PADDING_BYTES, rans};
 use tersor_format::CodedTensor;
 
-use super::{Isa, TileBytes, Tiles};
+use super::{Isa, TileBytes, Tiles, prefetch_far};
 use crate::decoded::{join_escaped, narrow_tiles};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::scales::TileScales;
@@ -139,6 +139,33 @@ impl<'a> Group<'a> {
             *stream = Some(Stream::new(self.params, self.tensor, self.first + i)?);
         }
         Some(streams.map(|s| s.expect("filled above")))
+    }
+}
+
+/// What the chunks behind a group begin with, and their escapes, if they are like those of the group: fetched line by line while it
+/// is decoded, for all at once the fetches stall, and so do all streams if these come from memory.
+struct Ahead<const N: usize> {
+    parts: [[*const u8; 2]; N],
+}
+
+impl<const N: usize> Ahead<N> {
+    fn new(group: Group<'_>, streams: &[Stream<'_>; N]) -> Ahead<N> {
+        let parts = std::array::from_fn(|i| {
+            let chunk = (group.first + N + i).min(group.tensor.chunk_count() - 1);
+            let bytes = group.tensor.chunk(chunk).as_ptr_range();
+            let escapes = streams[i].escapes.end.addr() - streams[i].escapes.start.addr();
+            [bytes.start, bytes.end.wrapping_sub(escapes)]
+        });
+        Ahead { parts }
+    }
+
+    /// Fetches the next line of each.
+    #[inline(always)]
+    fn fetch(&mut self) {
+        for place in self.parts.as_flattened_mut() {
+            prefetch_far(*place);
+            *place = place.wrapping_add(64);
+        }
     }
 }
 
@@ -302,10 +329,14 @@ pub(super) unsafe fn store_group<D: Decoder<N>, const N: usize>(
     let steps = symbols / TILE_SYMBOLS;
     let tiles: &mut [TileBytes] = out.as_chunks_mut().0;
     assert_eq!(tiles.len(), N * steps);
+    let mut ahead = Ahead::new(group, &streams);
     // SAFETY: by the contract.
     let valid = unsafe {
         let mut decoder = D::new(tables, &streams);
         for step in 0..steps {
+            if step.is_multiple_of(NARROWED_TILES) {
+                ahead.fetch();
+            }
             each_chunk!(N, |i| {
                 // The tile behind is written later, but for that of the next chunk.
                 decoder.store(isa, i, tiles.as_mut_ptr().add(i * steps + step), step + 1 < steps);
@@ -346,6 +377,7 @@ pub(super) unsafe fn lines_group<D: Decoder<N>, const N: usize>(
     let mut tiles = [const { MaybeUninit::<Tiles<{ NARROWED_TILES + 1 }>>::uninit() }; N];
     // Of each chunk, which writes where there is room for all its symbols.
     let mut taken = [0; N];
+    let mut ahead = Ahead::new(group, &streams);
     // SAFETY: by the contract, and for the tiles as in the comments below.
     let valid = unsafe {
         let mut decoder = D::new(tables, &streams);
@@ -355,6 +387,7 @@ pub(super) unsafe fn lines_group<D: Decoder<N>, const N: usize>(
                 offsets[i * row_tiles + row_tile] = taken[i] as u32;
             }
             for start in (0..col_steps).step_by(NARROWED_TILES) {
+                ahead.fetch();
                 let count = NARROWED_TILES.min(col_steps - start);
                 for step in 0..count {
                     each_chunk!(N, |i| {
@@ -399,6 +432,7 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
     assert_eq!(q.len(), group.tensor.col_steps());
     assert_eq!(sums.len(), N * row_tiles.len());
     let (xscales, xsums) = (x.scales(0), x.sums(0));
+    let mut ahead = Ahead::new(group, &streams);
     // SAFETY: by the contract.
     unsafe {
         let mut decoder = D::new(tables, &streams);
@@ -406,6 +440,7 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
             let tile_scales: [TileScales<'_>; N] = std::array::from_fn(|i| scales.tile(row_tiles.start + i * row_tiles.len() + tile));
             let mut acc = [[0.0; TILE_ROWS]; N];
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
+                ahead.fetch();
                 let mut dots = [isa.zero(); N];
                 decoder.dot(isa, &mut dots, q);
                 for i in 0..N {
