@@ -11,7 +11,7 @@ use tersor_codec::{DecodeError, FarList, PADDING_BYTES, Table, decode_chunk_byte
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
-use crate::isa::{Isa, TileBytes, per_isa};
+use crate::isa::{Isa, TileBytes, per_isa, prefetch_far};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans, avx512_block_ans, avx512_rans, avx512_rans_precise, streams, streams::Kernel};
 use crate::pairs::PairBuffers;
@@ -228,6 +228,9 @@ fn decode_nibbles(level: Level, table: &fixed::Table, tensor: &CodedTensor, chun
     unpack_nibbles(level, lines, bias, table.has_escape(), escapes, tiles) && take_far(tensor, chunk, parts.far, parts.escapes, out, far)
 }
 
+/// How far ahead of the lines of a chunk of nibbles the memory is told what comes: two chunks, for their symbols are used in between.
+const LINES_AHEAD_BYTES: usize = 65_536;
+
 per_isa! {
     /// Symbol bytes of a chunk of nibbles. `escapes`: with [`PADDING_BYTES`] behind them. False if
     /// escapes are left or missing, or nibbles beyond the last tile are not 0.
@@ -239,6 +242,7 @@ per_isa! {
             if pair.len() == 1 && line.iter().any(|b| b >> 4 != 0) {
                 return false;
             }
+            prefetch_far(line.as_ptr().wrapping_add(LINES_AHEAD_BYTES));
             let line = isa.load(line);
             let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
             if has_escapes {
