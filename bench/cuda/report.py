@@ -105,6 +105,10 @@ def model_rows(results):
         size = runs["cached"]["resident_weight_bytes"]
         detail = f"{step['cached']:.0f} tok/s; {size / 1e9:.2f} GB, ideal {bandwidth / size:.0f}; prefill {runs['cached']['prefill_tokens_per_second']:.0f}"
         results.row("8 B, cached step / (bandwidth / decoded bytes)", 0.6, step["cached"] * size / bandwidth, detail)
+    short = bench(results, "cached-short")
+    if short and bandwidth:
+        step_rate, size = short["step_tokens_per_second"], short["resident_weight_bytes"]
+        results.row("8 B, the same behind 16 tokens instead of 512", None, step_rate * size / bandwidth, f"{step_rate:.0f} tok/s")
     for s in ["fused", "gpu-async"]:
         if s in step:
             detail = f"{step[s]:.0f} tok/s, prefill {runs[s]['prefill_tokens_per_second']:.0f}, {runs[s]['resident_weight_bytes'] / 1e9:.2f} GB"

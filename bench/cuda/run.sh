@@ -66,6 +66,7 @@ step repeat 60 python3 tools/repeat_layers.py "$work/coded" 32 "$work/8b"
 for strategy in cached fused gpu-async auto; do
   step "bench-8b-$strategy" 60 "$tersor" bench "$work/8b" --device cuda --strategy $strategy -p 512 -n 128 --repeat 3 --json
 done
+step bench-8b-cached-short 60 "$tersor" bench "$work/8b" --device cuda --strategy cached -p 16 -n 128 --repeat 3 --json
 # What the second stream does beside the first: 512 tokens of a prompt, and a step.
 step timeline-prompt 60 "$tersor" bench "$work/8b" --device cuda --strategy gpu-async -p 512 -n 1 --repeat 1 --timeline --json
 step timeline-step 60 "$tersor" bench "$work/8b" --device cuda --strategy gpu-async -p 16 -n 8 --repeat 1 --timeline --json
