@@ -210,8 +210,8 @@ fn decode_fast(level: Level, tensor: &CodedTensor, chunk: usize, buffers: &mut P
 
 /// As [`decode_fast`], of `fixed/b4`.
 ///
-/// Lines fetched 64 KiB ahead make the product from memory 1.2 to 1.7 times as fast on Zen 5 (21 to 25 G weights/s at 2.25 bits of
-/// entropy, 14 to 24 at 3.7), but 6 % slower from the cache at 2.25, so they are not.
+/// Lines fetched 64 KiB ahead make the product from memory 1.2 to 1.7 times as fast on Zen 5 (26 G weights/s for 22 at 2.25 bits of
+/// entropy, 24 for 14 at 3.7), but at 2.25 bits 6 % slower from the cache.
 fn decode_nibbles(level: Level, table: &fixed::Table, tensor: &CodedTensor, chunk: usize, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     let params = table.params();
     let padded = tensor.chunk_with_padding(chunk);
