@@ -10,7 +10,7 @@
 // so few of the columns, which others left.  A warp has an even share of the block's, in slots of STEP_SLOT supersteps of a tile, which arrive in a
 // ring of its own, a bulk copy each.  Where its slots lie is planned at the start, a word a slot.
 //
-// Order.  There is no barrier of the grid, and no fence.  Sums of o and down are exact integers, and each carries in its low 8 bits the arrivals of the warps
+// Order.  There is no barrier of the grid, and no fence but where an answer is given up.  Sums of o and down are exact integers, and each carries in its low 8 bits the arrivals of the warps
 // that have added to it, weighed so that they are COMPLETE together: whoever needs a sum reads it until they are.  What a block alone computes are words
 // of a number, read until they are there: q, k and v, attention's and silu's results, each layer's in a place of its own; parts of attention, which are larger,
 // have one place for all layers and carry theirs.  A block waits for what it multiplies, no more: attention's and silu's results have a unit that depends on

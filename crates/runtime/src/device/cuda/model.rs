@@ -17,7 +17,7 @@ use crate::model::weights::{ResidencyReport, RunError};
 use crate::residency::OpenError;
 use std::collections::HashMap;
 use std::sync::Arc;
-use tersor_cpu::{Decoded, KernelScales, Level, Matrix, decode_into, ops, read_row};
+use tersor_cpu::{Decoded, KernelScales, Level, Matrix, decode_into, read_row};
 use tersor_cuda::layout::ATTENTION_SPLITS;
 use tersor_cuda::{
     Activations, AttentionAt, Buffer, CudaError, Device, Event, Form, Graph, HEAD_DIM_MAX, Heads, Input, Kernels, Mixed, Pinned, Place,
@@ -188,8 +188,8 @@ impl CudaRunner {
         let logits = (HEAD_TOKENS_MAX * config.vocab) as u64 * 4;
         let nibbles = groups.all[..groups.all.len() - 1].iter().map(|group| nibble_bytes(&group.geometry) as u64).max().unwrap_or(0);
         let norms = (2 * config.layers as u64 + 1) * hidden * 4;
-        let flags = config.layers as u64 * (12 * (config.heads * ATTENTION_SPLITS) as u64 + config.ffn as u64 / 8);
-        let step = 8 * (groups.all.iter().map(|group| group.n() as u64).sum::<u64>() + 2 * cols) + 2 * mixed + flags;
+        let stats = config.layers as u64 * 8 * (config.heads * ATTENTION_SPLITS) as u64;
+        let step = 8 * (groups.all.iter().map(|group| group.n() as u64).sum::<u64>() + 2 * cols) + 2 * mixed + stats;
         input + activations + sums + t * queries * 4 + t * mixed + logits + nibbles + norms + step + groups.scale_bytes()
     }
 
@@ -590,13 +590,10 @@ impl Runner for CudaRunner {
         self.stage(&[Token { sequence: 0, index: 0, id: token, place, wanted: true }])?;
         self.step(1, Answer::Greatest)?;
         self.arrived.wait_on_host()?;
-        let greatest = match Step::greatest(&self.scratch.logits_host) {
-            None => {
-                self.by_launches()?;
-                ops::greatest_if_finite(Level::best(), self.scratch.logits_host.floats(self.config.vocab)).map(|index| index as u32)
-            }
-            some => some,
-        };
+        let greatest = Step::greatest(&self.scratch.logits_host);
+        if greatest.is_none() {
+            return greatest_of_row(self, sequence.kv, token); // of logits, where no answer ends in launches
+        }
         sequence.kv.advance(1);
         Ok(greatest)
     }
