@@ -40,13 +40,18 @@ impl<'a> RawLines<'a> {
     }
 
     /// The raw bits of a symbol of the chunk.
-    pub(crate) fn of_symbol(&self, position: usize) -> u8 {
+    fn of_symbol(&self, position: usize) -> u8 {
         let Some(per_line) = 4usize.checked_div(self.bits as usize) else {
             return 0;
         };
         let (tile, lane) = (position / TILE_SYMBOLS, position % TILE_SYMBOLS);
         let line = self.lines[tile / (2 * per_line)];
         line[lane] >> (self.bits as usize * (tile % (2 * per_line))) & ((1 << self.bits) - 1)
+    }
+
+    /// Whether listed symbols have none. To be asked when the chunk is done: only then are their lines in the caches.
+    pub(crate) fn spare(&self, listed: tersor_codec::pairs::Listed<'_>) -> bool {
+        listed.iter().all(|(position, _)| self.of_symbol(position) == 0)
     }
 
     /// Whether the bits behind those of `tiles` tiles of symbols, with which the lines end, are 0.

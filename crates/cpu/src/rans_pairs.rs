@@ -105,9 +105,9 @@ impl<'a> Stream<'a> {
         })
     }
 
-    /// Whether the chunk ended as its encoder began, and listed symbols have no raw bits: their lines are in the caches only now.
+    /// Whether the chunk ended as its encoder began, and listed symbols have no raw bits.
     fn at_end(&self) -> bool {
-        self.chunk.listed.iter().all(|(position, _)| self.raw.of_symbol(position) == 0)
+        self.raw.spare(self.chunk.listed)
             && self.low == [0; TILE_SYMBOLS]
             && self.high == [1; TILE_SYMBOLS]
             && [&self.words, &self.escapes].iter().all(|rest| rest.start == rest.end)

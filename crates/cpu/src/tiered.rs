@@ -92,11 +92,6 @@ impl<'a> Parts<'a> {
         Some(Parts { table, chunk: parts, raw, escapes })
     }
 
-    /// Whether listed symbols have no raw bits. To be asked last, when their lines are in the caches.
-    fn listed_without_raw(&self) -> bool {
-        self.chunk.listed.iter().all(|(position, _)| self.raw.of_symbol(position) == 0)
-    }
-
     /// The pairs that the first tier escapes, with [`PADDING_BYTES`] behind them; `None` if the tiers
     /// behind it are corrupt. `escapes`: those of the last tier, likewise. To the nibbles of all others `shift` is added.
     fn inner<'b>(&self, level: Level, shift: u8, escapes: &'b [u8], buffers: &'b mut [AlignedBytes]) -> Option<&'b [u8]> {
@@ -222,7 +217,7 @@ pub(crate) fn decode(
         return false;
     }
     let known = far.len();
-    let valid = parts.listed_without_raw() && take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
+    let valid = parts.raw.spare(listed) && take_far(tensor, chunk, parts.chunk.far, listed.bytes(), out, far);
     if !valid {
         far.truncate(known);
     }
@@ -275,7 +270,7 @@ pub(crate) fn decode_lines(
         }
         taken += more;
         let zeros = parts.chunk.listed.iter().filter(|(_, byte)| *byte == ESCAPE).map(|(position, _)| position);
-        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) || !parts.listed_without_raw() {
+        if !zeros.eq(parts.chunk.far.iter().map(|far| far.position as usize)) || !parts.raw.spare(parts.chunk.listed) {
             return None;
         }
         far.extend(FarAt::of_chunk(tensor, chunk, parts.chunk.far));
@@ -315,7 +310,7 @@ pub(crate) fn dot(
         let row_tiles = tensor.chunk_row_tiles(chunk);
         let (sums, after) = rest.split_at_mut(row_tiles.len());
         rest = after;
-        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) || !parts.listed_without_raw() {
+        if !dot_lines(level, &parts, escaped, row_tiles.start, scales, x, sums) || !parts.raw.spare(parts.chunk.listed) {
             return false;
         }
     }
