@@ -6,12 +6,13 @@
 # BIN holds, stripped, what was built elsewhere:
 #   tersor      cargo build --release -p tersor-cli
 #   gpu_test    cargo test --release -p tersor-cuda --test gpu --no-run (target/release/deps/gpu-*)
+#   runners     cargo test --release -p tersor-runtime --test runners --no-run (target/release/deps/runners-*)
 #   books       books-52m, quantized: tersor quantize ../shared/data/books-52m -o BIN/books --bpw 3.75
 #   text.txt    a text to predict
 # OUT gets one file for each measurement; the table, printed last, is made of them by bench/cuda/report.py.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-[ $# = 2 ] || { sed -n 2,12p "$0"; exit 2; }
+[ $# = 2 ] || { sed -n 2,13p "$0"; exit 2; }
 bin=$(realpath "$1") out=$(realpath -m "$2") tersor=$(realpath "$1")/tersor
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
@@ -32,6 +33,8 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/gpu
 
 # Every kernel against the CPU oracle: fresh random inputs, poisoned outputs. Then again under compute-sanitizer.
 step kernels_are_exact 150 "$bin/gpu_test"
+# Whole small models: strategies, slices of a prompt, several sequences in a call, numbers out of a step's range.
+step runners 60 "$bin/runners"
 # (One test asks for more memory than there is, which the tool would count.)
 step memcheck 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$bin/gpu_test" --test-threads=1 --skip impossible
 step synccheck 150 compute-sanitizer --tool synccheck --error-exitcode 9 "$bin/gpu_test" --test-threads=1 --skip impossible

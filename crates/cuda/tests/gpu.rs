@@ -656,7 +656,7 @@ impl Tiny {
             (PlainMatrix::upload(&gpu.device, &case.plain).unwrap(), gpu.device.upload(&scale, "scale").unwrap(), bias)
         };
         let of_layers = (0..Self::LAYERS).flat_map(|_| shapes).enumerate();
-        // Outliers of weights and of norms together would leave the range of what silu may leave.
+        // Outliers of weights and of norms together would often leave the range of what silu may leave.
         let gain = |i: usize| if i % 4 == 2 { 0.1 } else { 1.0 };
         let mut matrices: Vec<_> =
             of_layers.map(|(i, shape)| matrix(rng, shape, special && i % 4 < 2, supersteps[i % 4], gain(i))).collect();
@@ -700,8 +700,9 @@ impl Tiny {
         }
     }
 
-    /// The same by launches, as the runtime puts them behind each other. `input`: as for the step.
-    fn launches(&self, gpu: &Gpu, input: &StepInput<'_>) {
+    /// The same by launches, as the runtime puts them behind each other. `input`: as for the step. Whether all that attention and silu left is in the
+    /// range of a step's numbers.
+    fn launches(&self, gpu: &Gpu, input: &StepInput<'_>) -> bool {
         let cols = self.matrices.iter().map(|(m, ..)| m.form().geometry().padded_cols()).max().unwrap();
         let rows = self.matrices.iter().map(|(m, ..)| m.form().geometry().padded_rows()).max().unwrap();
         let activations = [(); 2].map(|()| Activations::new(&gpu.device, 1, cols).unwrap());
@@ -725,6 +726,12 @@ impl Tiny {
             queue.prepare(of, &activations[turn], 1, form.geometry().cols(), &form, &sums[turn]).unwrap();
             queue.product(&form, &activations[turn], 1, &sums[turn]).unwrap();
         };
+        let mut units: Vec<_> = (0..2 * Self::LAYERS).map(|_| gpu.device.pin(4).unwrap()).collect();
+        let mut said = units.iter_mut();
+        let mut say_unit = |queue: &mut Queue<'_>| {
+            gpu.device.copy_out(said.next().unwrap(), activations[1].unit(), 4, Stream::Compute).unwrap();
+            queue.interrupted();
+        };
         let norm = |add| Input::Norm { x, weight: &self.norm, eps: Self::EPS, add, rows: None };
         for layer in 0..Self::LAYERS {
             let of = layer * 4;
@@ -743,12 +750,15 @@ impl Tiny {
             };
             queue.attend(&attention, 1).unwrap();
             multiply(&mut queue, Input::Mix(&mixed, self.heads), of + 1, 1);
+            say_unit(&mut queue);
             multiply(&mut queue, norm(Some(at(of + 1, 1))), of + 2, 0);
             multiply(&mut queue, Input::Silu { sums: at(of + 2, 0), up_row: self.ffn.next_multiple_of(16) }, of + 3, 1);
+            say_unit(&mut queue);
         }
         multiply(&mut queue, norm(Some(at(Self::LAYERS * 4 - 1, 1))), Self::LAYERS * 4, 0);
         queue.logits(at(Self::LAYERS * 4, 0), 1, self.vocab, input.logits).unwrap();
         gpu.device.synchronize().unwrap();
+        units.iter().all(|unit| unit.floats(1)[0] == FIXED_UNIT)
     }
 }
 
@@ -764,6 +774,7 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
         (4096, 1536, (32, 8, 128), true),
         (STEP_HIDDEN_MAX, 512, (16, 4, 128), false),
     ];
+    let mut all_in_range = 0;
     for (hidden, ffn, heads, special) in shapes {
         let what = format!("{hidden} columns, {ffn} inside, heads {heads:?}");
         let model = Tiny::new(&gpu, &mut rng, hidden, ffn, heads, special);
@@ -779,7 +790,8 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
         let caches: [[Buffer; 2]; 2] = [(); 2].map(|()| [(); 2].map(|()| gpu.device.allocate(kv, "keys or values").unwrap()));
         let [input, again] = [(); 2].map(|()| gpu.device.allocate(place + 24, "input").unwrap());
         let logits = [(); 2].map(|()| gpu.device.allocate(model.vocab * 4, "logits").unwrap());
-        // Positions one after another: the caches fill alike.
+        // Positions one after another: the caches fill alike. Outliers of weights and of norms together leave the range of a step's numbers, but rarely.
+        let mut positions_in_range = 0;
         for position in 0..capacity as u32 {
             let x = rng.floats(hidden);
             let angle = |i: usize| f64::from(position) * 10000f64.powf(-2.0 * i as f64 / head_dim as f64);
@@ -795,21 +807,31 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
             Queue::new(&gpu.kernels).step(&step, &at(&input, &logits[0])).unwrap();
             step.copy_greatest(&mut greatest).unwrap();
             step.clear().unwrap();
-            model.launches(&gpu, &at(&again, &logits[1]));
+            let in_range = model.launches(&gpu, &at(&again, &logits[1]));
             let [found, expected] = [0, 1].map(|i| logits[i].read::<u32>(0, model.vocab).unwrap());
             assert!(
                 expected.iter().all(|&x| f32::from_bits(x).is_finite()),
                 "{what}, position {position}: the launches' logits are numbers"
             );
+            if !in_range {
+                assert_eq!(Step::greatest(&greatest), None, "{what}, position {position}: out of range");
+                eprintln!("{what}: position {position} leaves the range");
+                break;
+            }
+            positions_in_range += 1;
             let key = |&id: &usize| (f32::from_bits(expected[id]), std::cmp::Reverse(id));
             let first = (0..model.vocab).max_by(|a, b| key(a).0.total_cmp(&key(b).0).then(key(a).1.cmp(&key(b).1)));
             assert_eq!(Step::greatest(&greatest).map(|id| id as usize), first, "{what}, position {position}: the greatest logit");
             let wrong = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
             assert_eq!(wrong, 0, "{what}, position {position}: logits that differ");
         }
-        let kept = |of: usize| caches[of].each_ref().map(|b| b.read::<u16>(0, kv / 2).unwrap());
-        assert!(kept(0) == kept(1), "{what}: keys or values differ");
+        if positions_in_range == capacity {
+            let kept = |of: usize| caches[of].each_ref().map(|b| b.read::<u16>(0, kv / 2).unwrap());
+            assert!(kept(0) == kept(1), "{what}: keys or values differ");
+        }
+        all_in_range += usize::from(positions_in_range == capacity);
     }
+    assert!(all_in_range > shapes.len() / 2, "of {} shapes {all_in_range} stay in range: too few", shapes.len());
 }
 
 #[test]
@@ -830,7 +852,7 @@ fn a_step_out_of_its_numbers_range_gives_no_answer() {
     let (up, ordinary) =
         (&model.matrices[2].1, model.matrices[2].1.read::<f32>(0, model.matrices[2].0.form().geometry().padded_rows()).unwrap());
     // Then in range again: nothing is left behind.
-    for (factor, answers) in [(1.0, true), (1e6, false), (f32::NAN, false), (1.0, true)] {
+    for factor in [1.0, 1e6, f32::NAN, 1.0] {
         up.write(0, &ordinary.iter().map(|scale| scale * factor).collect::<Vec<_>>()).unwrap();
         let x = rng.floats(hidden);
         let at = StepInput { input: &input, x: 0, turn, place, logits: &logits };
@@ -840,18 +862,19 @@ fn a_step_out_of_its_numbers_range_gives_no_answer() {
             input.write(place, &[keys.address(), values.address(), 4 << 32]).unwrap();
         };
         write();
+        let in_range = model.launches(&gpu, &at);
+        assert!(factor == 1.0 || !in_range, "{factor}: in range by the launches' units");
+        let expected: Vec<f32> = logits.read(0, model.vocab).unwrap();
+        assert!(expected.iter().all(|logit| logit.is_nan() == factor.is_nan()), "{factor}: launches have no range");
+        write();
         Queue::new(&gpu.kernels).step(&step, &at).unwrap();
         step.copy_greatest(&mut greatest).unwrap();
         step.clear().unwrap();
         gpu.device.synchronize().unwrap();
         let found: Vec<f32> = logits.read(0, model.vocab).unwrap();
-        assert_eq!(Step::greatest(&greatest).is_some(), answers, "{factor}");
-        assert!(found.iter().all(|logit| logit.is_nan() != answers), "{factor}: all logits are numbers, or none");
-        write();
-        model.launches(&gpu, &at);
-        let expected: Vec<f32> = logits.read(0, model.vocab).unwrap();
-        assert!(expected.iter().all(|logit| logit.is_nan() == factor.is_nan()), "{factor}: launches have no range");
-        assert!(!answers || found == expected, "{factor}: the same logits");
+        assert_eq!(Step::greatest(&greatest).is_some(), in_range, "{factor}");
+        assert!(found.iter().all(|logit| logit.is_nan() != in_range), "{factor}: all logits are numbers, or none");
+        assert!(!in_range || found == expected, "{factor}: the same logits");
     }
 }
 

@@ -28,9 +28,10 @@ __device__ __forceinline__ void fetch_constants(const Sums& s, int row) {
   if (s.bias) fetch_constant(s.bias + row);
 }
 
+// What is too large becomes the largest finite one, as on the CPU; a NaN stays one.
 __device__ __forceinline__ u16 half_of(float x) {
   u16 h;
-  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h) : "f"(x));
+  asm("{ .reg .f32 c; min.NaN.f32 c,%1,0f477fe000; max.NaN.f32 c,c,0fc77fe000; cvt.rn.f16.f32 %0,c; }" : "=h"(h) : "f"(x)); // 65504
   return h;
 }
 __device__ __forceinline__ float float_of(u16 h) {

@@ -27,6 +27,8 @@ pub struct Recipe {
     pub partly_raw: bool,
     /// A multiple of 64. At 64, tables and checksums weigh more than what coding saves; at 256 coding pays.
     pub hidden: usize,
+    /// What the layers' norms multiply by: large factors make large activations.
+    pub loudness: f32,
 }
 
 /// The recommended scheme, with symbols that need escapes and some beyond a byte.
@@ -34,7 +36,7 @@ pub const ECSQ: Plan = Plan::Ecsq(EcsqParams { grid: Grid::Row, relative_step: 0
 
 impl Recipe {
     pub fn new(codec: &str, layers: usize) -> Self {
-        Self { plan: ECSQ, codec: codec.parse().unwrap(), layers, tied: false, partly_raw: false, hidden: 64 }
+        Self { plan: ECSQ, codec: codec.parse().unwrap(), layers, tied: false, partly_raw: false, hidden: 64, loudness: 1.0 }
     }
 
     /// Large enough that the coded form is the smaller one.
@@ -97,7 +99,8 @@ impl TestModel {
             norms.push(names::in_layer(layer, "post_attention_layernorm.weight"));
         }
         for name in norms {
-            let bytes: Vec<u8> = (0..recipe.hidden).flat_map(|_| (0.5 + random.uniform()).to_le_bytes()).collect();
+            let factor = if name == names::FINAL_NORM { 1.0 } else { recipe.loudness };
+            let bytes: Vec<u8> = (0..recipe.hidden).flat_map(|_| (factor * (0.5 + random.uniform())).to_le_bytes()).collect();
             writer.write_raw(&name, Dtype::F32, &[recipe.hidden], &bytes).unwrap();
         }
         writer.finish(json).unwrap();
