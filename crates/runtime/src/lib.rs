@@ -11,5 +11,6 @@
 pub mod device;
 pub mod eval;
 pub mod generate;
+pub mod machine;
 pub mod model;
 pub mod residency;

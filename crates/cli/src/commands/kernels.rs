@@ -23,8 +23,6 @@ use crate::progress::Progress;
 
 /// Weights of the cache working set for each thread: with 4 to 5 bits of a weight it fits the 512 KiB or more of a core's own cache.
 const CACHE_WEIGHTS: usize = 1 << 19;
-/// Bytes of the memory working set at least, however small the last-level cache says it is.
-const MEMORY_BYTES: u64 = 256 << 20;
 /// Windows that are timed.
 const WINDOWS: usize = 5;
 
@@ -124,7 +122,7 @@ fn on_cpu(args: &Args, codecs: &[Codec]) -> Result<Report> {
     }
     threads.sort_unstable();
     threads.dedup();
-    let memory_bytes = memory_working_set();
+    let memory_bytes = machine::beyond_caches_bytes();
     let mut bandwidth = BTreeMap::new();
     let progress = Progress::new(
         "kernels",
@@ -249,12 +247,6 @@ fn levels(names: &[String]) -> Result<Vec<Level>> {
         return Ok(Level::available());
     }
     names.iter().map(|name| name.parse().map_err(|error| Usage(format!("--level: {error}")).into())).collect()
-}
-
-/// Bytes that do not fit the caches: four times the last level, within an eighth of the memory.
-fn memory_working_set() -> u64 {
-    let limit = (machine::memory_bytes() / 8).max(MEMORY_BYTES / 4);
-    (machine::last_level_cache_bytes() * 4).max(MEMORY_BYTES).min(limit)
 }
 
 /// Sequential read bandwidth in bytes per second: the best of [`WINDOWS`], since others on the machine can only take away.

@@ -4,6 +4,7 @@
 //! that of the fastest tenth of many short runs: other processes can only make a kernel look slower. Products with one token are measured on working
 //! sets larger than the caches, where the weights of large models live, and on one matrix, for models that fit.
 
+use crate::machine::cpu_name;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -279,14 +280,6 @@ impl MachineProfile {
             measured_seconds: rounded(start.elapsed().as_secs_f64(), 1e3),
         })
     }
-}
-
-/// Name of the processor as Linux gives it; `unknown` elsewhere.
-#[must_use]
-pub fn cpu_name() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 fn file_name(level: &str, threads: usize) -> String {
