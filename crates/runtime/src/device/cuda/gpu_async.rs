@@ -35,11 +35,7 @@ impl GpuAsync {
     pub fn open(loader: &Loader<'_>, timed: bool) -> Result<Self, OpenError> {
         let all = loader.groups.all.len();
         let count = loader.groups.layers;
-        let mut groups = Vec::with_capacity(all);
-        for index in 0..all {
-            groups.push(Resident::quad(loader, index)?);
-            loader.release(index);
-        }
+        let groups = Resident::quads(loader, &Vec::from_iter(0..all))?;
         let (places, largest) = nibble_places(&groups, count);
         let buffers = (0..BUFFERS.min(count)).map(|_| loader.device().allocate(largest, "layer buffers")).collect::<Result<Vec<_>, _>>()?;
         let slots = Slots::new(loader.device(), buffers.len(), count, timed)?;

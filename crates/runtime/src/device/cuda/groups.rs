@@ -5,8 +5,9 @@ use crate::model::llama::LayerVectors;
 use crate::model::weights::{LinearId, LinearKind};
 use crate::residency::OpenError;
 use crate::residency::set::{Linear, TensorSet};
-use std::cell::RefCell;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use tersor_codec::{Histogram, decode_chunk};
 use tersor_cpu::{Level, Pool, decode_bytes};
 use tersor_cuda::layout::plain::choose_low_bits;
@@ -16,6 +17,9 @@ use tersor_format::{CodedTensor, ModelDir, ScaleScheme};
 
 /// Groups of a layer, in order of use.
 pub(super) const PER_LAYER: usize = 4;
+
+/// Symbols of a tile of the file: 16 rows of 4 columns.
+const TILE_SYMBOLS: usize = 4 * TILE_ROWS;
 
 /// Chunks of a matrix that are decoded to choose its form.
 const SAMPLED_CHUNKS: usize = 2;
@@ -179,10 +183,11 @@ pub(super) struct Symbols<'a> {
 }
 
 impl<'a> Symbols<'a> {
-    pub fn new(name: &str, tensor: &'a CodedTensor, level: Level, pool: &Pool) -> Result<Self, OpenError> {
+    /// `bytes`: memory to use.
+    pub fn new(name: &str, tensor: &'a CodedTensor, level: Level, pool: Option<&Pool>, mut bytes: Vec<u8>) -> Result<Self, OpenError> {
         let decode = |cause: String| OpenError::Device { cause: format!("{name}: {cause}") };
-        let mut bytes = vec![0; tensor.header().symbols() as usize];
-        decode_bytes(level, tensor, &mut bytes, Some(pool)).map_err(|e| decode(e.to_string()))?;
+        bytes.resize(tensor.header().symbols() as usize, 0);
+        decode_bytes(level, tensor, &mut bytes, pool).map_err(|e| decode(e.to_string()))?;
         let mut far = Vec::with_capacity(tensor.chunk_count());
         let mut at = 0;
         for chunk in 0..tensor.chunk_count() {
@@ -202,14 +207,24 @@ impl<'a> Symbols<'a> {
         let (steps, cols) = (self.tensor.col_steps(), self.tensor.cols());
         let chunk = tile / self.tensor.chunk_row_tiles(0).len();
         let in_chunk = tile - self.tensor.chunk_row_tiles(chunk).start;
-        let symbol = |i: usize| match &self.far[chunk] {
-            Some(whole) => whole[in_chunk * steps * 64 + i],
-            None => i16::from(self.bytes[tile * steps * 64 + i]) - 128,
-        };
-        for (row, out) in out.chunks_exact_mut(cols).enumerate() {
-            for (col, out) in out.iter_mut().enumerate() {
-                *out = symbol(col / 4 * 64 + row * 4 + col % 4);
+        match &self.far[chunk] {
+            Some(whole) => {
+                let whole = &whole[in_chunk * steps * TILE_SYMBOLS..];
+                put_rows(out, cols, |at| std::array::from_fn(|i| whole[at + i]));
             }
+            None => {
+                let bytes = &self.bytes[tile * steps * TILE_SYMBOLS..];
+                put_rows(out, cols, |at| std::array::from_fn(|i| i16::from(bytes[at + i]) - 128));
+            }
+        }
+    }
+}
+
+/// Rows of a row tile, whose fours of columns lie one behind the other, each row by row.
+fn put_rows(out: &mut [i16], cols: usize, four: impl Fn(usize) -> [i16; 4]) {
+    for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+        for (step, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            *out = four(step * TILE_SYMBOLS + row * 4);
         }
     }
 }
@@ -241,12 +256,30 @@ pub(super) struct Loader<'a> {
     pub level: Level,
     rans: Option<RansDecoder>,
     /// Tile width and parameters of the quad layout, by kind.
-    chosen: RefCell<Vec<(Kind, Geometry, QuadParams)>>,
+    chosen: Mutex<Vec<(Kind, Geometry, QuadParams)>>,
+    /// Memory that groups leave to those behind them: fresh memory costs as much as what is done with it.
+    spare: Mutex<Vec<Vec<u8>>>,
+}
+
+/// Threads that a group may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Threads {
+    /// All there are.
+    All(usize),
+    /// Others work on other groups.
+    Share(usize),
+}
+
+/// Groups that are transcoded side by side at most: what a group takes besides its encoding, one thread does.
+const SIDE_BY_SIDE_MAX: usize = 4;
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'a> Loader<'a> {
     pub fn new(dir: &'a ModelDir, set: &'a TensorSet, groups: &'a Groups, kernels: &'a Kernels, pool: &'a Pool, level: Level) -> Self {
-        Self { dir, set, groups, kernels, pool, level, rans: None, chosen: RefCell::default() }
+        Self { dir, set, groups, kernels, pool, level, rans: None, chosen: Mutex::default(), spare: Mutex::default() }
     }
 
     pub fn device(&self) -> &Arc<Device> {
@@ -262,28 +295,84 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn stacked(&self, group: &Group) -> Result<Stacked<'a>, OpenError> {
-        let parts: Vec<Symbols<'a>> =
-            self.tensors(group).map(|(name, tensor)| Symbols::new(name, tensor, self.level, self.pool)).collect::<Result<_, _>>()?;
+    /// `alone`: no other group is worked on.
+    fn stacked(&self, group: &Group, alone: bool) -> Result<Stacked<'a>, OpenError> {
+        let pool = alone.then_some(self.pool);
+        let part = |(name, tensor)| Symbols::new(name, tensor, self.level, pool, self.spare());
+        let parts: Vec<Symbols<'a>> = self.tensors(group).map(part).collect::<Result<_, _>>()?;
         Ok(Stacked { parts, starts: group.first_rows.iter().map(|row| row / TILE_ROWS).collect() })
     }
 
-    /// A group in the quad layout, in host memory: transcoded from the file's chunks by all threads.
-    pub fn quad(&self, index: usize) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
-        let group = &self.groups.all[index];
-        let stacked = self.stacked(group)?;
+    /// Memory for bytes, of any length and content.
+    pub fn spare(&self) -> Vec<u8> {
+        locked(&self.spare).pop().unwrap_or_default()
+    }
+
+    /// Gives [`spare`](Self::spare) memory back.
+    pub fn give_back(&self, bytes: Vec<u8>) {
+        locked(&self.spare).push(bytes);
+    }
+
+    /// All threads, for groups that come one after the other.
+    pub fn all_threads(&self) -> Threads {
+        Threads::All(self.pool.threads())
+    }
+
+    /// `f(0..n)` in order, for an `f` that calls [`quad`](Self::quad) and is told how many threads that may take. The first `alone` come one after the other,
+    /// so that what is chosen for the groups of a kind is always chosen by the same one; of the others some side by side.
+    pub fn each<T: Send>(
+        &self,
+        n: usize,
+        alone: usize,
+        f: impl Fn(usize, Threads) -> Result<T, OpenError> + Sync,
+    ) -> Result<Vec<T>, OpenError> {
         let threads = self.pool.threads();
+        let mut results = (0..n.min(alone)).map(|i| f(i, self.all_threads())).collect::<Result<Vec<T>, _>>()?;
+        let workers = SIDE_BY_SIDE_MAX.min(threads).min(n - results.len()).max(1);
+        let next = AtomicUsize::new(results.len());
+        let worker = || {
+            let mut done = Vec::new();
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= n {
+                    return Ok(done);
+                }
+                match f(i, Threads::Share(threads / workers)) {
+                    Ok(result) => done.push((i, result)),
+                    Err(e) => {
+                        next.store(n, Ordering::Relaxed);
+                        return Err(e);
+                    }
+                }
+            }
+        };
+        let done: Vec<Result<Vec<(usize, T)>, OpenError>> = thread::scope(|scope| {
+            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        });
+        let mut done = done.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect::<Vec<_>>();
+        done.sort_unstable_by_key(|&(i, _)| i);
+        results.extend(done.into_iter().map(|(_, result)| result));
+        Ok(results)
+    }
+
+    /// A group in the quad layout, in host memory: transcoded from the file's chunks.
+    pub fn quad(&self, index: usize, threads: Threads) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
+        let group = &self.groups.all[index];
+        let stacked = self.stacked(group, matches!(threads, Threads::All(_)))?;
+        let (Threads::All(threads) | Threads::Share(threads)) = threads;
         // Groups of one kind are alike: what was chosen for the first (tile width, low bits, window) serves the others, each with a table of its own.
-        let known = self.chosen.borrow().iter().find(|(kind, ..)| *kind == group.kind).map(|&(_, geometry, params)| (geometry, params));
+        let known = locked(&self.chosen).iter().find(|(kind, ..)| *kind == group.kind).map(|&(_, geometry, params)| (geometry, params));
         let encoded = match known {
             Some((geometry, params)) => {
                 QuadMatrix::encode(&stacked, geometry, params, &Statistics::sample(&stacked, geometry, threads), threads)
             }
             None => QuadMatrix::encode_auto(&stacked, group.geometry, threads),
         };
+        stacked.parts.into_iter().for_each(|part| self.give_back(part.bytes));
         let matrix = encoded.map_err(|e| OpenError::Device { cause: e.to_string() })?;
         if known.is_none() {
-            self.chosen.borrow_mut().push((group.kind, matrix.geometry, matrix.params));
+            locked(&self.chosen).push((group.kind, matrix.geometry, matrix.params));
         }
         Ok((QuadPlaces::new(&matrix), matrix))
     }
@@ -321,7 +410,7 @@ impl<'a> Loader<'a> {
         let (low_bits, _) = self.plain_form(group);
         let tables: Option<Vec<RansTable<'_>>> = self.tensors(group).map(|(_, tensor)| RansTable::new(tensor.table())).collect();
         let Some(tables) = tables else {
-            let stacked = self.stacked(group)?;
+            let stacked = self.stacked(group, true)?;
             let plain = Plain::pack(&stacked, group.geometry, low_bits, self.pool.threads())
                 .map_err(|e| OpenError::Device { cause: e.to_string() })?;
             return Ok(PlainMatrix::upload(self.device(), &plain)?);

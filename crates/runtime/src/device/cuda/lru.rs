@@ -28,11 +28,7 @@ impl Lru {
     /// `available`: bytes for weights on the device; `None`: all layers.
     pub fn open(loader: &Loader<'_>, available: Option<u64>, policy: Policy) -> Result<Self, OpenError> {
         let layers = loader.groups.layers;
-        let mut groups = Vec::with_capacity(loader.groups.all.len());
-        for index in 0..loader.groups.all.len() {
-            groups.push(Resident::quad(loader, index)?);
-            loader.release(index);
-        }
+        let groups = Resident::quads(loader, &Vec::from_iter(0..loader.groups.all.len()))?;
         let (places, layer_bytes) = nibble_places(&groups, layers);
         let coded: u64 = groups.iter().map(Resident::bytes).sum();
         let count =

@@ -4,12 +4,13 @@
 //!
 //! Layers that fit the budget stay on the device, spread evenly, so that copies go on while they compute. Without a budget all layers are streamed.
 
-use super::groups::{Groups, Loader, PER_LAYER};
+use super::groups::{Groups, Loader, PER_LAYER, Threads};
 use super::residency::{Held, Residency, Resident};
 use super::slots::Slots;
 use crate::model::weights::Span;
 use crate::residency::OpenError;
 use std::sync::Arc;
+use tersor_cuda::layout::QuadMatrix;
 use tersor_cuda::{Buffer, CudaError, Device, Form, Pinned, QuadAt, QuadPlaces, Queue, Stream};
 
 /// Layer buffers: depth beyond one layer ahead brings nothing.
@@ -42,51 +43,21 @@ impl Prefetch {
     pub fn open(loader: &Loader<'_>, available: Option<u64>, timed: bool) -> Result<Self, OpenError> {
         let count = loader.groups.layers;
         let device = Arc::clone(loader.device());
-        let head = Resident::quad(loader, loader.groups.all.len() - 1)?;
-        loader.release(loader.groups.all.len() - 1);
+        let head = Resident::quad(loader, loader.groups.all.len() - 1, loader.all_threads())?;
         let mut layers = Vec::with_capacity(count);
-        let (mut streamed, mut resident) = (Vec::new(), 0);
-        for layer in 0..count {
-            let mut packed = Vec::with_capacity(PER_LAYER);
-            let mut end = 0;
-            for index in Groups::of_layer(layer) {
-                let (places, matrix) = loader.quad(index)?;
-                let at = end;
-                end += places.bytes();
-                packed.push((places, at, matrix));
-                loader.release(index);
-            }
-            if layer == 0 {
-                // Layers have the same shape; a twentieth more covers what they differ in.
-                let room = available.map_or(0, |bytes| bytes.saturating_sub(head.bytes()));
-                let one = (end + end / 20) as u64;
-                resident = if room >= one * count as u64 { count } else { (room / one) as usize }
-                    .saturating_sub(if room >= one * count as u64 { 0 } else { BUFFERS });
-            }
-            // Spread evenly: the layers where layer * resident / count steps up.
-            let stays = (layer + 1) * resident / count > layer * resident / count;
-            let mut image = Vec::new();
-            let mut pinned = None;
-            let bytes: &mut [u8] = if stays {
-                image.resize(end, 0);
-                &mut image
-            } else {
-                pinned.insert(device.pin(end)?).bytes_mut()
-            };
-            for (places, at, matrix) in &packed {
-                places.write(matrix, &mut bytes[*at..]);
-            }
-            let home = match pinned {
-                Some(pinned) => {
-                    streamed.push(layer);
-                    Home::Host(pinned, streamed.len() - 1)
-                }
-                None => Home::Device(device.upload(&image, "coded weights")?),
-            };
-            let places: Vec<(QuadPlaces, usize)> = packed.into_iter().map(|(places, at, _)| (places, at)).collect();
-            let places = places.try_into().unwrap_or_else(|_| unreachable!("a layer has {PER_LAYER} groups"));
-            layers.push(Layer { places, home });
+        let mut resident = 0;
+        if count > 0 {
+            let first = Packed::new(loader, 0, loader.all_threads())?;
+            // Layers have the same shape; a twentieth more covers what they differ in.
+            let room = available.map_or(0, |bytes| bytes.saturating_sub(head.bytes()));
+            let one = (first.bytes + first.bytes / 20) as u64;
+            resident = if room >= one * count as u64 { count } else { ((room / one) as usize).saturating_sub(BUFFERS) };
+            layers.push(first.place(loader, Spread { resident, count }, 0)?);
         }
+        layers.extend(loader.each(count.saturating_sub(1), 0, |before, threads| {
+            Packed::new(loader, before + 1, threads)?.place(loader, Spread { resident, count }, before + 1)
+        })?);
+        let streamed: Vec<usize> = (0..count).filter(|&layer| matches!(layers[layer].home, Home::Host(..))).collect();
         let largest = streamed.iter().map(|&layer| layers[layer].bytes()).max().unwrap_or(0);
         let buffers = (0..BUFFERS.min(streamed.len())).map(|_| device.allocate(largest, "layer buffers")).collect::<Result<Vec<_>, _>>()?;
         let slots = Slots::new(&device, buffers.len(), streamed.len(), timed)?;
@@ -96,6 +67,61 @@ impl Prefetch {
         }
         this.device.synchronize()?;
         Ok(this)
+    }
+}
+
+/// Which layers stay on the device: spread evenly.
+#[derive(Clone, Copy)]
+struct Spread {
+    resident: usize,
+    count: usize,
+}
+
+impl Spread {
+    /// How many of the layers before `layer` stay.
+    fn before(self, layer: usize) -> usize {
+        layer * self.resident / self.count
+    }
+}
+
+/// The groups of a layer in the quad layout, and where each begins in the layer's bytes.
+struct Packed {
+    groups: Vec<(QuadPlaces, usize, QuadMatrix)>,
+    bytes: usize,
+}
+
+impl Packed {
+    fn new(loader: &Loader<'_>, layer: usize, threads: Threads) -> Result<Self, OpenError> {
+        let mut packed = Self { groups: Vec::with_capacity(PER_LAYER), bytes: 0 };
+        for index in Groups::of_layer(layer) {
+            let (places, matrix) = loader.quad(index, threads)?;
+            let at = packed.bytes;
+            packed.bytes += places.bytes();
+            packed.groups.push((places, at, matrix));
+            loader.release(index);
+        }
+        Ok(packed)
+    }
+
+    /// Brings it to the device or to pinned memory.
+    fn place(self, loader: &Loader<'_>, spread: Spread, layer: usize) -> Result<Layer, OpenError> {
+        let write = |bytes: &mut [u8]| self.groups.iter().for_each(|(places, at, matrix)| places.write(matrix, &mut bytes[*at..]));
+        let stays = spread.before(layer + 1) > spread.before(layer);
+        let home = if stays {
+            let mut image = loader.spare();
+            image.resize(self.bytes, 0);
+            write(&mut image);
+            let buffer = loader.device().upload(&image, "coded weights")?;
+            loader.give_back(image);
+            Home::Device(buffer)
+        } else {
+            let mut pinned = loader.device().pin(self.bytes)?;
+            write(pinned.bytes_mut());
+            Home::Host(pinned, layer - spread.before(layer))
+        };
+        let places: Vec<(QuadPlaces, usize)> = self.groups.into_iter().map(|(places, at, _)| (places, at)).collect();
+        let places = places.try_into().unwrap_or_else(|_| unreachable!("a layer has {PER_LAYER} groups"));
+        Ok(Layer { places, home })
     }
 }
 

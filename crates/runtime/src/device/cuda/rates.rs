@@ -72,7 +72,7 @@ impl Bench<'_> {
         let failed = |e: tersor_cuda::layout::LayoutError| OpenError::Device { cause: e.to_string() };
         let (rows, cols) = (tensor.rows(), tensor.cols());
         let geometry = self.kernels.geometry(rows, cols)?;
-        let symbols = Symbols::new("the sample", tensor, Level::best(), pool)?;
+        let symbols = Symbols::new("the sample", tensor, Level::best(), Some(pool), Vec::new())?;
         let source = |tile: usize, out: &mut [i16]| {
             if tile < tensor.row_tiles() {
                 symbols.row_tile(tile, out);

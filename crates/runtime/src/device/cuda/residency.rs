@@ -1,6 +1,6 @@
 //! What the strategies of a GPU have in common: which form each group has when its product comes.
 
-use super::groups::Loader;
+use super::groups::{Loader, PER_LAYER, Threads};
 use crate::model::weights::Span;
 use crate::residency::OpenError;
 use tersor_cuda::{Buffer, CudaError, Form, PlainMatrix, QuadAt, QuadPlaces, Queue};
@@ -92,11 +92,20 @@ pub(super) enum Resident {
 
 impl Resident {
     /// Transcodes a group and sends it to the device.
-    pub fn quad(loader: &Loader<'_>, index: usize) -> Result<Self, OpenError> {
-        let (places, matrix) = loader.quad(index)?;
-        let mut image = vec![0; places.bytes()];
+    pub fn quad(loader: &Loader<'_>, index: usize, threads: Threads) -> Result<Self, OpenError> {
+        let (places, matrix) = loader.quad(index, threads)?;
+        let mut image = loader.spare();
+        image.resize(places.bytes(), 0);
         places.write(&matrix, &mut image);
-        Ok(Self::Quad(places, loader.device().upload(&image, "coded weights")?))
+        let buffer = loader.device().upload(&image, "coded weights")?;
+        loader.give_back(image);
+        loader.release(index);
+        Ok(Self::Quad(places, buffer))
+    }
+
+    /// All groups that `coded` names, transcoded.
+    pub fn quads(loader: &Loader<'_>, coded: &[usize]) -> Result<Vec<Self>, OpenError> {
+        loader.each(coded.len(), PER_LAYER, |i, threads| Self::quad(loader, coded[i], threads))
     }
 
     pub fn form(&self) -> Form<'_> {
@@ -123,10 +132,16 @@ pub(super) struct Fixed {
 impl Fixed {
     /// `decoded`: which groups are held decoded.
     pub fn load(loader: &mut Loader<'_>, decoded: &[bool]) -> Result<Self, OpenError> {
+        let coded: Vec<usize> = (0..decoded.len()).filter(|&index| !decoded[index]).collect();
+        let mut quads = Resident::quads(loader, &coded)?.into_iter();
         let mut groups = Vec::with_capacity(decoded.len());
         for (index, &decoded) in decoded.iter().enumerate() {
-            groups.push(if decoded { Resident::Plain(loader.plain(index)?) } else { Resident::quad(loader, index)? });
-            loader.release(index);
+            if decoded {
+                groups.push(Resident::Plain(loader.plain(index)?));
+                loader.release(index);
+            } else {
+                groups.extend(quads.next());
+            }
         }
         Ok(Self { groups })
     }
