@@ -318,42 +318,14 @@ impl<'a> Loader<'a> {
         Threads::All(self.pool.threads())
     }
 
-    /// `f(0..n)` in order, for an `f` that calls [`quad`](Self::quad) and is told how many threads that may take. The first `alone` come one after the other,
-    /// so that what is chosen for the groups of a kind is always chosen by the same one; of the others some side by side.
+    /// [`side_by_side`], for an `f` that calls [`quad`](Self::quad).
     pub fn each<T: Send>(
         &self,
         n: usize,
         alone: usize,
         f: impl Fn(usize, Threads) -> Result<T, OpenError> + Sync,
     ) -> Result<Vec<T>, OpenError> {
-        let threads = self.pool.threads();
-        let mut results = (0..n.min(alone)).map(|i| f(i, self.all_threads())).collect::<Result<Vec<T>, _>>()?;
-        let workers = SIDE_BY_SIDE_MAX.min(threads).min(n - results.len()).max(1);
-        let next = AtomicUsize::new(results.len());
-        let worker = || {
-            let mut done = Vec::new();
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= n {
-                    return Ok(done);
-                }
-                match f(i, Threads::Share(threads / workers)) {
-                    Ok(result) => done.push((i, result)),
-                    Err(e) => {
-                        next.store(n, Ordering::Relaxed);
-                        return Err(e);
-                    }
-                }
-            }
-        };
-        let done: Vec<Result<Vec<(usize, T)>, OpenError>> = thread::scope(|scope| {
-            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
-            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-        });
-        let mut done = done.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect::<Vec<_>>();
-        done.sort_unstable_by_key(|&(i, _)| i);
-        results.extend(done.into_iter().map(|(_, result)| result));
-        Ok(results)
+        side_by_side(n, alone, self.pool.threads(), f)
     }
 
     /// A group in the quad layout, in host memory: transcoded from the file's chunks.
@@ -442,6 +414,76 @@ impl<'a> Loader<'a> {
     pub fn release(&self, index: usize) {
         for (name, _) in self.tensors(&self.groups.all[index]) {
             self.dir.release(name);
+        }
+    }
+}
+
+/// `f(0..n)` in order; `f` is told how many of the `threads` it may take. The first `alone` come one after the other, so that what is chosen for the groups of
+/// a kind is always chosen by the same one; of the others some at a time.
+fn side_by_side<T: Send, E: Send>(
+    n: usize,
+    alone: usize,
+    threads: usize,
+    f: impl Fn(usize, Threads) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E> {
+    let mut results = (0..n.min(alone)).map(|i| f(i, Threads::All(threads))).collect::<Result<Vec<T>, E>>()?;
+    let workers = SIDE_BY_SIDE_MAX.min(threads).min(n - results.len()).max(1);
+    let next = AtomicUsize::new(results.len());
+    let worker = || {
+        let mut done = Vec::new();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                return Ok(done);
+            }
+            match f(i, Threads::Share((threads / workers).max(1))) {
+                Ok(result) => done.push((i, result)),
+                Err(e) => {
+                    next.store(n, Ordering::Relaxed);
+                    return Err(e);
+                }
+            }
+        }
+    };
+    let done: Vec<Result<Vec<(usize, T)>, E>> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    let mut done: Vec<(usize, T)> = done.into_iter().collect::<Result<Vec<_>, E>>()?.into_iter().flatten().collect();
+    done.sort_unstable_by_key(|&(i, _)| i);
+    results.extend(done.into_iter().map(|(_, result)| result));
+    Ok(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_side_by_side_come_in_order() {
+        for (n, alone, threads) in [(0, 4, 2), (3, 4, 16), (50, 4, 1), (50, 4, 3), (50, 0, 16)] {
+            let results = side_by_side(n, alone, threads, |i, share| {
+                match share {
+                    Threads::All(all) => assert!(i < alone && all == threads),
+                    Threads::Share(share) => {
+                        assert!(i >= alone && share * SIDE_BY_SIDE_MAX.min(threads).min(n - alone) <= threads && share > 0)
+                    }
+                }
+                Ok::<usize, ()>(i * i)
+            });
+            assert_eq!(results, Ok((0..n).map(|i| i * i).collect()), "{n} {alone} {threads}");
+        }
+        assert_eq!(side_by_side(100, 4, 2, |i, _| if i == 7 { Err(i) } else { Ok(()) }), Err(7));
+        assert_eq!(side_by_side(100, 4, 2, |i, _| if i == 3 { Err(i) } else { Ok(()) }), Err(3));
+    }
+
+    #[test]
+    fn rows_of_a_tile_of_the_file() {
+        let (cols, mut out) = (8, vec![0; 16 * 8]);
+        put_rows(&mut out, cols, |at| std::array::from_fn(|i| (at + i) as i16));
+        for (i, symbol) in out.into_iter().enumerate() {
+            let (row, col) = (i / cols, i % cols);
+            assert_eq!(usize::try_from(symbol), Ok(col / 4 * TILE_SYMBOLS + row * 4 + col % 4));
         }
     }
 }
