@@ -246,6 +246,15 @@ impl Source for Stacked<'_> {
     }
 }
 
+/// Threads that a group may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Threads {
+    /// All there are.
+    All(usize),
+    /// Others work on other groups.
+    Share(usize),
+}
+
 /// Brings groups to the device in the forms that strategies ask for.
 pub(super) struct Loader<'a> {
     pub dir: &'a ModelDir,
@@ -259,15 +268,6 @@ pub(super) struct Loader<'a> {
     chosen: Mutex<Vec<(Kind, Geometry, QuadParams)>>,
     /// Memory that groups leave to those behind them: fresh memory costs as much as what is done with it.
     spare: Mutex<Vec<Vec<u8>>>,
-}
-
-/// Threads that a group may take.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Threads {
-    /// All there are.
-    All(usize),
-    /// Others work on other groups.
-    Share(usize),
 }
 
 /// Groups that are transcoded side by side at most: what a group takes besides its encoding, one thread does.
@@ -304,11 +304,19 @@ impl<'a> Loader<'a> {
     }
 
     /// Memory for bytes, of any length and content.
-    pub fn spare(&self) -> Vec<u8> {
+    fn spare(&self) -> Vec<u8> {
         locked(&self.spare).pop().unwrap_or_default()
     }
 
-    /// Gives [`spare`](Self::spare) memory back.
+    /// Bytes that are 0, which go [back](Self::give_back).
+    pub fn zeroed(&self, bytes: usize) -> Vec<u8> {
+        let mut memory = self.spare();
+        memory.clear();
+        memory.resize(bytes, 0);
+        memory
+    }
+
+    /// Leaves memory to other groups.
     pub fn give_back(&self, bytes: Vec<u8>) {
         locked(&self.spare).push(bytes);
     }

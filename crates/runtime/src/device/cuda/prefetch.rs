@@ -108,8 +108,7 @@ impl Packed {
         let write = |bytes: &mut [u8]| self.groups.iter().for_each(|(places, at, matrix)| places.write(matrix, &mut bytes[*at..]));
         let stays = spread.before(layer + 1) > spread.before(layer);
         let home = if stays {
-            let mut image = loader.spare();
-            image.resize(self.bytes, 0);
+            let mut image = loader.zeroed(self.bytes);
             write(&mut image);
             let buffer = loader.device().upload(&image, "coded weights")?;
             loader.give_back(image);

@@ -1,6 +1,6 @@
 //! What the strategies of a GPU have in common: which form each group has when its product comes.
 
-use super::groups::{Loader, PER_LAYER, Threads};
+use super::groups::{Loader, Threads};
 use crate::model::weights::Span;
 use crate::residency::OpenError;
 use tersor_cuda::{Buffer, CudaError, Form, PlainMatrix, QuadAt, QuadPlaces, Queue};
@@ -94,8 +94,7 @@ impl Resident {
     /// Transcodes a group and sends it to the device.
     pub fn quad(loader: &Loader<'_>, index: usize, threads: Threads) -> Result<Self, OpenError> {
         let (places, matrix) = loader.quad(index, threads)?;
-        let mut image = loader.spare();
-        image.resize(places.bytes(), 0);
+        let mut image = loader.zeroed(places.bytes());
         places.write(&matrix, &mut image);
         let buffer = loader.device().upload(&image, "coded weights")?;
         loader.give_back(image);
@@ -103,9 +102,15 @@ impl Resident {
         Ok(Self::Quad(places, buffer))
     }
 
-    /// All groups that `coded` names, transcoded.
+    /// All groups that `coded` names, transcoded; in that order.
     pub fn quads(loader: &Loader<'_>, coded: &[usize]) -> Result<Vec<Self>, OpenError> {
-        loader.each(coded.len(), PER_LAYER, |i, threads| Self::quad(loader, coded[i], threads))
+        let kind = |at: usize| loader.groups.all[coded[at]].kind;
+        let (firsts, others): (Vec<usize>, Vec<usize>) = (0..coded.len()).partition(|&at| (0..at).all(|before| kind(before) != kind(at)));
+        let order = [&firsts[..], &others].concat();
+        let quad = |i: usize, threads| Ok((order[i], Self::quad(loader, coded[order[i]], threads)?));
+        let mut quads = loader.each(order.len(), firsts.len(), quad)?;
+        quads.sort_unstable_by_key(|&(at, _)| at);
+        Ok(quads.into_iter().map(|(_, quad)| quad).collect())
     }
 
     pub fn form(&self) -> Form<'_> {
