@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and times everything of the CUDA backend on a machine with an NVIDIA GPU, CUDA and PyTorch, but without Rust, in about five minutes.
+# Checks and times everything of the CUDA backend on a machine with an NVIDIA GPU, CUDA and PyTorch, but without Rust, in five to seven minutes.
 #
 # usage: bench/cuda/run.sh BIN OUT
 #
