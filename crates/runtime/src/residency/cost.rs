@@ -6,15 +6,16 @@
 //!
 //! with the rates of a [`MachineProfile`]. A small model stays in the caches from step to step, where decoding costs more than the bytes that it
 //! saves; a large one comes from memory, where it may not. So bandwidth and rates are those of the model's working set, between the rates measured in
-//! the caches and in memory. The bandwidth is no less than what products with decoded matrices were seen to read, and products with coded matrices take a tenth
+//! the caches and in memory. The bandwidth is no less than what products with decoded matrices were seen to read, and products with coded matrices take a fifth
 //! longer than their rate says ([`FUSED_IN_STEPS`]). Only the ratios of prices matter to a choice, and both sides of each were measured in the same run.
 
 use super::profile::MachineProfile;
 use tersor_codec::Codec;
 
-/// How much longer products with coded matrices take within a step than alone, where their rates are measured. A 1.1 B model coded by `tiered` on two cores of
-/// Zen 4: alone 64 G weights/s coded and 62 to 65 decoded, in steps 58 and 66.
-const FUSED_IN_STEPS: f64 = 1.1;
+/// How much longer products with coded matrices take within a step than alone, where their rates are measured, beside those with decoded ones. A 1.1 B model
+/// coded by `tiered`, G weights/s, coded and decoded: two cores of Zen 4 alone 64 and 62 to 65, in steps 58 and 66; one of Zen 5 alone 54 to 64 and 56 to 62,
+/// in steps 50 to 52 and 57 to 58; two of Zen 5 alone 62 to 88 and 61 to 92, in steps 54 to 70 and 66 to 92.
+const FUSED_IN_STEPS: f64 = 1.2;
 
 /// What the price of a matrix depends on.
 #[derive(Clone, Copy, PartialEq, Debug)]
