@@ -44,17 +44,17 @@ fn bits(logits: &[f32]) -> Vec<u32> {
 
 /// The rows of logits of each sequence, continued by itself: its prompt in slices of `slice` tokens, then token by token.
 fn alone(runner: &mut dyn Runner, slice: usize) -> Vec<Bits> {
-    let mut row = Vec::new();
-    let mut one = |(prompt, steps): (&[u32], &[u32])| {
+    let (vocab, mut row) = (runner.config().vocab, Vec::new());
+    let one = |(prompt, steps): (&[u32], &[u32])| {
         let mut kv = runner.new_kv(CONTEXT).unwrap();
         let mut rows = Vec::new();
         for tokens in prompt.chunks(slice).chain(steps.chunks(1)) {
             runner.forward(&mut kv, tokens, LogitsOf::All, &mut row).unwrap();
-            rows.extend(row.chunks_exact(99).map(bits));
+            rows.extend(row.chunks_exact(vocab).map(bits));
         }
         rows
     };
-    SEQUENCES.into_iter().map(&mut one).collect()
+    SEQUENCES.into_iter().map(one).collect()
 }
 
 /// The same with all sequences in every call.

@@ -18,6 +18,7 @@
 //! (q, k, v; gate, up) is one matrix whose parts each begin at a row tile ([`Stack`]).
 
 pub mod fragment;
+pub mod parallel;
 pub mod plain;
 pub mod quad;
 
@@ -26,7 +27,6 @@ mod far;
 mod geometry;
 mod header;
 mod oracle;
-mod parallel;
 mod plan;
 mod ring;
 mod source;

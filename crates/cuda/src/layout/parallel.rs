@@ -4,8 +4,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// `f(state, 0..n)` in order, on up to `threads` threads, each of which makes its own `state`.
-pub(super) fn map<S, T: Send>(n: usize, threads: usize, state: impl Fn() -> S + Sync, f: impl Fn(&mut S, usize) -> T + Sync) -> Vec<T> {
+/// `f(state, 0..n)` in order, on up to `threads` threads, each of which makes its own `state`. They take the next `i` as they are done.
+///
+/// # Panics
+/// If `f` does.
+pub fn map<S, T: Send>(n: usize, threads: usize, state: impl Fn() -> S + Sync, f: impl Fn(&mut S, usize) -> T + Sync) -> Vec<T> {
     let threads = threads.clamp(1, n.max(1));
     if threads == 1 {
         let mut state = state();

@@ -14,7 +14,8 @@ use tersor_codec::Codec;
 
 /// How much longer products with coded matrices take within a step than alone, where their rates are measured, beside those with decoded ones. A 1.1 B model
 /// coded by `tiered`, G weights/s, coded and decoded: two cores of Zen 4 alone 64 and 62 to 65, in steps 58 and 66; one of Zen 5 alone 54 to 64 and 56 to 62,
-/// in steps 50 to 52 and 57 to 58; two of Zen 5 alone 62 to 88 and 61 to 92, in steps 54 to 70 and 66 to 92.
+/// in steps 50 to 52 and 57 to 58; two of Zen 5, whose host decides from hour to hour, alone 57 to 88 and 61 to 92,
+/// in steps 54 to 80 and 62 to 92.
 const FUSED_IN_STEPS: f64 = 1.2;
 
 /// What the price of a matrix depends on.

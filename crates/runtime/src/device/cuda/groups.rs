@@ -5,11 +5,11 @@ use crate::model::llama::LayerVectors;
 use crate::model::weights::{LinearId, LinearKind};
 use crate::residency::OpenError;
 use crate::residency::set::{Linear, TensorSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use tersor_codec::{Histogram, decode_chunk};
 use tersor_cpu::{Level, Pool, decode_bytes};
+use tersor_cuda::layout::parallel;
 use tersor_cuda::layout::plain::choose_low_bits;
 use tersor_cuda::layout::{Geometry, Plain, QuadMatrix, QuadParams, Source, Statistics, TILE_ROWS};
 use tersor_cuda::{Buffer, CudaError, Device, Kernels, PlainMatrix, QuadPlaces, RansDecoder, RansPart, RansTable};
@@ -246,15 +246,6 @@ impl Source for Stacked<'_> {
     }
 }
 
-/// Threads that a group may take.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Threads {
-    /// All there are.
-    All(usize),
-    /// Others work on other groups.
-    Share(usize),
-}
-
 /// Brings groups to the device in the forms that strategies ask for.
 pub(super) struct Loader<'a> {
     pub dir: &'a ModelDir,
@@ -295,9 +286,9 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// `alone`: no other group is worked on.
-    fn stacked(&self, group: &Group, alone: bool) -> Result<Stacked<'a>, OpenError> {
-        let pool = alone.then_some(self.pool);
+    /// `threads`: all where no other group is worked on, and only then.
+    fn stacked(&self, group: &Group, threads: usize) -> Result<Stacked<'a>, OpenError> {
+        let pool = (threads == self.pool.threads()).then_some(self.pool);
         let part = |(name, tensor)| Symbols::new(name, tensor, self.level, pool, self.spare());
         let parts: Vec<Symbols<'a>> = self.tensors(group).map(part).collect::<Result<_, _>>()?;
         Ok(Stacked { parts, starts: group.first_rows.iter().map(|row| row / TILE_ROWS).collect() })
@@ -321,26 +312,20 @@ impl<'a> Loader<'a> {
         locked(&self.spare).push(bytes);
     }
 
-    /// All threads, for groups that come one after the other.
-    pub fn all_threads(&self) -> Threads {
-        Threads::All(self.pool.threads())
-    }
-
     /// [`side_by_side`], for an `f` that calls [`quad`](Self::quad).
     pub fn each<T: Send>(
         &self,
         n: usize,
         alone: usize,
-        f: impl Fn(usize, Threads) -> Result<T, OpenError> + Sync,
+        f: impl Fn(usize, usize) -> Result<T, OpenError> + Sync,
     ) -> Result<Vec<T>, OpenError> {
         side_by_side(n, alone, self.pool.threads(), f)
     }
 
-    /// A group in the quad layout, in host memory: transcoded from the file's chunks.
-    pub fn quad(&self, index: usize, threads: Threads) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
+    /// A group in the quad layout, in host memory: transcoded from the file's chunks. `threads`: all where no other group is worked on, and only then.
+    pub fn quad(&self, index: usize, threads: usize) -> Result<(QuadPlaces, QuadMatrix), OpenError> {
         let group = &self.groups.all[index];
-        let stacked = self.stacked(group, matches!(threads, Threads::All(_)))?;
-        let (Threads::All(threads) | Threads::Share(threads)) = threads;
+        let stacked = self.stacked(group, threads)?;
         // Groups of one kind are alike: what was chosen for the first (tile width, low bits, window) serves the others, each with a table of its own.
         let known = locked(&self.chosen).iter().find(|(kind, ..)| *kind == group.kind).map(|&(_, geometry, params)| (geometry, params));
         let encoded = match known {
@@ -390,7 +375,7 @@ impl<'a> Loader<'a> {
         let (low_bits, _) = self.plain_form(group);
         let tables: Option<Vec<RansTable<'_>>> = self.tensors(group).map(|(_, tensor)| RansTable::new(tensor.table())).collect();
         let Some(tables) = tables else {
-            let stacked = self.stacked(group, true)?;
+            let stacked = self.stacked(group, self.pool.threads())?;
             let plain = Plain::pack(&stacked, group.geometry, low_bits, self.pool.threads())
                 .map_err(|e| OpenError::Device { cause: e.to_string() })?;
             return Ok(PlainMatrix::upload(self.device(), &plain)?);
@@ -426,40 +411,31 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// `f(0..n)` in order; `f` is told how many of the `threads` it may take. The first `alone` come one after the other, so that what is chosen for the groups of
-/// a kind is always chosen by the same one; of the others some at a time.
+/// `f(0..n)` in order; `f` is told how many threads it may take: all `threads` where it runs alone. The first `alone` come one after the other, so that what is
+/// chosen for the groups of a kind is always chosen by the same one; of the others some at a time. None begins behind an error.
 fn side_by_side<T: Send, E: Send>(
     n: usize,
     alone: usize,
     threads: usize,
-    f: impl Fn(usize, Threads) -> Result<T, E> + Sync,
+    f: impl Fn(usize, usize) -> Result<T, E> + Sync,
 ) -> Result<Vec<T>, E> {
-    let mut results = (0..n.min(alone)).map(|i| f(i, Threads::All(threads))).collect::<Result<Vec<T>, E>>()?;
-    let workers = SIDE_BY_SIDE_MAX.min(threads).min(n - results.len()).max(1);
-    let next = AtomicUsize::new(results.len());
-    let worker = || {
-        let mut done = Vec::new();
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= n {
-                return Ok(done);
-            }
-            match f(i, Threads::Share((threads / workers).max(1))) {
-                Ok(result) => done.push((i, result)),
-                Err(e) => {
-                    next.store(n, Ordering::Relaxed);
-                    return Err(e);
-                }
-            }
-        }
-    };
-    let done: Vec<Result<Vec<(usize, T)>, E>> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    });
-    let mut done: Vec<(usize, T)> = done.into_iter().collect::<Result<Vec<_>, E>>()?.into_iter().flatten().collect();
-    done.sort_unstable_by_key(|&(i, _)| i);
-    results.extend(done.into_iter().map(|(_, result)| result));
+    let mut results = (0..n.min(alone)).map(|i| f(i, threads)).collect::<Result<Vec<T>, E>>()?;
+    let (first, failed) = (results.len(), AtomicBool::new(false));
+    let workers = SIDE_BY_SIDE_MAX.min(threads).min(n - first).max(1);
+    let others = parallel::map(
+        n - first,
+        workers,
+        || (),
+        |(), i| {
+            let result = (!failed.load(Ordering::Relaxed)).then(|| f(first + i, threads / workers));
+            failed.fetch_or(matches!(result, Some(Err(_))), Ordering::Relaxed);
+            result
+        },
+    );
+    // One is left out only where another holds the error.
+    for result in others.into_iter().flatten() {
+        results.push(result?);
+    }
     Ok(results)
 }
 
@@ -471,11 +447,9 @@ mod tests {
     fn groups_side_by_side_come_in_order() {
         for (n, alone, threads) in [(0, 4, 2), (3, 4, 16), (50, 4, 1), (50, 4, 3), (50, 0, 16)] {
             let results = side_by_side(n, alone, threads, |i, share| {
-                match share {
-                    Threads::All(all) => assert!(i < alone && all == threads),
-                    Threads::Share(share) => {
-                        assert!(i >= alone && share * SIDE_BY_SIDE_MAX.min(threads).min(n - alone) <= threads && share > 0)
-                    }
+                match i < alone {
+                    true => assert_eq!(share, threads),
+                    false => assert!(share * SIDE_BY_SIDE_MAX.min(threads).min(n - alone) <= threads && share > 0),
                 }
                 Ok::<usize, ()>(i * i)
             });

@@ -4,7 +4,7 @@
 //!
 //! Layers that fit the budget stay on the device, spread evenly, so that copies go on while they compute. Without a budget all layers are streamed.
 
-use super::groups::{Groups, Loader, PER_LAYER, Threads};
+use super::groups::{Groups, Loader, PER_LAYER};
 use super::residency::{Held, Residency, Resident};
 use super::slots::Slots;
 use crate::model::weights::Span;
@@ -43,19 +43,19 @@ impl Prefetch {
     pub fn open(loader: &Loader<'_>, available: Option<u64>, timed: bool) -> Result<Self, OpenError> {
         let count = loader.groups.layers;
         let device = Arc::clone(loader.device());
-        let head = Resident::quad(loader, loader.groups.all.len() - 1, loader.all_threads())?;
+        let head = Resident::quad(loader, loader.groups.all.len() - 1, loader.pool.threads())?;
         let mut layers = Vec::with_capacity(count);
         let mut resident = 0;
         if count > 0 {
-            let first = Packed::new(loader, 0, loader.all_threads())?;
+            let first = Packed::new(loader, 0, loader.pool.threads())?;
             // Layers have the same shape; a twentieth more covers what they differ in.
             let room = available.map_or(0, |bytes| bytes.saturating_sub(head.bytes()));
             let one = (first.bytes + first.bytes / 20) as u64;
             resident = if room >= one * count as u64 { count } else { ((room / one) as usize).saturating_sub(BUFFERS) };
-            layers.push(first.place(loader, Spread { resident, count }, 0)?);
+            layers.push(first.place(loader, streamed_as(0, resident, count))?);
         }
         layers.extend(loader.each(count.saturating_sub(1), 0, |before, threads| {
-            Packed::new(loader, before + 1, threads)?.place(loader, Spread { resident, count }, before + 1)
+            Packed::new(loader, before + 1, threads)?.place(loader, streamed_as(before + 1, resident, count))
         })?);
         let streamed: Vec<usize> = (0..count).filter(|&layer| matches!(layers[layer].home, Home::Host(..))).collect();
         let largest = streamed.iter().map(|&layer| layers[layer].bytes()).max().unwrap_or(0);
@@ -70,18 +70,10 @@ impl Prefetch {
     }
 }
 
-/// Which layers stay on the device: spread evenly.
-#[derive(Clone, Copy)]
-struct Spread {
-    resident: usize,
-    count: usize,
-}
-
-impl Spread {
-    /// How many of the layers before `layer` stay.
-    fn before(self, layer: usize) -> usize {
-        layer * self.resident / self.count
-    }
+/// Which of the streamed layers `layer` is, or `None` if it stays on the device: `resident` of `count` layers do, spread evenly.
+fn streamed_as(layer: usize, resident: usize, count: usize) -> Option<usize> {
+    let stay_before = |layer: usize| layer * resident / count;
+    (stay_before(layer + 1) == stay_before(layer)).then(|| layer - stay_before(layer))
 }
 
 /// The groups of a layer in the quad layout, and where each begins in the layer's bytes.
@@ -91,7 +83,7 @@ struct Packed {
 }
 
 impl Packed {
-    fn new(loader: &Loader<'_>, layer: usize, threads: Threads) -> Result<Self, OpenError> {
+    fn new(loader: &Loader<'_>, layer: usize, threads: usize) -> Result<Self, OpenError> {
         let mut packed = Self { groups: Vec::with_capacity(PER_LAYER), bytes: 0 };
         for index in Groups::of_layer(layer) {
             let (places, matrix) = loader.quad(index, threads)?;
@@ -103,20 +95,22 @@ impl Packed {
         Ok(packed)
     }
 
-    /// Brings it to the device or to pinned memory.
-    fn place(self, loader: &Loader<'_>, spread: Spread, layer: usize) -> Result<Layer, OpenError> {
+    /// Brings it to the device or, as the given one of the streamed layers, to pinned memory.
+    fn place(self, loader: &Loader<'_>, streamed: Option<usize>) -> Result<Layer, OpenError> {
         let write = |bytes: &mut [u8]| self.groups.iter().for_each(|(places, at, matrix)| places.write(matrix, &mut bytes[*at..]));
-        let stays = spread.before(layer + 1) > spread.before(layer);
-        let home = if stays {
-            let mut image = loader.zeroed(self.bytes);
-            write(&mut image);
-            let buffer = loader.device().upload(&image, "coded weights")?;
-            loader.give_back(image);
-            Home::Device(buffer)
-        } else {
-            let mut pinned = loader.device().pin(self.bytes)?;
-            write(pinned.bytes_mut());
-            Home::Host(pinned, layer - spread.before(layer))
+        let home = match streamed {
+            Some(index) => {
+                let mut pinned = loader.device().pin(self.bytes)?;
+                write(pinned.bytes_mut());
+                Home::Host(pinned, index)
+            }
+            None => {
+                let mut image = loader.zeroed(self.bytes);
+                write(&mut image);
+                let buffer = loader.device().upload(&image, "coded weights")?;
+                loader.give_back(image);
+                Home::Device(buffer)
+            }
         };
         let places: Vec<(QuadPlaces, usize)> = self.groups.into_iter().map(|(places, at, _)| (places, at)).collect();
         let places = places.try_into().unwrap_or_else(|_| unreachable!("a layer has {PER_LAYER} groups"));
@@ -188,5 +182,18 @@ impl Residency for Prefetch {
             host_bytes: bytes(true),
             ..Held::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_stay_are_spread_evenly() {
+        let of = |resident| (0..5).map(|layer| streamed_as(layer, resident, 5)).collect::<Vec<_>>();
+        assert_eq!(of(0), [Some(0), Some(1), Some(2), Some(3), Some(4)]);
+        assert_eq!(of(2), [Some(0), Some(1), None, Some(2), None]);
+        assert_eq!(of(5), [None; 5]);
     }
 }

@@ -1,6 +1,6 @@
 //! What the strategies of a GPU have in common: which form each group has when its product comes.
 
-use super::groups::{Loader, Threads};
+use super::groups::Loader;
 use crate::model::weights::Span;
 use crate::residency::OpenError;
 use tersor_cuda::{Buffer, CudaError, Form, PlainMatrix, QuadAt, QuadPlaces, Queue};
@@ -92,7 +92,7 @@ pub(super) enum Resident {
 
 impl Resident {
     /// Transcodes a group and sends it to the device.
-    pub fn quad(loader: &Loader<'_>, index: usize, threads: Threads) -> Result<Self, OpenError> {
+    pub fn quad(loader: &Loader<'_>, index: usize, threads: usize) -> Result<Self, OpenError> {
         let (places, matrix) = loader.quad(index, threads)?;
         let mut image = loader.zeroed(places.bytes());
         places.write(&matrix, &mut image);
