@@ -115,6 +115,7 @@ pub(crate) struct Rope {
     pub places: u64,
     pub q: u64,
     pub eps: f32,
+    pub per_dim: f32,
     pub layer: i32,
     pub heads: i32,
     pub kv_heads: i32,
@@ -171,6 +172,35 @@ pub(crate) struct StepLayer {
     pub unused: i32,
 }
 
+/// `Divisor`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Divisor {
+    pub by: u32,
+    pub magic: u32,
+}
+
+impl Divisor {
+    pub fn new(by: u32) -> Self {
+        Self { by, magic: (1u64 << 32).div_ceil(by.into()) as u32 }
+    }
+}
+
+/// `Places`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Places {
+    pub ring: i32,
+    pub bars: i32,
+    pub x: i32,
+    pub frag: i32,
+    pub info: i32,
+    pub parts: i32,
+    pub warps: i32,
+    pub nibbles: i32,
+    pub plan: i32,
+}
+
 /// `Step`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -178,9 +208,8 @@ pub(crate) struct Step {
     pub layers: u64,
     pub head: StepProduct,
     pub final_norm: u64,
-    pub x: u64,
-    pub turn: u64,
-    pub place: u64,
+    pub given: u64,
+    pub input: u64,
     pub parts: u64,
     pub stats: u64,
     pub qkv: u64,
@@ -188,6 +217,8 @@ pub(crate) struct Step {
     pub active: u64,
     pub logits: u64,
     pub greatest: u64,
+    pub done: u64,
+    pub answer: u64,
     pub eps: f32,
     pub scale: f32,
     pub layer_count: i32,
@@ -201,9 +232,14 @@ pub(crate) struct Step {
     pub v_row: i32,
     pub up_row: i32,
     pub vocab: i32,
-    pub frag_bytes: i32,
+    pub turn_at: i32,
+    pub place_at: i32,
     pub slots: i32,
     pub parts_max: i32,
+    pub per_dim: f32,
+    pub per_column: f32,
+    pub group: Divisor,
+    pub at: Places,
     pub plan: [i32; 6],
 }
 
@@ -279,7 +315,7 @@ mod tests {
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
         // step.cu, of which there is no PTX for old GPUs, asserts the same.
-        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 272));
+        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 336));
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

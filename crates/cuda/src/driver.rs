@@ -6,6 +6,7 @@
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute};
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result};
@@ -355,6 +356,14 @@ impl Event {
         self.0.synchronize().map_err(failed("cuEventSynchronize"))
     }
 
+    /// Whether the mark is reached.
+    ///
+    /// # Errors
+    /// The first error of any kernel before it.
+    pub fn passed(&self) -> Result<bool, CudaError> {
+        self.0.try_is_complete().map_err(failed("cuEventQuery"))
+    }
+
     /// Seconds from this mark to a later one; waits for both. Both must be timed.
     ///
     /// # Errors
@@ -417,11 +426,6 @@ impl Buffer {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
-    }
-
-    /// The device whose memory it is.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
     }
 
     /// Writes `data` at `at` bytes; waits until it is there.
@@ -511,6 +515,17 @@ impl Pinned {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
+    }
+
+    /// Where a kernel finds it: pinned memory has one address for host and devices.
+    pub(crate) fn device_address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// Its first 8 bytes, which a kernel may write meanwhile.
+    pub(crate) fn word(&self) -> &AtomicU64 {
+        // SAFETY: page aligned, at least 16 bytes, and any bits are a number.
+        unsafe { AtomicU64::from_ptr(self.address.cast()) }
     }
 
     /// The first `count` bytes / 4 as floats.

@@ -388,6 +388,7 @@ impl AttentionAt<'_> {
             places: self.places.0.address() + self.places.1 as u64,
             q: self.q.address(),
             eps: self.eps,
+            per_dim: 1.0 / self.heads.head_dim as f32,
             layer: self.layer as i32,
             heads: self.heads.heads as i32,
             kv_heads: self.heads.kv_heads as i32,

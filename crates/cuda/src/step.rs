@@ -1,10 +1,11 @@
 //! A whole step of one token in one kernel (`kernels/step.cu`), for models whose matrices are all decoded and stay where they are.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::CudaError;
 use crate::abi;
-use crate::driver::{Buffer, Device, Function, Pinned, Shape, Stream};
+use crate::driver::{Buffer, Device, Event, Function, Pinned, Shape, Stream};
 use crate::kernels::{Heads, Kernels, Queue};
 use crate::layout::{
     ATTENTION_SPLITS, ATTENTION_WARPS, Geometry, LANES, STEP_HIDDEN_MAX, STEP_PACE, STEP_SLOT, STEP_WARPS, SUPERSTEP_COLS, TILE_ROWS,
@@ -20,6 +21,10 @@ const SLOTS_MAX: usize = 6;
 const _: () = assert!(STEP_PACE < SLOTS_MIN);
 /// What the arrivals at a sum add up to, in step.cu.
 const COMPLETE: usize = 128;
+/// Words of a step's input besides embedding and angles: the place, and gaps before the parts.
+const INPUT_ROOM: usize = 256;
+/// How often the host looks for an answer before it asks the driver whether the kernel has failed.
+const LOOKS: usize = 10_000;
 
 /// A matrix of a step.
 #[derive(Clone, Copy, Debug)]
@@ -70,17 +75,15 @@ pub struct StepModel<'a> {
     pub vocab: usize,
 }
 
-/// Where a step finds its token: embedding, angles ([`AttentionAt::turn`](crate::AttentionAt::turn)) and [`Place`](crate::Place), at bytes of a buffer;
-/// and where it leaves the logits.
+/// Where a step finds its token: the embedding, (hidden), from the start of the host's memory; behind it, at multiples of 4 bytes, angles
+/// ([`AttentionAt::turn`](crate::AttentionAt::turn)) and [`Place`](crate::Place). And where it leaves the logits.
 #[derive(Clone, Copy, Debug)]
 pub struct StepInput<'a> {
-    /// The buffer.
-    pub input: &'a Buffer,
-    /// Of the embedding, (hidden).
-    pub x: usize,
+    /// What the step reads while it runs.
+    pub input: &'a Pinned,
     /// Of the angles.
     pub turn: usize,
-    /// Of the place.
+    /// Of the place, behind them.
     pub place: usize,
     /// (vocab)
     pub logits: &'a Buffer,
@@ -95,8 +98,12 @@ pub struct Step {
     /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
     _arrivals: Buffer,
-    /// The greatest logit's rank; sums, flags, and what attention and silu leave: all of which a step finds cleared.
+    /// The greatest logit's rank; sums, flags, the token's input, and what attention and silu leave: all of which a step finds cleared.
     cleared: Buffer,
+    /// Words of the input.
+    input_words: usize,
+    /// The greatest logit's rank, by the kernel; 0 before it is known.
+    answer: Pinned,
 }
 
 /// Places of parts of a buffer, in bytes.
@@ -130,9 +137,10 @@ impl Step {
         let blocks = device.properties().multiprocessors as usize;
         let parts_max = parts_max(&model.layers, &model.head, blocks);
         let plan = plan(&model.layers, &model.head, blocks);
-        let room = |slots| shared_bytes(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len(), parts_max, plan[PRODUCTS + 1]);
-        let slots = (SLOTS_MIN..=SLOTS_MAX).rev().find(|&slots| room(slots) <= function.shared_bytes as usize);
-        let (Some(slots), true) = (slots, padded_hidden <= STEP_HIDDEN_MAX) else { return Ok(None) };
+        let room = |slots| Room::new(slots, 64 << kernel, padded_hidden, frag_bytes, matrices.len(), parts_max, plan[PRODUCTS + 1]);
+        let fit =
+            (SLOTS_MIN..=SLOTS_MAX).rev().map(|slots| (slots, room(slots))).find(|(_, room)| room.bytes <= function.shared_bytes as usize);
+        let (Some((slots, room)), true) = (fit, padded_hidden <= STEP_HIDDEN_MAX) else { return Ok(None) };
         // A warp's share is computed once for all layers.
         let geometry = |index: usize| matrices[index].form.geometry();
         if (0..matrices.len() - 1).any(|index| geometry(index) != geometry(index % PRODUCTS)) {
@@ -152,8 +160,9 @@ impl Step {
         let arrivals = device.upload(&arrivals, "a step's arrivals")?;
         let (layer_count, heads) = (model.layers.len(), model.heads.heads);
         let mut places = Places::default();
-        let greatest = places.place(size_of::<u64>());
-        assert_eq!(greatest, 0, "`copy_greatest` copies from the start");
+        let (greatest, done) = (places.place(size_of::<u64>()), places.place(size_of::<u32>()));
+        let input_words = model.hidden + model.heads.head_dim + INPUT_ROOM;
+        let input = places.place(input_words * size_of::<u32>());
         let sums: Vec<u64> = matrices
             .iter()
             .enumerate()
@@ -169,6 +178,7 @@ impl Step {
         let rows_of_qkv = model.layers.first().map_or(0, |_| geometry(0).padded_rows());
         let (qkv, mixed, active) = (words(rows_of_qkv), words(heads * model.heads.head_dim), words(model.intermediate));
         let cleared = device.allocate(places.0, "a step's sums")?;
+        let answer = device.pin(size_of::<u64>())?;
 
         let product = |index: usize| {
             let m = matrices[index];
@@ -200,9 +210,8 @@ impl Step {
             layers: layers.address(),
             head: product(matrices.len() - 1),
             final_norm: model.final_norm.address(),
-            x: 0,
-            turn: 0,
-            place: 0,
+            given: 0,
+            input: cleared.address() + input,
             parts: cleared.address() + parts,
             stats: cleared.address() + stats,
             qkv: cleared.address() + qkv,
@@ -210,6 +219,8 @@ impl Step {
             active: cleared.address() + active,
             logits: 0,
             greatest: cleared.address() + greatest,
+            done: cleared.address() + done,
+            answer: answer.device_address(),
             eps: model.eps,
             scale: 1.0 / (model.heads.head_dim as f32).sqrt(),
             layer_count: layer_count as i32,
@@ -223,36 +234,39 @@ impl Step {
             v_row: model.heads.v_row as i32,
             up_row: model.up_row as i32,
             vocab: model.vocab as i32,
-            frag_bytes: frag_bytes as i32,
+            turn_at: 0,
+            place_at: 0,
             slots: slots as i32,
             parts_max: parts_max as i32,
+            per_dim: 1.0 / model.heads.head_dim as f32,
+            per_column: 1.0 / model.hidden as f32,
+            group: abi::Divisor::new((heads / model.heads.kv_heads) as u32),
+            at: room.at,
             plan: plan.map(|words| words as i32),
         };
-        let step = Self { args, function, shared_bytes: room(slots), _layers: layers, _arrivals: arrivals, cleared };
+        let step = Self { args, function, shared_bytes: room.bytes, _layers: layers, _arrivals: arrivals, cleared, input_words, answer };
         step.clear()?;
         Ok(Some(step))
     }
 
-    /// Copies what [`greatest`](Self::greatest) reads, 8 bytes, behind the step; before [`clear`](Self::clear).
+    /// Waits for the token of the greatest logit, in the order of `f32::total_cmp`, the first of equals. `None` if a logit is not finite or activations left
+    /// the range of the step's numbers: then all logits are NaN, and launches can tell. `done`: recorded behind the step.
     ///
     /// # Errors
-    /// The driver's.
-    ///
-    /// # Panics
-    /// If `to` has no room.
-    pub fn copy_greatest(&self, to: &mut Pinned) -> Result<(), CudaError> {
-        self.cleared.device().copy_out(to, &self.cleared, size_of::<u64>(), Stream::Compute)
-    }
-
-    /// The token of the greatest logit, in the order of `f32::total_cmp`, the first of equals. From what [`copy_greatest`](Self::copy_greatest) brought.
-    /// `None` if a logit is not finite or activations left the range of the step's numbers: then all logits are NaN, and launches can tell.
-    ///
-    /// # Panics
-    /// If `from` has fewer than 8 bytes.
-    #[must_use]
-    pub fn greatest(from: &Pinned) -> Option<u32> {
-        let rank = u64::from_le_bytes(*from.bytes().first_chunk().expect("a rank"));
-        (rank != u64::MAX).then_some(!(rank as u32))
+    /// The kernel's.
+    pub fn greatest(&self, done: &Event) -> Result<Option<u32>, CudaError> {
+        let answer = self.answer.word();
+        loop {
+            for _ in 0..LOOKS {
+                match answer.load(Ordering::Acquire) {
+                    0 => std::hint::spin_loop(),
+                    rank => return Ok((rank != u64::MAX).then_some(!(rank as u32))),
+                }
+            }
+            if done.passed()? && answer.load(Ordering::Acquire) == 0 {
+                return Err(CudaError::Call { call: "step", cause: "ended without an answer".into() });
+            }
+        }
     }
 
     /// Clears what a step leaves behind: before the next one, and best while the host looks at the logits of this one.
@@ -265,7 +279,7 @@ impl Step {
 }
 
 impl Queue<'_> {
-    /// A step of one token. [`Step::clear`] must have followed the one before.
+    /// A step of one token. [`Step::clear`] must have followed the one before, and that one must have ended: its answer is forgotten.
     ///
     /// # Errors
     /// The driver's.
@@ -274,15 +288,14 @@ impl Queue<'_> {
     /// If a buffer has too little room.
     pub fn step(&mut self, step: &Step, at: &StepInput<'_>) -> Result<(), CudaError> {
         let mut args = step.args;
-        let ends = [
-            at.x + args.hidden as usize * size_of::<f32>(),
-            at.turn + args.head_dim as usize * size_of::<f32>(),
-            at.place + size_of::<crate::Place>(),
-        ];
-        assert!(ends.iter().all(|&end| end <= at.input.bytes()), "the token lies in its buffer");
-        assert!(args.vocab as usize * size_of::<f32>() <= at.logits.bytes(), "room for the logits");
-        let address = |offset: usize| at.input.address() + offset as u64;
-        (args.x, args.turn, args.place, args.logits) = (address(at.x), address(at.turn), address(at.place), at.logits.address());
+        let (word, end) = (size_of::<f32>(), at.place + size_of::<crate::Place>());
+        assert!(end <= at.input.bytes().len() && end <= step.input_words * word, "the token lies in its memory");
+        assert!(at.turn >= args.hidden as usize * word && at.place >= at.turn + args.head_dim as usize * word, "in order");
+        assert!(at.turn.is_multiple_of(word) && at.place.is_multiple_of(word), "words");
+        assert!(args.vocab as usize * word <= at.logits.bytes(), "room for the logits");
+        (args.given, args.logits) = (at.input.device_address(), at.logits.address());
+        (args.turn_at, args.place_at) = ((at.turn / word) as i32, (at.place / word) as i32);
+        step.answer.word().store(0, Ordering::Release);
         self.launch_step(&step.function, step.shared_bytes, args)
     }
 }
@@ -364,37 +377,51 @@ const fn attend_room_bytes(dim: usize) -> usize {
     (2 * ATTENTION_WARPS + ATTENTION_WARPS * dim + 8 + dim) * size_of::<f32>()
 }
 
-/// What `Room` in step.cu takes, for heads of at most `dim` numbers.
-fn shared_bytes(
-    slots: usize,
-    dim: usize,
-    padded_hidden: usize,
-    frag_bytes: usize,
-    products: usize,
-    parts_max: usize,
-    planned: usize,
-) -> usize {
-    let slot = STEP_SLOT * SUPERSTEP_COLS * TILE_ROWS / 2;
-    let parts = [
-        STEP_WARPS * slots * slot,
-        STEP_WARPS * slots * 8,
-        2 * attend_room_bytes(dim),
-        padded_hidden * size_of::<f32>(),
-        frag_bytes,
-        frag_bytes / SUPERSTEP_COLS * 8,
-        STEP_WARPS * TILE_ROWS * 8,
-        parts_max * TILE_ROWS * 8,
-        3 * parts_max * 4,
-        2 * (STEP_HIDDEN_MAX / TILE_ROWS),
-        STEP_HIDDEN_MAX / SUPERSTEP_COLS * 8,
-        2 * size_of::<abi::StepLayer>(),
-        products * 8,
-        (PRODUCTS + 1) * STEP_WARPS * 20,
-        (PRODUCTS + 1) * 48,
-        STEP_WARPS * planned * 4,
-        STEP_WARPS * 4,
-    ];
-    parts.iter().map(|bytes| bytes.next_multiple_of(128)).sum()
+/// A block's shared memory: `Room` in step.cu.
+struct Room {
+    /// Where the parts begin whose size varies.
+    at: abi::Places,
+    bytes: usize,
+}
+
+impl Room {
+    /// For heads of at most `dim` numbers.
+    fn new(slots: usize, dim: usize, padded_hidden: usize, frag_bytes: usize, products: usize, parts_max: usize, planned: usize) -> Self {
+        let fixed = [
+            2 * attend_room_bytes(dim),
+            STEP_WARPS * TILE_ROWS * 8,
+            2 * (STEP_HIDDEN_MAX / TILE_ROWS),
+            STEP_HIDDEN_MAX / SUPERSTEP_COLS * 8,
+            2 * size_of::<abi::StepLayer>(),
+            size_of::<abi::StepProduct>(),
+            dim * size_of::<f32>(),
+            (PRODUCTS + 1) * STEP_WARPS * 24,
+            (PRODUCTS + 1) * 52,
+            STEP_WARPS * 4,
+        ];
+        let mut bytes = 0;
+        let mut place = |size: usize| {
+            let at = bytes;
+            bytes += size.next_multiple_of(128);
+            at as i32
+        };
+        for size in fixed {
+            place(size);
+        }
+        let slot = STEP_SLOT * SUPERSTEP_COLS * TILE_ROWS / 2;
+        let at = abi::Places {
+            ring: place(STEP_WARPS * slots * slot),
+            bars: place(STEP_WARPS * slots * 8),
+            x: place(padded_hidden * size_of::<f32>()),
+            frag: place(frag_bytes),
+            info: place(frag_bytes / SUPERSTEP_COLS * 8),
+            parts: place(parts_max * TILE_ROWS * 8),
+            warps: place(3 * parts_max * 4),
+            nibbles: place(products * 8),
+            plan: place(STEP_WARPS * planned * 4),
+        };
+        Self { at, bytes }
+    }
 }
 
 /// The bytes of a layer's arguments, field by field.
@@ -437,7 +464,7 @@ mod tests {
     #[test]
     fn a_large_model_fits_a_hopper() {
         // 70 B: 8192 columns, 28,672 in the middle, 80 layers, heads of 128, 220 slots of a warp; 227 KiB a block.
-        assert!(shared_bytes(SLOTS_MIN, 128, 8192, 28_672, 321, 61 + STEP_WARPS, 220) <= 227 * 1024);
+        assert!(Room::new(SLOTS_MIN, 128, 8192, 28_672, 321, 61 + STEP_WARPS, 220).bytes <= 227 * 1024);
     }
 
     #[test]

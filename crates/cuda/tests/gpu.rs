@@ -700,16 +700,15 @@ impl Tiny {
         }
     }
 
-    /// The same by launches, as the runtime puts them behind each other. `input`: as for the step. Whether all that attention and silu left is in the
-    /// range of a step's numbers.
-    fn launches(&self, gpu: &Gpu, input: &StepInput<'_>) -> bool {
+    /// The same by launches, as the runtime puts them behind each other, from an input as a step's, but on the device. Whether all that attention and silu left
+    /// is in the range of a step's numbers.
+    fn launches(&self, gpu: &Gpu, x: &Buffer, (turn, place): (usize, usize), logits: &Buffer) -> bool {
         let cols = self.matrices.iter().map(|(m, ..)| m.form().geometry().padded_cols()).max().unwrap();
         let rows = self.matrices.iter().map(|(m, ..)| m.form().geometry().padded_rows()).max().unwrap();
         let activations = [(); 2].map(|()| Activations::new(&gpu.device, 1, cols).unwrap());
         let sums = [(); 2].map(|()| gpu.device.allocate(rows * 8, "sums").unwrap());
         let q = gpu.device.allocate(self.heads.heads * self.heads.head_dim * 4, "q").unwrap();
         let mixed = Mixed::new(&gpu.device, 1, self.heads.heads, self.heads.head_dim).unwrap();
-        let x = input.input;
         let mut queue = Queue::new(&gpu.kernels);
         let at = |index: usize, turn: usize| {
             let (matrix, scale, bias) = &self.matrices[index];
@@ -743,8 +742,8 @@ impl Tiny {
                 heads: self.heads,
                 layer,
                 window: self.window,
-                turn: (x, input.turn),
-                places: (x, input.place),
+                turn: (x, turn),
+                places: (x, place),
                 q: &q,
                 out: &mixed,
             };
@@ -756,7 +755,7 @@ impl Tiny {
             say_unit(&mut queue);
         }
         multiply(&mut queue, norm(Some(at(Self::LAYERS * 4 - 1, 1))), Self::LAYERS * 4, 0);
-        queue.logits(at(Self::LAYERS * 4, 0), 1, self.vocab, input.logits).unwrap();
+        queue.logits(at(Self::LAYERS * 4, 0), 1, self.vocab, logits).unwrap();
         gpu.device.synchronize().unwrap();
         units.iter().all(|unit| unit.floats(1)[0] == FIXED_UNIT)
     }
@@ -784,11 +783,12 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
             return;
         };
         let (capacity, head_dim) = (70, model.heads.head_dim);
-        let mut greatest = gpu.device.pin(8).unwrap();
+        let done = gpu.device.event(false).unwrap();
         let kv = Tiny::LAYERS * model.heads.kv_heads * capacity * head_dim * 2;
-        let (turn, place) = ((hidden * 4).next_multiple_of(256), (hidden * 4).next_multiple_of(256) + 1024);
+        let turn = (hidden * 4).next_multiple_of(256);
+        let place = turn + (head_dim * 4).next_multiple_of(256);
         let caches: [[Buffer; 2]; 2] = [(); 2].map(|()| [(); 2].map(|()| gpu.device.allocate(kv, "keys or values").unwrap()));
-        let [input, again] = [(); 2].map(|()| gpu.device.allocate(place + 24, "input").unwrap());
+        let (mut input, again) = (gpu.device.pin(place + 24).unwrap(), gpu.device.allocate(place + 24, "input").unwrap());
         let logits = [(); 2].map(|()| gpu.device.allocate(model.vocab * 4, "logits").unwrap());
         // Positions one after another: the caches fill alike. Outliers of weights and of norms together leave the range of a step's numbers, but rarely.
         let mut positions_in_range = 0;
@@ -797,31 +797,36 @@ fn a_step_in_one_kernel_is_what_its_launches_are() {
             let angle = |i: usize| f64::from(position) * 10000f64.powf(-2.0 * i as f64 / head_dim as f64);
             let half = 0..head_dim / 2;
             let angles: Vec<f32> = half.clone().map(|i| angle(i).cos() as f32).chain(half.map(|i| angle(i).sin() as f32)).collect();
-            for (input, [keys, values]) in [&input, &again].into_iter().zip(&caches) {
-                input.write(0, &x).unwrap();
-                input.write(turn, &angles).unwrap();
-                input.write(place, &[keys.address(), values.address(), u64::from(position) | (capacity as u64) << 32]).unwrap();
-            }
+            let staged = |[keys, values]: &[Buffer; 2]| {
+                let place_words = [keys.address(), values.address(), u64::from(position) | (capacity as u64) << 32];
+                staged(&[
+                    (0, f32_bytes(&x)),
+                    (turn, f32_bytes(&angles)),
+                    (place, place_words.iter().flat_map(|x| x.to_le_bytes()).collect()),
+                ])
+            };
+            input.bytes_mut().copy_from_slice(&staged(&caches[0]));
+            again.write(0, &staged(&caches[1])).unwrap();
             logits.iter().for_each(|b| b.fill_range(0, b.bytes(), 0xab, Stream::Compute).unwrap());
-            let at = |input, logits| StepInput { input, x: 0, turn, place, logits };
-            Queue::new(&gpu.kernels).step(&step, &at(&input, &logits[0])).unwrap();
-            step.copy_greatest(&mut greatest).unwrap();
+            Queue::new(&gpu.kernels).step(&step, &StepInput { input: &input, turn, place, logits: &logits[0] }).unwrap();
+            gpu.device.record(&done, Stream::Compute).unwrap();
             step.clear().unwrap();
-            let in_range = model.launches(&gpu, &at(&again, &logits[1]));
+            let greatest = step.greatest(&done).unwrap();
+            let in_range = model.launches(&gpu, &again, (turn, place), &logits[1]);
             let [found, expected] = [0, 1].map(|i| logits[i].read::<u32>(0, model.vocab).unwrap());
             assert!(
                 expected.iter().all(|&x| f32::from_bits(x).is_finite()),
                 "{what}, position {position}: the launches' logits are numbers"
             );
             if !in_range {
-                assert_eq!(Step::greatest(&greatest), None, "{what}, position {position}: out of range");
+                assert_eq!(greatest, None, "{what}, position {position}: out of range");
                 eprintln!("{what}: position {position} leaves the range");
                 break;
             }
             positions_in_range += 1;
             let key = |&id: &usize| (f32::from_bits(expected[id]), std::cmp::Reverse(id));
             let first = (0..model.vocab).max_by(|a, b| key(a).0.total_cmp(&key(b).0).then(key(a).1.cmp(&key(b).1)));
-            assert_eq!(Step::greatest(&greatest).map(|id| id as usize), first, "{what}, position {position}: the greatest logit");
+            assert_eq!(greatest.map(|id| id as usize), first, "{what}, position {position}: the greatest logit");
             let wrong = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
             assert_eq!(wrong, 0, "{what}, position {position}: logits that differ");
         }
@@ -844,10 +849,10 @@ fn a_step_out_of_its_numbers_range_gives_no_answer() {
         eprintln!("SKIPPED: a step in one kernel needs a Hopper GPU or a newer one, and a compiler for it");
         return;
     };
-    let mut greatest = gpu.device.pin(8).unwrap();
+    let done = gpu.device.event(false).unwrap();
     let [keys, values] = [(); 2].map(|()| gpu.device.allocate(Tiny::LAYERS * 2 * 4 * 64 * 2, "keys or values").unwrap());
-    let (turn, place) = (hidden * 4, hidden * 4 + 1024);
-    let input = gpu.device.allocate(place + 24, "input").unwrap();
+    let (turn, place) = (hidden * 4, hidden * 4 + 256);
+    let (mut input, again) = (gpu.device.pin(place + 24).unwrap(), gpu.device.allocate(place + 24, "input").unwrap());
     let logits = gpu.device.allocate(model.vocab * 4, "logits").unwrap();
     let (up, ordinary) =
         (&model.matrices[2].1, model.matrices[2].1.read::<f32>(0, model.matrices[2].0.form().geometry().padded_rows()).unwrap());
@@ -855,27 +860,38 @@ fn a_step_out_of_its_numbers_range_gives_no_answer() {
     for factor in [1.0, 1e6, f32::NAN, 1.0] {
         up.write(0, &ordinary.iter().map(|scale| scale * factor).collect::<Vec<_>>()).unwrap();
         let x = rng.floats(hidden);
-        let at = StepInput { input: &input, x: 0, turn, place, logits: &logits };
-        let write = || {
-            input.write(0, &x).unwrap();
-            input.write(turn, &[[1f32; 32], [0f32; 32]].concat()).unwrap();
-            input.write(place, &[keys.address(), values.address(), 4 << 32]).unwrap();
-        };
-        write();
-        let in_range = model.launches(&gpu, &at);
+        let places: Vec<u8> = [keys.address(), values.address(), 4 << 32].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let staged = staged(&[(0, f32_bytes(&x)), (turn, f32_bytes(&[[1f32; 32], [0f32; 32]].concat())), (place, places)]);
+        again.write(0, &staged).unwrap();
+        let in_range = model.launches(&gpu, &again, (turn, place), &logits);
         assert!(factor == 1.0 || !in_range, "{factor}: in range by the launches' units");
         let expected: Vec<f32> = logits.read(0, model.vocab).unwrap();
         assert!(expected.iter().all(|logit| logit.is_nan() == factor.is_nan()), "{factor}: launches have no range");
-        write();
-        Queue::new(&gpu.kernels).step(&step, &at).unwrap();
-        step.copy_greatest(&mut greatest).unwrap();
+        input.bytes_mut().copy_from_slice(&staged);
+        Queue::new(&gpu.kernels).step(&step, &StepInput { input: &input, turn, place, logits: &logits }).unwrap();
+        gpu.device.record(&done, Stream::Compute).unwrap();
         step.clear().unwrap();
+        let greatest = step.greatest(&done).unwrap();
         gpu.device.synchronize().unwrap();
         let found: Vec<f32> = logits.read(0, model.vocab).unwrap();
-        assert_eq!(Step::greatest(&greatest).is_some(), in_range, "{factor}");
+        assert_eq!(greatest.is_some(), in_range, "{factor}");
         assert!(found.iter().all(|logit| logit.is_nan() != in_range), "{factor}: all logits are numbers, or none");
         assert!(!in_range || found == expected, "{factor}: the same logits");
     }
+}
+
+/// Bytes with parts at their places.
+fn staged(parts: &[(usize, Vec<u8>)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (at, part) in parts {
+        bytes.resize(*at, 0);
+        bytes.extend(part);
+    }
+    bytes
+}
+
+fn f32_bytes(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 /// f16 of a number that f16 holds exactly.

@@ -175,6 +175,16 @@ __device__ __forceinline__ uint4 load_shared_16(u32 address) {
   return v;
 }
 
+// A sum in global memory: nobody waits for what it was. Of a pointer that may be to any memory, `atomicAdd` would look where it points, and wait.
+__device__ __forceinline__ void add_global(u64* p, u64 v) { asm volatile("red.relaxed.gpu.global.add.u64 [%0],%1;" ::"l"(p), "l"(v) : "memory"); }
+
+// n / by without a division, where n * by < 2^32.
+struct Divisor {
+  u32 by;
+  u32 magic; // 2^32 / by, rounded up
+  __device__ __forceinline__ int of(int n) const { return by == 1 ? n : __umulhi(n, magic); }
+};
+
 // Activations from a tile's segment on, for far symbols: m * q of a token and column.
 struct OfSegment {
   const i8* q;

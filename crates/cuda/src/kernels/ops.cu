@@ -211,7 +211,7 @@ __device__ __forceinline__ void attention_of_grid(const Attention& P) { // (head
   const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, t = blockIdx.y;
   launch_dependents();
   wait_for_kernel_before();
-  attention<PAIRS>(whole_block(), room, P, P.places[t], P.q + ((size_t)t * P.heads + head) * P.head_dim, head, split, PartOut(P, t, head, split));
+  attention<PAIRS>(whole_block(), room, P, P.places[t], P.q + ((size_t)t * P.heads + head) * P.head_dim, head / (P.heads / P.kv_heads), split, PartOut(P, t, head, split));
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_64(Attention P) { attention_of_grid<1>(P); }   // head_dim <= 64
@@ -227,7 +227,7 @@ __device__ __forceinline__ void attend_of_grid(const Attend& P) {
   const Crew crew = whole_block();
   const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, group = R.heads / R.kv_heads, kv_head = head / group;
   launch_dependents();
-  const Rows rows = rows_of(R, head);
+  const Rows rows = rows_of(R, head, kv_head);
   for (int part = 0; part < 3; part++) fetch_pair_constants(crew, R, rows.of[part]);
   // Written before the step's first kernel: they need not be waited for.
   const Place place = R.places[0];
@@ -235,7 +235,7 @@ __device__ __forceinline__ void attend_of_grid(const Attend& P) {
   fetch_positions(crew, P.attention, place, kv_head, blockIdx.x - kv_head * group * SPLITS);
   wait_for_kernel_before();
   const float2 q = pair_of(crew, R, 0, rows.of[Q]), k = pair_of(crew, R, 0, rows.of[K]), v = pair_of(crew, R, 0, rows.of[V]);
-  attend<PAIRS>(crew, room, P, place, angle, head, split, q, k, v, PartOut(P.attention, 0, head, split));
+  attend<PAIRS>(crew, room, P, place, angle, kv_head, split, q, k, v, PartOut(P.attention, 0, head, split));
 }
 
 extern "C" __global__ void __launch_bounds__(256) attend_64(Attend P) { attend_of_grid<1>(P); }

@@ -21,6 +21,9 @@
 // Every block norms the whole residual stream for itself and keeps it in shared memory.  Since a norm waits for all rows of o or down, no block is ever
 // more than one product ahead of another that has a share in it; so attention's parts may lie in one place for all layers.
 //
+// Host.  No copy stands before or behind the kernel: it reads its token in the host's memory, each block a part that it leaves as words for all, and the last block
+// that is done writes there which logit is the greatest.
+//
 // Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums and words of all layers cleared.
 //
 // Cost.  An 8 B-shaped layer takes some 48 us on an H100, of which its weights alone would take 35, and some 40 on an H200, where they would take 25.  Before
@@ -44,6 +47,11 @@
 // cycles 652 to 664; all lanes reading words instead of a few first 666 to 676 for 679; parts of attention put together by whoever multiplies them 613 to 644; this
 // structure's arguments in shared memory 605 for 680; no look for far symbols, scales loaded early, half the rounds' code: nothing.  Gate and up take 10.7 us however
 // many of their weights wait in the L2 cache: it gives 5.5 TB/s.
+// What the model waits for is what counts on a fast memory: without weights (none asked for, none waited for) a step at 512 positions took 1,253 us on an H100, 163 more
+// than since then: `red` instead of `atomicAdd` of a pointer whose memory the compiler does not know (it looks where it points, and waits), no division by a runtime number
+// (heads of a group, tiles of a row), places in shared memory as constants instead of sums of sizes, copies of input and answer left out (33 of them), two columns of a product
+// instead of masks for both nibbles, fewer instructions a sum. With weights 611 became 643 tokens/s there. Nothing: keys and values asked for before the query is
+// known, sums read by all as soon as few arrivals are missing.
 // Measured: bench/RESULTS.md, "CUDA".
 
 #if HOPPER
@@ -76,13 +84,17 @@ struct StepLayer {
   int unused;
 };
 
+// Where what varies in size begins in the block's shared memory.
+struct Places {
+  int ring, bars, x, frag, info, parts, warps, nibbles, plan;
+};
+
 struct Step {
   const StepLayer* layers;
   StepProduct head;
   const float* final_norm;
-  const float* x;        // the token's embedding, (hidden)
-  const float* turn;     // as in Rope
-  const Place* place;
+  const u32* given;      // in the host's memory: the token's embedding, (hidden); from `turn_at` on its angles as in Rope; from `place_at` on its Place
+  u32* input;            // the same, a word each
   u64* parts;            // attention's out, (heads, SPLITS, head_dim), a word each
   u64* stats;            // attention's stats, (layers, heads, SPLITS); 0: not there yet
   u32* qkv;              // (layers, rows), a word each
@@ -90,6 +102,8 @@ struct Step {
   u32* active;           // what silu left, (layers, intermediate), a word each
   float* logits;         // (vocab)
   u64* greatest;         // of the logits, see `rank_of`; or NO_ANSWER
+  u32* done;             // blocks that have said their greatest
+  u64* answer;           // the greatest of all, in the host's memory
   float eps;
   float scale;
   int layer_count;
@@ -103,13 +117,18 @@ struct Step {
   int v_row;
   int up_row;
   int vocab;
-  int frag_bytes;        // room for activations
+  int turn_at;           // words
+  int place_at;
   int slots;             // of a warp's ring
   int parts_max;         // room for parts of sums
+  float per_dim;         // 1 / head_dim
+  float per_column;      // 1 / hidden
+  Divisor group;         // heads of a KV head
+  Places at;
   int plan[KINDS + 1];   // of a warp's slots of all kinds, where each kind's begin; and how many there are
 };
 
-static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 272, "as abi.rs says");
+static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 336, "as abi.rs says");
 
 // What a block multiplies of the matrices of a kind, in row tiles; of gate and up as many of each.
 struct Block {
@@ -124,7 +143,7 @@ struct Block {
   int begin;             // supersteps of columns that the block meets
   int end;
   int local;             // a block has all columns of its rows, and goes through them before the next row tile
-  int unused;
+  Divisor per;           // tiles of a row tile, if local; else of a segment
   __device__ __forceinline__ int row_tile(int i) const { return i < half ? first + i : second + (i - half); }
 };
 
@@ -134,12 +153,13 @@ struct Share {
   int row;               // where it begins: which of the block's row tiles
   int seg;               // column segment
   int slot;              // slot of the tile
+  int tiles;             // that begin in it
   u32 plan;              // address: where in the matrix its slots are, a word each: the first superstep * 2, + 1 if there are two
 };
 
-static_assert(sizeof(Block) == 48 && sizeof(Share) == 20, "as step.rs says");
+static_assert(sizeof(Block) == 52 && sizeof(Share) == 24, "as step.rs says");
 
-// Shared memory, in order; `shared_bytes` of step.rs adds it up.
+// Shared memory, `Room` of step.rs: what is as long for all models first.
 struct Room {
   u32 ring;              // (warps, slots)
   u32 bars;              // (warps): a barrier a slot
@@ -153,6 +173,8 @@ struct Room {
   u8* arrivals;          // (o and down, row tiles)
   Both* said;            // (supersteps of the residual stream): sum of squares, maximum
   StepLayer* layers;     // this one and the next, by turns
+  StepProduct* head;
+  float* turn;           // (head_dim)
   const u8** nibbles;    // (products)
   Share* shares;         // (kinds, warps)
   Block* blocks;         // (kinds)
@@ -204,9 +226,13 @@ __device__ __forceinline__ float number_of(u64 word) { return __uint_as_float((u
 
 __device__ __forceinline__ bool complete(i64 sum) { return ((u32)sum & 255) == COMPLETE; }
 
-__device__ __forceinline__ bool complete(const FourSums& s) { return complete(s.a.x) && complete(s.a.y) && complete(s.b.x) && complete(s.b.y); }
+// Of four sums: the low 8 bits are 0 if all are complete.
+__device__ __forceinline__ u32 missing(const FourSums& s) { return ((u32)s.a.x ^ COMPLETE) | ((u32)s.a.y ^ COMPLETE) | ((u32)s.b.x ^ COMPLETE) | ((u32)s.b.y ^ COMPLETE); }
 __device__ __forceinline__ FourSums load_four_now(const i64* p) { return {load_two_now(p), load_two_now(p + 2)}; }
-__device__ __forceinline__ FourSums sums_alone(const FourSums& s) { return {{s.a.x >> 8, s.a.y >> 8}, {s.b.x >> 8, s.b.y >> 8}}; }
+// `value_of` the sum alone.
+__device__ __forceinline__ float value_of_arrived(i64 sum, float unit, float scale) {
+  return __fmaf_rn((float)(int)(sum >> 32), 16777216.0f, (float)((u32)sum >> 8)) * (0.0625f * unit) * scale;
+}
 
 // All warps but the one that feeds them.
 __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 3,%0;" ::"n"(STEP_THREADS) : "memory"); }
@@ -302,7 +328,7 @@ struct OfRoom {
   int first_superstep;
   __device__ __forceinline__ i64 operator()(int, int col) const {
     const int c = first_superstep * SUPERSTEP + col;
-    const u32 word = load_shared(room.frag + (c & ~63) + (c >> 3 & 3) * 16 + (c & 1) * 8 + (c >> 5 & 1) * 4);
+    const u32 word = load_shared(room.frag + (c & ~127) + (c >> 3 & 3) * 32 + (c & 1) * 16 + (c >> 6 & 1) * 8 + (c >> 5 & 1) * 4);
     return (i64)room.info[c / SUPERSTEP].x * (i8)(word >> (c >> 1 & 3) * 8);
   }
 };
@@ -313,44 +339,45 @@ struct Far {
   u32 at, end;
 };
 __device__ __forceinline__ Far far_of(const Plain& M, const Block& block, const Share& share) {
-  const int lane = threadIdx.x & 31, begun = share.slot > 0, tiles = (share.slot + share.slots + block.slots - 1) / block.slots - begun;
-  if (lane >= tiles) return {0, 0};
-  if (tiles > 32) return {0, 1}; // to be looked for one by one
-  const int i = lane + begun + (block.local ? share.seg : share.row), per = block.local ? block.segs : block.count;
-  const int row = block.local ? share.row + i / per : i % per, seg = block.local ? i % per : share.seg + i / per;
+  const int lane = threadIdx.x & 31;
+  if (lane >= share.tiles) return {0, 0};
+  if (share.tiles > 32) return {0, 1}; // to be looked for one by one
+  const int i = lane + (share.slot > 0) + (block.local ? share.seg : share.row), whole = block.per.of(i), rest = i - whole * block.per.by;
+  const int row = block.local ? share.row + whole : rest, seg = block.local ? rest : share.seg + whole;
   const u32* off = M.far_off + seg * block.row_tiles + block.row_tile(row);
   return {__ldg(off), __ldg(off + 1)};
 }
 
-// N supersteps' sums of rows g and g + 8, times 16. `from`: the lane's weights in the ring, `x`: activations. Of a tile's eight columns only the first is
-// used: the lanes that hold the others need no activations.
+// N supersteps' sums of rows g and g + 8, times 16. `from`: the lane's weights in the ring, `x`: the lane's activations. Of a product's eight columns two are used, the
+// first with activations of the even columns (the low nibbles), the second with those of the odd ones: a byte as it is, a signed number, is 16 times its high nibble, and
+// the low one, whose part the second column of the low nibbles tells.
 template <int N>
 __device__ __forceinline__ void multiply(u32 from, u32 x, const int2* info, i64& y0, i64& y1, Ring& ring) {
-  const bool first_column = (threadIdx.x & 31) < 4;
-  const u32 L = 0x0f0f0f0f, H = 0xf0f0f0f0;
-  uint4 a[N * 2], f[N * 2];
+  const u32 L = 0x0f0f0f0f;
+  uint4 a[N * 2], f[N];
   int2 m[N];
 #pragma unroll
-  for (int i = 0; i < N * 2; i++) {
-    a[i] = load_ring(from + i * (SUPERSTEP_BYTES / 2));
+  for (int i = 0; i < N; i++) {
+    a[i * 2] = load_ring(from + i * SUPERSTEP_BYTES);
+    a[i * 2 + 1] = load_ring(from + i * SUPERSTEP_BYTES + SUPERSTEP_BYTES / 2);
     f[i] = make_uint4(0, 0, 0, 0);
-    if (first_column) f[i] = load_shared_16(x + i * 64);
+    if ((threadIdx.x & 31) < 8) f[i] = load_shared_16(x + i * SUPERSTEP);
+    m[i] = info[i];
   }
-#pragma unroll
-  for (int i = 0; i < N; i++) m[i] = info[i];
   __syncwarp(); // all lanes have what is overwritten
   ring.pass();
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    int low[2][4] = {}, high[2][4] = {};
+    int low[4] = {}, all[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint4 v = a[i * 2 + half], b = f[i * 2 + half];
-      mma(low[half], v.x & L, v.y & L, v.z & L, v.w & L, b.x, b.y);
-      mma(high[half], v.x & H, v.y & H, v.z & H, v.w & H, b.z, b.w);
+      const uint4 v = a[i * 2 + half];
+      const u32 b0 = half ? f[i].z : f[i].x, b1 = half ? f[i].w : f[i].y;
+      mma(low, v.x & L, v.y & L, v.z & L, v.w & L, b0, b1);
+      mma(all, v.x, v.y, v.z, v.w, b0, b1);
     }
-    y0 += (i64)m[i].x * ((low[0][0] + low[1][0]) * 16 + (high[0][0] + high[1][0] - m[i].y));
-    y1 += (i64)m[i].x * ((low[0][2] + low[1][2]) * 16 + (high[0][2] + high[1][2] - m[i].y));
+    y0 += (i64)m[i].x * (low[0] * 16 + (all[1] - low[1] - m[i].y));
+    y1 += (i64)m[i].x * (low[2] * 16 + (all[3] - low[3] - m[i].y));
   }
 }
 
@@ -360,7 +387,7 @@ __device__ __forceinline__ void product(const StepProduct& of, int which, Ring& 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const Block& block = room.blocks[which];
   const Share share = room.shares[which * STEP_WARPS + warp];
-  const u32 mine = lane * 16, frag = room.frag + (lane & 3) * 16;
+  const u32 mine = lane * 16, frag = room.frag + (lane & 3) * 32 + (lane >> 2) * 16;
   const bool any = __any_sync(~0u, far.at < far.end);
   int row = share.row, seg = share.seg, slot = share.slot;
   i64 y0[1] = {0}, y1[1] = {0};
@@ -400,8 +427,8 @@ __device__ __forceinline__ void product(const StepProduct& of, int which, Ring& 
       if ((lane & 3) == 0) {
         const u32 arrival = seg == 0 && slot == 0 ? room.arrivals[(which == DOWN) * (STEP_HIDDEN_MAX / TILE_ROWS) + row_tile] : 1;
         u64* out = (u64*)(of.sums + row_tile * TILE_ROWS + (lane >> 2));
-        atomicAdd(out, (u64)(y0[0] * 256 + arrival));
-        atomicAdd(out + 8, (u64)(y1[0] * 256 + arrival));
+        add_global(out, (u64)(y0[0] * 256 + arrival));
+        add_global(out + 8, (u64)(y1[0] * 256 + arrival));
       }
       y0[0] = y1[0] = 0;
       if (++row == block.count) row = 0, seg++;
@@ -413,7 +440,7 @@ __device__ __forceinline__ void product(const StepProduct& of, int which, Ring& 
 // N sums whose parts the block's warps left, of rows i, i + rows ... of the block's; `warps`: of the matrix.
 template <int N>
 __device__ __forceinline__ void own_sums(const Room& room, const u32* warps, int i, int rows, i64 (&sums)[N]) {
-  constexpr int AT_ONCE = 4; // parts of a sum whose loads are in flight together
+  constexpr int AT_ONCE = 8 / N; // parts of a sum whose loads are in flight together
   const i64* part[N];
   int left[N], most = 0;
 #pragma unroll
@@ -433,7 +460,9 @@ __device__ __forceinline__ void own_sums(const Room& room, const u32* warps, int
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) of[n][j] = begun + j < left[n] ? part[n][(begun + j) * TILE_ROWS] : 0;
 #pragma unroll
-    for (int n = 0; n < N; n++) sums[n] += of[n][0] + of[n][1] + (of[n][2] + of[n][3]);
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j += 2) sums[n] += of[n][j] + of[n][j + 1];
   }
 }
 
@@ -455,20 +484,19 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
 #pragma unroll
   for (int r0 = 0; r0 < ROUNDS; r0 += AT_ONCE) {
     if (superstep_of(0, r0) >= supersteps) break;
-    Four w[AT_ONCE], scale[AT_ONCE] = {}, bias[AT_ONCE] = {}, a[AT_ONCE];
+    // Beyond the end weights and scales are 0, as the stream there is.
+    Four w[AT_ONCE] = {}, scale[AT_ONCE] = {}, a[AT_ONCE];
     float squares[AT_ONCE];
     int cols[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      cols[u] = min(column_of(0, r0 + u), hidden - 4); // beyond the end: computed, not used
-      w[u] = load_four(weight + cols[u]);
-      if (!add) continue;
-      scale[u] = load_four(add->scale + cols[u]);
-      if (add->bias) bias[u] = load_four(add->bias + cols[u]);
+      const int col = column_of(0, r0 + u);
+      cols[u] = min(col, hidden - 4);
+      if (col < hidden) w[u] = load_four(weight + col);
+      if (add && col < hidden) scale[u] = load_four(add->scale + col);
     }
 #pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) // beyond the end the last superstep's, which its own warp may be writing: not used
-      a[u] = four(room.x[min(superstep_of(0, r0 + u), supersteps - 1) * 32 + lane]);
+    for (int u = 0; u < AT_ONCE; u++) a[u] = superstep_of(0, r0 + u) < supersteps ? four(room.x[superstep_of(0, r0 + u) * 32 + lane]) : Four{};
     if (add) {
       FourSums sums[AT_ONCE];
       // Two lanes wait for a sum each, before all look at theirs: what they read over and over, weights could not pass meanwhile.
@@ -476,21 +504,28 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
       const i64* mine = add->sums + (lane == 0 ? cols[0] : cols[1]);
       while (!__all_sync(~0u, lane >= AT_ONCE || complete(load_now(mine)))) {
       }
-      bool all;
+      u32 none;
       do {
-        all = true;
+        none = 0;
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) sums[u] = load_four_now(add->sums + cols[u]);
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) all &= complete(sums[u]);
-      } while (!all);
+        for (int u = 0; u < AT_ONCE; u++) none |= missing(sums[u]);
+      } while (none & 255);
 #pragma unroll
       for (int u = 0; u < AT_ONCE; u++) {
-        const Four more = values_of(sums_alone(sums[u]), unit, scale[u], add->bias, bias[u]);
-        const bool has = column_of(0, r0 + u) < hidden;
+        const i64 all[4] = {sums[u].a.x, sums[u].a.y, sums[u].b.x, sums[u].b.y};
+        float more[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) a[u].v[j] += has ? more.v[j] : 0.0f;
-        if (has) room.x[superstep_of(0, r0 + u) * 32 + lane] = float4_of(a[u]);
+        for (int j = 0; j < 4; j++) more[j] = value_of_arrived(all[j], unit, scale[u].v[j]);
+        if (add->bias && column_of(0, r0 + u) < hidden) { // few models have them: not asked for ahead
+          const Four bias = load_four(add->bias + cols[u]);
+#pragma unroll
+          for (int j = 0; j < 4; j++) more[j] += bias.v[j];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[u].v[j] += more[j];
+        if (superstep_of(0, r0 + u) < supersteps) room.x[superstep_of(0, r0 + u) * 32 + lane] = float4_of(a[u]);
       }
     }
 #pragma unroll
@@ -507,14 +542,18 @@ __device__ __forceinline__ float normed(int hidden, float per_column, float eps,
   }
   sync_all();
   Both all = {0.0f, 0u};
-  for (int s = lane; s < supersteps; s += 32) {
-    all.sum += room.said[s].sum;
-    all.most = max(all.most, room.said[s].most);
+#pragma unroll
+  for (int s = 0; s < ROUNDS * STEP_WARPS; s += 32) {
+    if (s + lane >= supersteps) break;
+    const Both of = room.said[s + lane];
+    all.sum += of.sum;
+    all.most = max(all.most, of.most);
   }
   all = combine_warp(all);
   const float factor = norm_factor(all.sum, per_column, eps);
 #pragma unroll
   for (int r = 0; r < ROUNDS; r++) {
+    if (superstep_of(0, r) >= supersteps) break;
 #pragma unroll
     for (int j = 0; j < 4; j++) columns.of[r].v[j] *= factor;
     columns.most[r] = __float_as_uint(__uint_as_float(columns.most[r]) * factor);
@@ -552,7 +591,8 @@ __device__ __forceinline__ void gather(const u32* words, int cols, int base, int
 }
 
 // int8 activations of the supersteps from `base` on, for the block's products. `greatest`: where to say that some do not fit FIXED_UNIT; or null. Whoever
-// writes it does so before its block adds to sums, on which all logits depend. frag: (columns / 64, 4 lanes, 4 words), words as in ops.cu.
+// writes it does so before its block adds to sums, on which all logits depend. frag: (supersteps, 4 lanes, even columns | odd ones, 2
+// halves, 2 words): what a lane of `multiply` takes of a superstep is one load.
 __device__ __forceinline__ void quantize(const Room& room, int end, int base, const Columns& columns, float unit, int m_max, u64* greatest) {
   constexpr int AT_ONCE = 2; // rounds that are computed together
   const int lane = threadIdx.x & 31;
@@ -567,9 +607,9 @@ __device__ __forceinline__ void quantize(const Room& room, int end, int base, co
     for (int u = 0; u < AT_ONCE; u++) {
       const int superstep = superstep_of(base, r0 + u);
       if (superstep >= end) break;
-      const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 4) * 64 + (lane >> 1 & 3) * 16 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
+      const u32 to = room.frag + superstep * SUPERSTEP + (lane >> 1 & 3) * 32 + (lane >> 4) * 8 + (lane >> 3 & 1) * 4 + (lane & 1) * 2;
       asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"((u16)x[u].evens) : "memory");
-      asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 8), "h"((u16)x[u].odds) : "memory");
+      asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 16), "h"((u16)x[u].odds) : "memory");
       if (lane == 0) room.info[superstep] = make_int2(x[u].m, 128 * x[u].even);
       if (greatest && lane == 0 && !fits(columns.most[r0 + u])) {
         atomicMax(greatest, NO_ANSWER);
@@ -577,6 +617,47 @@ __device__ __forceinline__ void quantize(const Room& room, int end, int base, co
       }
     }
   }
+}
+
+// ---- What the host gives: read where it is by one block each, since PCIe is slow, and left as words for all.
+
+__device__ __forceinline__ u32 load_from_host(const u32* p) {
+  u32 v;
+  asm volatile("ld.relaxed.sys.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_to_host(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.u64 [%0],%1;" ::"l"(p), "l"(v) : "memory"); }
+
+constexpr int PLACE_WORDS = sizeof(Place) / 4;
+
+__device__ __forceinline__ void bring_input(const Step& P) {
+  u32 first, end;
+  share_out(0, P.place_at + PLACE_WORDS, gridDim.x, blockIdx.x, first, end);
+  for (u32 i = first + (threadIdx.x & 31); i < end; i += 32) publish(P.input + i, max(~load_from_host(P.given + i), 1u)); // of all bits set, a NaN, another NaN
+}
+__device__ __forceinline__ u32 wait_for(const u32* word) {
+  u32 v;
+  do v = load_now(word);
+  while (v == 0);
+  return ~v;
+}
+__device__ __forceinline__ void take_input(const Step& P, const Room& room) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; r++) {
+    if (superstep_of(0, r) >= P.padded_hidden / SUPERSTEP) break;
+    uint4 v = {};
+    while (column_of(0, r) < P.hidden && !complete(v)) v = load_words_now(P.input + column_of(0, r));
+    room.x[superstep_of(0, r) * 32 + lane] = column_of(0, r) < P.hidden ? float4_of(numbers_of(v)) : make_float4(0, 0, 0, 0);
+  }
+  for (int i = threadIdx.x; i < P.head_dim; i += STEP_THREADS) room.turn[i] = __uint_as_float(wait_for(P.input + P.turn_at + i));
+}
+__device__ __forceinline__ Place place_of(const Step& P) {
+  u32 words[PLACE_WORDS];
+#pragma unroll
+  for (int i = 0; i < PLACE_WORDS; i++) words[i] = wait_for(P.input + P.place_at + i);
+  auto pointer = [&](int i) { return (u16*)((u64)words[i + 1] << 32 | words[i]); };
+  return {pointer(0), pointer(2), words[4], words[5]};
 }
 
 // ---- Attention: the heads' parts, shared out to crews of half a block. Then each of a head's crews puts together the parts of some of its elements.
@@ -620,12 +701,15 @@ __device__ __forceinline__ void mix(const Step& P, int layer, int head, int spli
 // Keys and values of the positions before, on their way into the L2 cache.
 __device__ __forceinline__ void fetch_all(const Step& P, int layer, const Place& place) {
   constexpr int THREADS = ATTENTION_WARPS * 32;
-  const int which = threadIdx.x / THREADS, group = P.heads / P.kv_heads * SPLITS;
+  const int which = threadIdx.x / THREADS;
   const Crew crew = {(int)threadIdx.x % THREADS, THREADS, 1 + which};
   Attention A = {};
   A.layer = layer, A.kv_heads = P.kv_heads, A.head_dim = P.head_dim;
 #pragma unroll 1
-  for (int item = blockIdx.x + which * gridDim.x; item < P.heads * SPLITS; item += 2 * gridDim.x) fetch_positions(crew, A, place, item / group, item % group);
+  for (int item = blockIdx.x + which * gridDim.x; item < P.heads * SPLITS; item += 2 * gridDim.x) {
+    const int kv_head = P.group.of(item / SPLITS);
+    fetch_positions(crew, A, place, kv_head, item - kv_head * P.group.by * SPLITS);
+  }
 }
 
 template <int PAIRS>
@@ -633,18 +717,18 @@ __device__ __forceinline__ void attend_all(const Step& P, const Room& room, cons
   constexpr int THREADS = ATTENTION_WARPS * 32;
   static_assert(sizeof(AttendRoom<PAIRS>) == (2 * ATTENTION_WARPS + ATTENTION_WARPS * PAIRS * 64 + 8 + PAIRS * 64) * 4, "as step.rs says");
   static_assert(PAIRS * 64 <= THREADS && PAIRS * 64 <= SPLITS * 32, "a thread an element");
-  const int which = threadIdx.x / THREADS, group = P.heads / P.kv_heads * SPLITS, half = P.head_dim / 2;
+  const int which = threadIdx.x / THREADS, half = P.head_dim / 2;
   const Crew crew = {(int)threadIdx.x % THREADS, THREADS, 1 + which};
   AttendRoom<PAIRS>& mine = ((AttendRoom<PAIRS>*)room.attention)[which];
   Attend A;
-  A.rope = {{}, L.q_norm, L.k_norm, P.turn, P.place, nullptr, P.eps, layer, P.heads, P.kv_heads, P.head_dim, P.k_row, P.v_row};
-  A.attention = {nullptr, P.place, nullptr, nullptr, P.scale, layer, P.heads, P.kv_heads, P.head_dim, L.window};
+  A.rope = {{}, L.q_norm, L.k_norm, room.turn, nullptr, nullptr, P.eps, P.per_dim, layer, P.heads, P.kv_heads, P.head_dim, P.k_row, P.v_row};
+  A.attention = {nullptr, nullptr, nullptr, nullptr, P.scale, layer, P.heads, P.kv_heads, P.head_dim, L.window};
   const Angle angle = angle_of(crew, A.rope, 0);
 #pragma unroll 1
   for (int item = blockIdx.x + which * gridDim.x; item < P.heads * SPLITS; item += 2 * gridDim.x) {
-    const int head = item / SPLITS, split = item % SPLITS;
+    const int head = item / SPLITS, split = item % SPLITS, kv_head = P.group.of(head);
     // Elements i and i + half of q, k and v.
-    const Rows rows = rows_of(A.rope, head);
+    const Rows rows = rows_of(A.rope, head, kv_head);
     const int i = min(crew.index, half - 1);
     float y[6] = {};
     if ((crew.index & ~31) < half) { // the other warps have no elements
@@ -664,7 +748,7 @@ __device__ __forceinline__ void attend_all(const Step& P, const Room& room, cons
       for (int e = 0; e < 6; e++) y[e] = number_of(words[e]);
     }
     const WordOut out = {P.parts + (size_t)item * P.head_dim, P.stats + (size_t)layer * P.heads * SPLITS + item, (u32)layer + 1};
-    attend<PAIRS>(crew, mine, A, place, angle, head, split, make_float2(y[0], y[1]), make_float2(y[2], y[3]), make_float2(y[4], y[5]), out);
+    attend<PAIRS>(crew, mine, A, place, angle, kv_head, split, make_float2(y[0], y[1]), make_float2(y[2], y[3]), make_float2(y[4], y[5]), out);
     if (crew.index < 32) mix(P, layer, head, split);
     crew.sync(); // the room may be used again
   }
@@ -739,23 +823,25 @@ __device__ __forceinline__ void step(const Step& P) {
   Room room;
   u8* at = shared;
   auto place = [&](int bytes) { u8* here = at; at += (bytes + 127) & ~127; return here; };
-  room.ring = shared_address(place(STEP_WARPS * P.slots * SLOT_BYTES));
-  room.bars = shared_address(place(STEP_WARPS * P.slots * 8));
   room.attention = place(2 * sizeof(AttendRoom<PAIRS>));
-  room.x = (float4*)place(P.padded_hidden * 4);
-  room.frag = shared_address(place(P.frag_bytes));
-  room.info = (int2*)place(P.frag_bytes / SUPERSTEP * 8);
   room.far = (u64 (*)[TILE_ROWS])place(STEP_WARPS * TILE_ROWS * 8);
-  room.parts = (i64 (*)[TILE_ROWS])place(P.parts_max * TILE_ROWS * 8);
-  room.warps = (u32*)place(3 * P.parts_max * 4);
   room.arrivals = place(2 * (STEP_HIDDEN_MAX / TILE_ROWS));
   room.said = (Both*)place(ROUNDS * STEP_WARPS * 8);
   room.layers = (StepLayer*)place(2 * sizeof(StepLayer));
-  room.nibbles = (const u8**)place(products * 8);
+  room.head = (StepProduct*)place(sizeof(StepProduct));
+  room.turn = (float*)place(PAIRS * 64 * 4);
   room.shares = (Share*)place(KINDS * STEP_WARPS * sizeof(Share));
   room.blocks = (Block*)place(KINDS * sizeof(Block));
-  room.plan = shared_address(place(STEP_WARPS * P.plan[KINDS] * 4)) + warp * P.plan[KINDS] * 4;
   room.passed = shared_address(place(STEP_WARPS * 4));
+  room.ring = shared_address(shared + P.at.ring);
+  room.bars = shared_address(shared + P.at.bars);
+  room.x = (float4*)(shared + P.at.x);
+  room.frag = shared_address(shared + P.at.frag);
+  room.info = (int2*)(shared + P.at.info);
+  room.parts = (i64 (*)[TILE_ROWS])(shared + P.at.parts);
+  room.warps = (u32*)(shared + P.at.warps);
+  room.nibbles = (const u8**)(shared + P.at.nibbles);
+  room.plan = shared_address(shared + P.at.plan) + warp * P.plan[KINDS] * 4;
   for (int i = threadIdx.x; i < products; i += STEP_THREADS) room.nibbles[i] = (const u8*)(i + 1 < products ? P.layers[i / 4].products[i % 4].matrix : P.head.matrix).nibbles;
   for (int kind = warp == STEP_WARPS ? (int)KINDS : P.layer_count > 0 ? lane : HEAD; kind < KINDS; kind += 32) { // of all layers alike
     const Plain& M = kind == HEAD ? P.head.matrix : P.layers[0].products[kind].matrix;
@@ -781,11 +867,14 @@ __device__ __forceinline__ void step(const Step& P) {
       share_out(0, of_seg * M.segs, gridDim.x, blockIdx.x, first, end);
       if (first < end) block.begin = first / of_seg * block.supersteps, block.end = ((end - 1) / of_seg + 1) * block.supersteps;
     }
+    const u32 per = block.local ? block.segs : block.row_tiles;
+    block.per = {per, per == 1 ? 0 : 0xffffffff / per + 1};
     if (warp == 0) room.blocks[kind] = block;
     u32 at, behind;
     share_out(first, end - first, STEP_WARPS, warp, at, behind);
-    const int tile = at / block.slots, per = block.local ? M.segs : M.row_tiles;
-    Share share = {(int)(behind - at), tile / per, tile % per, (int)(at % block.slots), room.plan + P.plan[kind] * 4};
+    const int tile = at / block.slots;
+    Share share = {(int)(behind - at), tile / per, tile % per, (int)(at % block.slots), 0, room.plan + P.plan[kind] * 4};
+    share.tiles = (share.slot + share.slots + block.slots - 1) / block.slots - (share.slot > 0);
     if (!block.local) share.row = tile % per, share.seg = tile / per;
     room.shares[kind * STEP_WARPS + warp] = share;
     if (block.local)
@@ -806,12 +895,9 @@ __device__ __forceinline__ void step(const Step& P) {
     for (int i = (int)threadIdx.x - STEP_THREADS / 4; i >= 0 && i < (int)(sizeof(StepLayer) / 4); i += STEP_THREADS) to[i] = __ldg(from + i);
   };
   static_assert(sizeof(StepLayer) / 4 <= STEP_THREADS / 4, "at once");
+  if (threadIdx.x == 0) *room.head = P.head;
   if (P.layer_count > 0) load_layer(0);
-#pragma unroll
-  for (int r = 0; r < ROUNDS; r++)
-    if (warp < STEP_WARPS && superstep_of(0, r) < P.padded_hidden / SUPERSTEP)
-      room.x[superstep_of(0, r) * 32 + lane] = column_of(0, r) < P.hidden ? *(const float4*)(P.x + column_of(0, r)) : make_float4(0, 0, 0, 0);
-  const Place position = *P.place;
+  if (warp == STEP_WARPS) bring_input(P); // while the others plan
   __syncthreads();
 #pragma unroll 1
   for (int kind = warp == STEP_WARPS ? (int)KINDS : P.layer_count > 0 ? 0 : HEAD; kind < KINDS; kind++) { // each warp plans its own
@@ -837,9 +923,10 @@ __device__ __forceinline__ void step(const Step& P) {
     return;
   }
   Ring ring(room, warp, P.slots);
+  take_input(P, room);
+  const Place position = place_of(P);
 
-  auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : P.head; };
-  const float per_column = 1.0f / P.hidden;
+  auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : *room.head; };
   float unit = 0; // of the last product's activations
   Far far;
   Scales scales;
@@ -864,7 +951,7 @@ __device__ __forceinline__ void step(const Step& P) {
     Columns columns = {};
     if (norm) {
       const float* weight = which == HEAD ? P.final_norm : which == QKV ? room.layers[layer & 1].input_norm : room.layers[layer & 1].post_norm;
-      unit = normed(P.hidden, per_column, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
+      unit = normed(P.hidden, P.per_column, P.eps, room, p > 0 ? &product_at(p - 1) : nullptr, unit, weight, columns);
     }
     if (norm) {
       quantize(room, block.end, 0, columns, unit, M_MAX, nullptr);
@@ -914,7 +1001,12 @@ __device__ __forceinline__ void step(const Step& P) {
   sync_all();
   if (warp > 0) return;
   greatest = greatest_of_warp(room.far[lane % STEP_WARPS][0]);
-  if (lane == 0) atomicMax(P.greatest, greatest);
+  if (lane != 0) return;
+  atomicMax(P.greatest, greatest);
+  __threadfence();
+  if (atomicAdd(P.done, 1) + 1 < gridDim.x) return;
+  __threadfence();
+  store_to_host(P.answer, load_now(P.greatest)); // which is never 0
 }
 
 #define STEP(DIM, PAIRS) extern "C" __global__ void __launch_bounds__(STEP_THREADS + 32, 1) step_##DIM(Step P) { step<PAIRS>(P); }

@@ -184,6 +184,7 @@ struct Rope {
   const Place* places;   // (tokens)
   float* q;              // (tokens, heads, head_dim)
   float eps;
+  float per_dim;         // 1 / head_dim
   int layer;
   int heads;
   int kv_heads;
@@ -213,7 +214,7 @@ __device__ __forceinline__ float2 turned(const Crew& crew, const Rope& P, Angle 
     s = 0;
     for (int w = 0; w < (half + 31) / 32; w++) s += slots[w];
     crew.sync(); // the slots may be written again
-    const float inverse = norm_factor(s, 1.0f / P.head_dim, P.eps);
+    const float inverse = norm_factor(s, P.per_dim, P.eps);
     if (i < half) v = make_float2(v.x * (inverse * norm[i]), v.y * (inverse * norm[half + i]));
   }
   if (part == V) return v;
@@ -277,13 +278,14 @@ __device__ __forceinline__ void sum_four(float (&v)[4]) {
 
 // `query`: (head_dim). `out.stats(highest, total)` by one thread, `out.value(e, y)` for each element.
 template <int PAIRS, class Out>
-__device__ __forceinline__ void attention(const Crew& crew, AttentionRoom<PAIRS>& room, const Attention& P, const Place& place, const float* query, int head, int split, const Out& out) {
+__device__ __forceinline__ void attention(const Crew& crew, AttentionRoom<PAIRS>& room, const Attention& P, const Place& place, const float* query, int kv_head, int split, const Out& out) {
   constexpr int WARPS = ATTENTION_WARPS, AT_ONCE = 4;
   const float none = -__uint_as_float(0x7f800000);
   const int warp = crew.index >> 5, lane = crew.index & 31, pairs = P.head_dim / 2;
-  const size_t base = ((size_t)P.layer * P.kv_heads + head / (P.heads / P.kv_heads)) * place.capacity * P.head_dim;
-  const u32* keys = (const u32*)(place.keys + base);
-  const u32* values = (const u32*)(place.values + base);
+  const size_t base = ((size_t)P.layer * P.kv_heads + kv_head) * place.capacity * P.head_dim;
+  const u32* keys = (const u32*)(place.keys + base) + lane;
+  const u32* values = (const u32*)(place.values + base) + lane;
+  __builtin_assume(__isGlobal(keys) && __isGlobal(values));
   const int end = place.position + 1, begin = P.window > 0 && end > P.window ? end - P.window : 0;
   if (begin + split * WARPS * AT_ONCE >= end) {
     if (crew.index == 0) out.stats(none, 0.0f);
@@ -303,26 +305,28 @@ __device__ __forceinline__ void attention(const Crew& crew, AttentionRoom<PAIRS>
   auto load = [&](Positions& to, int at) { // beyond the end: loaded, with weight 0
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      const u32 first = min(at + i, end - 1) * pairs + lane;
+      const u32 first = min(at + i, end - 1) * pairs;
+      const u32 *key = keys + first, *value = values + first;
 #pragma unroll
       for (int j = 0; j < PAIRS; j++) {
         const bool has = lane + 32 * j < pairs;
-        to.k[i][j] = has ? keys[first + 32 * j] : 0;
-        to.v[i][j] = has ? values[first + 32 * j] : 0;
+        to.k[i][j] = has ? key[32 * j] : 0;
+        to.v[i][j] = has ? value[32 * j] : 0;
       }
     }
   };
   // The next positions are on their way while these are summed, where registers allow.
   constexpr bool AHEAD = PAIRS <= 2;
   int at = begin + (split * WARPS + warp) * AT_ONCE;
-  Positions next;
+  Positions next = {};
   if (AHEAD) load(next, at);
 #pragma unroll 1
   for (; at < end; at += SPLITS * WARPS * AT_ONCE) {
     float score[AT_ONCE];
     Positions here;
     if (AHEAD) here = next;
-    load(AHEAD ? next : here, at + (AHEAD ? SPLITS * WARPS * AT_ONCE : 0));
+    const int ahead = at + (AHEAD ? SPLITS * WARPS * AT_ONCE : 0);
+    if (ahead < end) load(AHEAD ? next : here, ahead);
     const auto& k = here.k;
     const auto& v = here.v;
 #pragma unroll
@@ -411,16 +415,15 @@ struct AttendRoom {
 
 // First row of what the crew needs of q, k and v.
 struct Rows { int of[3]; };
-__device__ __forceinline__ Rows rows_of(const Rope& R, int head) {
-  const int kv_head = head / (R.heads / R.kv_heads);
+__device__ __forceinline__ Rows rows_of(const Rope& R, int head, int kv_head) {
   return {{head * R.head_dim, R.k_row + kv_head * R.head_dim, R.v_row + kv_head * R.head_dim}};
 }
 
 // `q`, `k`, `v`: of the crew's threads, as `pair_of` has them. `out`: as for `attention`.
 template <int PAIRS, class Out>
-__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int head, int split, float2 q, float2 k, float2 v, const Out& out) {
+__device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room, const Attend& P, const Place& place, Angle angle, int kv_head, int split, float2 q, float2 k, float2 v, const Out& out) {
   const Rope& R = P.rope;
-  const int kv_head = head / (R.heads / R.kv_heads), half = R.head_dim / 2, i = crew.index;
+  const int half = R.head_dim / 2, i = crew.index;
   q = turned(crew, R, angle, Q, q, room.slots);
   k = turned(crew, R, angle, K, k, room.slots);
   if (i < half) {
@@ -430,5 +433,5 @@ __device__ __forceinline__ void attend(const Crew& crew, AttendRoom<PAIRS>& room
     keep(crew, R, place, V, kv_head, v);
   }
   crew.sync();
-  attention<PAIRS>(crew, room.attention, P.attention, place, room.query, head, split, out);
+  attention<PAIRS>(crew, room.attention, P.attention, place, room.query, kv_head, split, out);
 }

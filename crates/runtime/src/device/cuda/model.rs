@@ -125,21 +125,13 @@ pub(super) struct CudaRunner {
     residency: Box<dyn Residency>,
     scratch: Scratch,
     /// Steps of one token, if they are one kernel.
-    step: Option<Step>,
+    step: Option<Arc<Step>>,
     /// A step's logits have arrived; what is queued behind them need not be waited for.
     arrived: Event,
-    /// Recorded steps by their number of tokens and what they bring to the host.
-    graphs: HashMap<(usize, Answer), Graph>,
+    /// Recorded steps by their number of tokens.
+    graphs: HashMap<usize, Graph>,
     report: ResidencyReport,
     vector_bytes: u64,
-}
-
-/// What a pass brings to the host.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Answer {
-    Logits,
-    /// Of a step of one token in one kernel: which logit is the greatest.
-    Greatest,
 }
 
 /// Where a sequence's next token goes.
@@ -215,7 +207,7 @@ impl CudaRunner {
         let vector_bytes = norms.iter().map(|n| n.input.bytes() + n.post.bytes()).sum::<usize>() + final_norm.bytes();
         let scratch = Scratch::new(&kernels, &config, &groups, residency.as_ref())?;
         let step = match residency.stays() {
-            true => Step::new(&kernels, &step_model(&config, &groups, &norms, &final_norm, residency.as_ref()))?,
+            true => Step::new(&kernels, &step_model(&config, &groups, &norms, &final_norm, residency.as_ref()))?.map(Arc::new),
             false => None,
         };
         if step.is_some() {
@@ -273,34 +265,39 @@ impl CudaRunner {
     }
 
     /// The layers, of a slice that was staged, and the logits of the wanted rows: all of them, or those in `scratch.rows`.
-    fn pass(&mut self, tokens: usize, wanted: usize, chosen: bool, answer: Answer) -> Result<(), CudaError> {
+    fn pass(&mut self, tokens: usize, wanted: usize, chosen: bool) -> Result<(), CudaError> {
         self.send(tokens)?;
         let kernels = Arc::clone(&self.kernels);
         let mut queue = Queue::new(&kernels);
-        if let (Some(step), 1, 1) = (&self.step, tokens, wanted) {
-            let (s, parts) = (&self.scratch, InputParts::new(&self.config, tokens));
-            queue.step(step, &StepInput { input: &s.input, x: 0, turn: parts.turn, place: parts.places, logits: &s.logits })?;
-        } else {
-            self.residency.begin(&mut queue)?;
-            queue.interrupted();
-            for layer in 0..self.config.layers {
-                self.residency.enter(&mut queue, layer)?;
-                self.layer(&mut queue, layer, tokens)?;
-                self.residency.leave(&mut queue, layer)?;
-            }
-            if wanted > 0 {
-                self.head(&mut queue, wanted, chosen)?;
-            }
-            self.residency.end(&mut queue)?;
+        self.residency.begin(&mut queue)?;
+        queue.interrupted();
+        for layer in 0..self.config.layers {
+            self.residency.enter(&mut queue, layer)?;
+            self.layer(&mut queue, layer, tokens)?;
+            self.residency.leave(&mut queue, layer)?;
         }
-        match (&self.step, answer) {
-            (Some(step), Answer::Greatest) => step.copy_greatest(&mut self.scratch.logits_host),
-            _ if wanted > 0 => {
-                let bytes = wanted * self.config.vocab * 4;
-                self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)
-            }
-            _ => Ok(()),
+        if wanted > 0 {
+            self.head(&mut queue, wanted, chosen)?;
         }
+        self.residency.end(&mut queue)?;
+        self.copy_logits(wanted)
+    }
+
+    fn copy_logits(&mut self, rows: usize) -> Result<(), CudaError> {
+        let s = &mut self.scratch;
+        self.kernels.device().copy_out(&mut s.logits_host, &s.logits, rows * self.config.vocab * size_of::<f32>(), Stream::Compute)
+    }
+
+    /// A step of one token in one kernel, which reads the staged token where it lies.
+    fn one_kernel(&mut self, step: &Step, logits: bool) -> Result<(), CudaError> {
+        let (s, parts) = (&self.scratch, InputParts::new(&self.config, 1));
+        let input = StepInput { input: &s.staging, turn: parts.turn, place: parts.places, logits: &s.logits };
+        Queue::new(&self.kernels).step(step, &input)?;
+        if logits {
+            self.copy_logits(1)?;
+        }
+        self.device().record(&self.arrived, Stream::Compute)?;
+        step.clear()
     }
 
     /// One layer. What the layer before it computed last is still to be added to the stream.
@@ -370,38 +367,30 @@ impl CudaRunner {
     }
 
     /// A pass in which every token's logits are wanted and there are few: recorded when it comes a second time.
-    fn step(&mut self, tokens: usize, answer: Answer) -> Result<(), CudaError> {
-        self.replay_or_pass(tokens, answer)?;
-        self.device().record(&self.arrived, Stream::Compute)?;
-        match &self.step {
-            Some(step) if tokens == 1 => step.clear(),
-            _ => Ok(()),
+    fn step(&mut self, tokens: usize) -> Result<(), CudaError> {
+        if let (Some(step), 1) = (self.step.clone(), tokens) {
+            return self.one_kernel(&step, true);
         }
-    }
-
-    fn replay_or_pass(&mut self, tokens: usize, answer: Answer) -> Result<(), CudaError> {
-        if let Some(graph) = self.graphs.get(&(tokens, answer)) {
+        if let Some(graph) = self.graphs.get(&tokens) {
             graph.launch()?;
             self.residency.replayed();
-            return Ok(());
+        } else {
+            self.pass(tokens, tokens, false)?;
+            if self.residency.repeats() {
+                // What was just run shows that all launches are accepted; the recording itself runs nothing.
+                self.device().synchronize()?;
+                let device = Arc::clone(self.device());
+                let graph = device.capture(|| self.pass(tokens, tokens, false))?;
+                self.graphs.insert(tokens, graph);
+            }
         }
-        self.pass(tokens, tokens, false, answer)?;
-        if self.residency.repeats() {
-            // What was just run shows that all launches are accepted; the recording itself runs nothing.
-            self.device().synchronize()?;
-            let device = Arc::clone(self.device());
-            let graph = device.capture(|| self.pass(tokens, tokens, false, answer))?;
-            self.graphs.insert((tokens, answer), graph);
-        }
-        Ok(())
+        self.device().record(&self.arrived, Stream::Compute)
     }
 
     /// The staged token once more, by launches, whose numbers have no range: where a step in one kernel gave no answer. Its logits are on the host.
     fn by_launches(&mut self) -> Result<(), CudaError> {
-        let step = self.step.take();
-        let done = self.pass(1, 1, false, Answer::Logits).and_then(|()| self.device().synchronize_stream(Stream::Compute));
-        self.step = step;
-        done
+        self.pass(1, 1, false)?;
+        self.device().synchronize_stream(Stream::Compute)
     }
 
     fn run_slice(&mut self, slice: &[Token], sink: &mut dyn FnMut(usize, usize, &[f32])) -> Result<(), RunError> {
@@ -410,13 +399,13 @@ impl CudaRunner {
         let wanted: Vec<u32> = (0..).zip(slice).filter(|(_, token)| token.wanted).map(|(row, _)| row).collect();
         let is_step = wanted.len() == slice.len() && slice.len() <= HEAD_TOKENS_MAX;
         if is_step {
-            self.step(slice.len(), Answer::Logits)?;
+            self.step(slice.len())?;
         } else {
             let first = &wanted[..wanted.len().min(HEAD_TOKENS_MAX)];
             if !first.is_empty() {
                 self.scratch.rows.write(0, first)?;
             }
-            self.pass(slice.len(), first.len(), true, Answer::Logits)?;
+            self.pass(slice.len(), first.len(), true)?;
         }
         let mut rows = &wanted[..];
         while !rows.is_empty() {
@@ -450,8 +439,7 @@ impl CudaRunner {
         let kernels = Arc::clone(&self.kernels);
         let mut queue = Queue::new(&kernels);
         self.head(&mut queue, rows.len(), true)?;
-        let bytes = rows.len() * self.config.vocab * 4;
-        self.kernels.device().copy_out(&mut self.scratch.logits_host, &self.scratch.logits, bytes, Stream::Compute)
+        self.copy_logits(rows.len())
     }
 }
 
@@ -581,16 +569,13 @@ impl Runner for CudaRunner {
     }
 
     fn greatest(&mut self, kv: &mut KvCache, token: u32) -> Result<Option<u32>, RunError> {
-        if self.step.is_none() {
-            return greatest_of_row(self, kv, token);
-        }
+        let Some(step) = self.step.clone() else { return greatest_of_row(self, kv, token) };
         let sequence = Continuation { kv, tokens: &[token], want: LogitsOf::Last };
         sequence.check(self.config.vocab)?;
         let place = next_place(sequence.kv)?;
         self.stage(&[Token { sequence: 0, index: 0, id: token, place, wanted: true }])?;
-        self.step(1, Answer::Greatest)?;
-        self.arrived.wait_on_host()?;
-        let greatest = Step::greatest(&self.scratch.logits_host);
+        self.one_kernel(&step, false)?;
+        let greatest = step.greatest(&self.arrived)?;
         if greatest.is_none() {
             return greatest_of_row(self, sequence.kv, token); // of logits, where no answer ends in launches
         }
