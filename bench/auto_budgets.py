@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """`auto` against the best fixed strategy under the same memory budget, as a Markdown table.
 
-    bench/auto_budgets.py DIR [--percent 40,60,80,90,100,110,120] [--threads 2] [-n 32] [--rounds 3] [--json]
+    bench/auto_budgets.py DIR [--percent 40,60,80,90,100,110,120] [--threads 2] [-n 32] [--rounds 5] [--json]
 
 Budgets are percentages of the decoded size (what `cached` holds). Every strategy runs once a round, in turn, each in a process of its own;
-figures are medians of step rates. A run counts only if its logits are those of all the others. A strategy that refuses a budget is left
+figures are medians of step rates. The best fixed strategy is that of the highest median, and the ratio to it the median of the rounds' ratios,
+since a machine that others use is slower in one round than in the next. A run counts only if its logits are those of all the others. A strategy that refuses a budget is left
 out of it; where all refuse, so must `auto`. Measures the machine's profile anew first, into a directory of its own, because `auto` decides by it.
 Needs `cargo build --release` and Python's standard library.
 """
@@ -61,11 +62,16 @@ def measure(options, environment):
             "percent": percent,
             "tokens_per_second": medians,
             "best_fixed": best,
-            "ratio": medians["auto"] / fixed[best] if best and "auto" in medians else (0.0 if best else None),
+            "ratio": ratio(rates[percent, "auto"], rates[percent, best]) if best and "auto" in medians else (0.0 if best else None),
             "auto_detail": details.get(percent),
             "refusal": refusals.get((percent, "auto")),
         })
     return {"decoded_bytes": decoded, "threads": options.threads, "rows": rows}
+
+
+def ratio(ours, others):
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
 
 
 def table(report):
@@ -85,7 +91,7 @@ def main():
     parser.add_argument("--percent", default="40,60,80,90,100,110,120", type=lambda text: [int(p) for p in text.split(",")])
     parser.add_argument("--threads", default=os.cpu_count(), type=int)
     parser.add_argument("-n", "--tokens", default=32, type=int)
-    parser.add_argument("--rounds", default=3, type=int)
+    parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as profiles:

@@ -206,8 +206,9 @@ class Bench:
 
     def auto(self):
         def budgets(model):
+            # More rounds than for peers: two strategies that do the same work differ by more than the twentieth that is asked about.
             text = command(sys.executable, ROOT / "bench/auto_budgets.py", self.models[model], "--threads", max(self.options.threads), "--rounds",
-                           self.options.rounds, "--percent", self.options.percent, "--json")
+                           max(self.options.rounds, 5), "--percent", self.options.percent, "--json")
             return json.loads(text)
         return {model: budgets(model) for model in MODELS_325}
 
