@@ -671,7 +671,16 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
     if row >= matrix.rows() {
         return Err(KernelError::Shape { job: 0, what: "the row, counted from 1,", expected: matrix.rows(), found: row + 1 });
     }
-    let row_tile = row / TILE_ROWS;
+    let (row_tile, lane, scale) = (row / TILE_ROWS, row % TILE_ROWS * TILE_COLS, scales.of_row(row));
+    let weight = |col: usize, symbol: i16| match scale {
+        Some(scale) => scale * f32::from(symbol),
+        None => scales.weight(row, col, symbol),
+    };
+    // Symbol bytes from a column on, of which the last may be beyond the row.
+    let put = |out: &mut [f32], col: usize, bytes: &[u8]| match scale {
+        Some(scale) => bytes.iter().zip(&mut out[col..]).for_each(|(&byte, out)| *out = scale * f32::from(i16::from(byte) - 128)),
+        None => bytes.iter().zip(col..).zip(&mut out[col..]).for_each(|((&byte, col), out)| *out = weight(col, i16::from(byte) - 128)),
+    };
     with_scratch(|scratch| {
         let Scratch { bytes, pairs, far, .. } = scratch;
         let (tiles, far): (&[TileBytes], &[FarAt]) = match matrix {
@@ -685,24 +694,32 @@ pub fn read_row(level: Level, matrix: Matrix<'_>, scales: &KernelScales, row: us
                 (&tiles[row_tile % per_chunk * tensor.col_steps()..][..tensor.col_steps()], far_of(far, row_tile))
             }
             Matrix::Decoded(decoded) => {
-                let symbols = decoded.col_steps() * TILE_SYMBOLS;
-                bytes.ensure(symbols);
-                let tiles = bytes[..symbols].as_chunks_mut().0;
                 let tile = decoded.row_tile(row_tile);
-                expand(level, &tile, tiles);
-                (tiles, tile.far)
+                match tile.form {
+                    Form::Bytes => (tile.lines, tile.far),
+                    // Where no field is an escape, other rows need not be looked at.
+                    Form::Nibbles { bias, escapes: false } => {
+                        let symbols = tile.lines.len() * 2 * TILE_COLS;
+                        bytes.ensure(symbols);
+                        for (line, pair) in tile.lines.iter().zip(bytes.as_chunks_mut::<{ 2 * TILE_COLS }>().0) {
+                            let fields: &[u8; TILE_COLS] = line[lane..].first_chunk().expect("a row's fields");
+                            *pair = std::array::from_fn(|i| (fields[i % TILE_COLS] >> (i / TILE_COLS * 4) & 15).wrapping_add(bias));
+                        }
+                        put(out, 0, &bytes[..symbols]);
+                        (&[], tile.far)
+                    }
+                    Form::Nibbles { .. } => {
+                        let symbols = decoded.col_steps() * TILE_SYMBOLS;
+                        bytes.ensure(symbols);
+                        let tiles = bytes[..symbols].as_chunks_mut().0;
+                        expand(level, &tile, tiles);
+                        (tiles, tile.far)
+                    }
+                }
             }
         };
-        let lane = row % TILE_ROWS * TILE_COLS;
-        let scale = scales.of_row(row);
-        let weight = |col: usize, symbol: i16| match scale {
-            Some(scale) => scale * f32::from(symbol),
-            None => scales.weight(row, col, symbol),
-        };
-        for (step, (tile, out)) in tiles.iter().zip(out.chunks_mut(TILE_COLS)).enumerate() {
-            for (i, (byte, out)) in tile[lane..].iter().zip(out).enumerate() {
-                *out = weight(step * TILE_COLS + i, i16::from(*byte) - 128);
-            }
+        for (step, tile) in tiles.iter().enumerate() {
+            put(out, step * TILE_COLS, &tile[lane..lane + TILE_COLS]);
         }
         for f in far {
             let (step, position) = (f.position as usize / TILE_SYMBOLS, f.position as usize % TILE_SYMBOLS);
