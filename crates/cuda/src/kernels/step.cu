@@ -50,8 +50,9 @@
 // What the model waits for is what counts on a fast memory: without weights (none asked for, none waited for) a step at 512 positions took 1,253 us on an H100, 163 more
 // than since then: `red` instead of `atomicAdd` of a pointer whose memory the compiler does not know (it looks where it points, and waits), no division by a runtime number
 // (heads of a group, tiles of a row), places in shared memory as constants instead of sums of sizes, copies of input and answer left out (33 of them), two columns of a product
-// instead of masks for both nibbles, fewer instructions a sum. With weights 611 became 643 tokens/s there. Nothing: keys and values asked for before the query is
-// known, sums read by all as soon as few arrivals are missing.
+// instead of masks for both nibbles, fewer instructions a sum. With weights 611 became 643 tokens/s there, and 701 became 746 on an H200. Nothing: keys and values asked for before the query is
+// known, sums read by all as soon as few arrivals are missing, a slot in registers while the one before is multiplied (slower); parts of attention put together by whoever
+// multiplies them, with words of 4 bytes (738 to 740 for 742 to 750 on an H200).
 // Measured: bench/RESULTS.md, "CUDA".
 
 #if HOPPER
