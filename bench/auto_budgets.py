@@ -5,8 +5,9 @@
 
 Budgets are percentages of the decoded size (what `cached` holds). Every strategy runs once a round, in turn, each in a process of its own;
 figures are medians of step rates. The best fixed strategy is that of the highest median, and the ratio to it the median of the rounds' ratios,
-since a machine that others use is slower in one round than in the next. A run counts only if its logits are those of all the others. A strategy that refuses a budget is left
-out of it; where all refuse, so must `auto`. Measures the machine's profile anew first, into a directory of its own, because `auto` decides by it.
+since a machine that others use is slower in one round than in the next. A run counts only if its logits are those of all the others. A
+strategy that refuses a budget is left out of it; where all refuse, so must `auto`. Measures the machine's profile anew first, into a
+directory of its own, because `auto` decides by it.
 Needs `cargo build --release` and Python's standard library.
 """
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TERSOR = os.path.join(ROOT, "target", "release", "tersor")
 STRATEGIES = ["auto", "fused", "cached", "prefetch", "lru"]
+ROUNDS = 5  # fewer tell a twentieth from the machine's changes only by luck
 
 
 def run(environment, *arguments):
@@ -91,7 +93,7 @@ def main():
     parser.add_argument("--percent", default="40,60,80,90,100,110,120", type=lambda text: [int(p) for p in text.split(",")])
     parser.add_argument("--threads", default=os.cpu_count(), type=int)
     parser.add_argument("-n", "--tokens", default=32, type=int)
-    parser.add_argument("--rounds", default=5, type=int)
+    parser.add_argument("--rounds", default=ROUNDS, type=int)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as profiles:

@@ -5,7 +5,7 @@ Answers are checked before any clock starts: `tersor verify` on both models, bit
 quantized GGUF tensors against the unquantized weights, every kernel against its oracle, every bulk decoder against the plain bytes.
 Contenders take turns within every round, the order rotates, figures are medians over rounds. Each section states the load average
 and how much of the CPUs other processes took; a section above 15 % is repeated, up to --repeat-sections times, and its best attempt (the one
-least disturbed) is the one shown. Ratios use medians of the same section.
+least disturbed) is the one shown. Ratios use medians of the same section; those of `auto` are what bench/auto_budgets.py says.
 """
 import argparse
 import json
@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import auto_budgets
 TERSOR = ROOT / "target/release/tersor"
 ENTROPIES = [2.25, 3.0, 3.7]
 STRATEGIES = ["cached", "fused", "auto"]
@@ -208,7 +211,7 @@ class Bench:
         def budgets(model):
             # More rounds than for peers: two strategies that do the same work differ by more than the twentieth that is asked about.
             text = command(sys.executable, ROOT / "bench/auto_budgets.py", self.models[model], "--threads", max(self.options.threads), "--rounds",
-                           max(self.options.rounds, 5), "--percent", self.options.percent, "--json")
+                           max(self.options.rounds, auto_budgets.ROUNDS), "--percent", self.options.percent, "--json")
             return json.loads(text)
         return {model: budgets(model) for model in MODELS_325}
 
@@ -332,9 +335,6 @@ def report(bench):
         out += ["", f"Cold load: `cached` {cold['load']:.2f} s cold, {cold['warm']:.2f} s warm; plain reads {cold['read']:.2f} s (decoded bytes), {cold['coded']:.2f} s (coded "
                 f"files). Pages dropped with POSIX_FADV_DONTNEED; at most {100 * cold['left_cached']:.1f} % stayed. A hypervisor may still cache the disk."]
     if "auto" in results:
-        sys.path.insert(0, str(ROOT / "bench"))
-        import auto_budgets
-
         for model, report in results["auto"].items():
             out += ["", f"tersor {model}. {auto_budgets.table(report)}"]
     out += ["", "Disturbance:", ""] + [f"- {note}" for note in bench.environment_note.values()]

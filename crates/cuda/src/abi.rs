@@ -188,7 +188,7 @@ impl Divisor {
 
 /// `Places`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Places {
     pub ring: i32,
     pub bars: i32,

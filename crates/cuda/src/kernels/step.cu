@@ -21,12 +21,12 @@
 // Every block norms the whole residual stream for itself and keeps it in shared memory.  Since a norm waits for all rows of o or down, no block is ever
 // more than one product ahead of another that has a share in it; so attention's parts may lie in one place for all layers.
 //
-// Host.  No copy stands before or behind the kernel: it reads its token in the host's memory, each block a part that it leaves as words for all, and the last block
+// Host.  No copy stands before the kernel, nor behind it where the greatest logit is all that is asked for: it reads its token in the host's memory, each block a part that it leaves as words for all, and the last block
 // that is done writes there which logit is the greatest.
 //
 // Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums and words of all layers cleared.
 //
-// Cost.  An 8 B-shaped layer takes some 48 us on an H100, of which its weights alone would take 35, and some 40 on an H200, where they would take 25.  Before
+// Cost.  An 8 B-shaped layer takes some 45 us on an H100, of which its weights alone would take 35, and some 40 on an H200, where they would take 25.  Before
 // there was a feeding warp it took 55 on an H100 with these clocks read in it (the global timer, from the first block that begins a layer): down's last sums 7.5, normed 8.3, rounded 8.9, q, k and v multiplied 11.6, left 12.2,
 // read 14.9, attention's parts 16.8, together 18.8, read 21.2, o multiplied 23.5, its sums 26.8, rounded 28.2, gate and up multiplied 39 to 48, silu's words read
 // 51, down multiplied 56 to 60.  At the start of every product its ring was full, and yet gate and up took 17 us for what the memory brings in 12: blocks that were
