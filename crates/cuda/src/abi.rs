@@ -216,9 +216,8 @@ pub(crate) struct Step {
     pub mixed: u64,
     pub active: u64,
     pub logits: u64,
-    pub greatest: u64,
-    pub done: u64,
-    pub answer: u64,
+    pub unfit: u64,
+    pub answers: u64,
     pub eps: f32,
     pub scale: f32,
     pub layer_count: i32,
@@ -315,7 +314,7 @@ mod tests {
         assert_eq!(parameters(ops, "attend_128"), [size_of::<Attend>()]);
         assert_eq!(parameters(ops, "logits"), [size_of::<Sums>(), 8, 4]);
         // step.cu, of which there is no PTX for old GPUs, asserts the same.
-        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 336));
+        assert_eq!((size_of::<StepLayer>(), size_of::<Step>()), (392, 328));
         assert_eq!(size_of::<Place>(), 24);
         assert_eq!(size_of::<RansChunk>(), 24);
     }

@@ -522,10 +522,10 @@ impl Pinned {
         self.address as u64
     }
 
-    /// Its first 8 bytes, which a kernel may write meanwhile.
-    pub(crate) fn word(&self) -> &AtomicU64 {
-        // SAFETY: page aligned, at least 16 bytes, and any bits are a number.
-        unsafe { AtomicU64::from_ptr(self.address.cast()) }
+    /// Its whole words of 8 bytes, which a kernel may write meanwhile.
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        // SAFETY: page aligned, as long as that, and any bits are a number.
+        unsafe { std::slice::from_raw_parts(self.address.cast(), self.bytes / size_of::<AtomicU64>()) }
     }
 
     /// The first `count` bytes / 4 as floats.

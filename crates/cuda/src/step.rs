@@ -1,7 +1,7 @@
 //! A whole step of one token in one kernel (`kernels/step.cu`), for models whose matrices are all decoded and stay where they are.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::CudaError;
 use crate::abi;
@@ -75,8 +75,8 @@ pub struct StepModel<'a> {
     pub vocab: usize,
 }
 
-/// Where a step finds its token: the embedding, (hidden), from the start of the host's memory; behind it, at multiples of 4 bytes, angles
-/// ([`AttentionAt::turn`](crate::AttentionAt::turn)) and [`Place`](crate::Place). And where it leaves the logits.
+/// Where a step finds its token: the embedding, (hidden), from the start of the host's memory; behind it angles
+/// ([`AttentionAt::turn`](crate::AttentionAt::turn)), at a multiple of 4 bytes, and [`Place`](crate::Place), at a multiple of 16. And where it leaves the logits.
 #[derive(Clone, Copy, Debug)]
 pub struct StepInput<'a> {
     /// What the step reads while it runs.
@@ -98,12 +98,12 @@ pub struct Step {
     /// Matrices and vectors of the layers as the kernel reads them, how many warps add to their rows.
     _layers: Buffer,
     _arrivals: Buffer,
-    /// The greatest logit's rank; sums, flags, the token's input, and what attention and silu leave: all of which a step finds cleared.
+    /// Whether something did not fit; sums, the token's input, and what attention and silu leave: all of which a step finds cleared.
     cleared: Buffer,
     /// Words of the input.
     input_words: usize,
-    /// The greatest logit's rank, by the kernel; 0 before it is known.
-    answer: Pinned,
+    /// The greatest logit's rank of each block, by the kernel; 0 before it is known.
+    answers: Pinned,
 }
 
 /// Places of parts of a buffer, in bytes.
@@ -160,7 +160,7 @@ impl Step {
         let arrivals = device.upload(&arrivals, "a step's arrivals")?;
         let (layer_count, heads) = (model.layers.len(), model.heads.heads);
         let mut places = Places::default();
-        let (greatest, done) = (places.place(size_of::<u64>()), places.place(size_of::<u32>()));
+        let unfit = places.place(size_of::<u32>());
         let input_words = model.hidden + model.heads.head_dim + INPUT_ROOM;
         let input = places.place(input_words * size_of::<u32>());
         let sums: Vec<u64> = matrices
@@ -178,7 +178,7 @@ impl Step {
         let rows_of_qkv = model.layers.first().map_or(0, |_| geometry(0).padded_rows());
         let (qkv, mixed, active) = (words(rows_of_qkv), words(heads * model.heads.head_dim), words(model.intermediate));
         let cleared = device.allocate(places.0, "a step's sums")?;
-        let answer = device.pin(size_of::<u64>())?;
+        let answers = device.pin(blocks * size_of::<u64>())?;
 
         let product = |index: usize| {
             let m = matrices[index];
@@ -218,9 +218,8 @@ impl Step {
             mixed: cleared.address() + mixed,
             active: cleared.address() + active,
             logits: 0,
-            greatest: cleared.address() + greatest,
-            done: cleared.address() + done,
-            answer: answer.device_address(),
+            unfit: cleared.address() + unfit,
+            answers: answers.device_address(),
             eps: model.eps,
             scale: 1.0 / (model.heads.head_dim as f32).sqrt(),
             layer_count: layer_count as i32,
@@ -244,7 +243,7 @@ impl Step {
             at: room.at,
             plan: plan.map(|words| words as i32),
         };
-        let step = Self { args, function, shared_bytes: room.bytes, _layers: layers, _arrivals: arrivals, cleared, input_words, answer };
+        let step = Self { args, function, shared_bytes: room.bytes, _layers: layers, _arrivals: arrivals, cleared, input_words, answers };
         step.clear()?;
         Ok(Some(step))
     }
@@ -255,16 +254,24 @@ impl Step {
     /// # Errors
     /// The kernel's.
     pub fn greatest(&self, done: &Event) -> Result<Option<u32>, CudaError> {
-        let answer = self.answer.word();
+        let mut greatest = 0;
+        for answer in self.answers.words() {
+            greatest = greatest.max(self.answer(answer, done)?);
+        }
+        Ok((greatest != u64::MAX).then_some(!(greatest as u32)))
+    }
+
+    /// Waits for a block's answer.
+    fn answer(&self, answer: &AtomicU64, done: &Event) -> Result<u64, CudaError> {
         loop {
             for _ in 0..LOOKS {
                 match answer.load(Ordering::Acquire) {
                     0 => std::hint::spin_loop(),
-                    rank => return Ok((rank != u64::MAX).then_some(!(rank as u32))),
+                    rank => return Ok(rank),
                 }
             }
             if done.passed()? && answer.load(Ordering::Acquire) == 0 {
-                return Err(CudaError::Call { call: "step", cause: "ended without an answer".into() });
+                return Err(CudaError::Call { call: self.function.name, cause: "a block ended without an answer".into() });
             }
         }
     }
@@ -291,11 +298,11 @@ impl Queue<'_> {
         let (word, end) = (size_of::<f32>(), at.place + size_of::<crate::Place>());
         assert!(end <= at.input.bytes().len() && end <= step.input_words * word, "the token lies in its memory");
         assert!(at.turn >= args.hidden as usize * word && at.place >= at.turn + args.head_dim as usize * word, "in order");
-        assert!(at.turn.is_multiple_of(word) && at.place.is_multiple_of(word), "words");
+        assert!(at.turn.is_multiple_of(word) && at.place.is_multiple_of(4 * word), "words, and fours of them");
         assert!(args.vocab as usize * word <= at.logits.bytes(), "room for the logits");
         (args.given, args.logits) = (at.input.device_address(), at.logits.address());
         (args.turn_at, args.place_at) = ((at.turn / word) as i32, (at.place / word) as i32);
-        step.answer.word().store(0, Ordering::Release);
+        step.answers.words().iter().for_each(|answer| answer.store(0, Ordering::Release));
         self.launch_step(&step.function, step.shared_bytes, args)
     }
 }
@@ -396,7 +403,7 @@ impl Room {
             size_of::<abi::StepProduct>(),
             dim * size_of::<f32>(),
             (PRODUCTS + 1) * STEP_WARPS * 24,
-            (PRODUCTS + 1) * 52,
+            (PRODUCTS + 1) * 60,
             STEP_WARPS * 4,
         ];
         let mut bytes = 0;

@@ -184,6 +184,7 @@ struct Divisor {
   u32 magic; // 2^32 / by, rounded up
   __device__ __forceinline__ int of(int n) const { return by == 1 ? n : __umulhi(n, magic); }
 };
+__device__ __forceinline__ Divisor divisor(u32 by) { return {by, by == 1 ? 0 : 0xffffffff / by + 1}; }
 
 // Activations from a tile's segment on, for far symbols: m * q of a token and column.
 struct OfSegment {

@@ -102,9 +102,8 @@ struct Step {
   u32* mixed;            // what attention left, (layers, heads * head_dim), a word each
   u32* active;           // what silu left, (layers, intermediate), a word each
   float* logits;         // (vocab)
-  u64* greatest;         // of the logits, see `rank_of`; or NO_ANSWER
-  u32* done;             // blocks that have said their greatest
-  u64* answer;           // the greatest of all, in the host's memory
+  u32* unfit;            // not 0: something did not fit FIXED_UNIT
+  u64* answers;          // (blocks), in the host's memory: the greatest logit's rank, see `rank_of`
   float eps;
   float scale;
   int layer_count;
@@ -129,7 +128,7 @@ struct Step {
   int plan[KINDS + 1];   // of a warp's slots of all kinds, where each kind's begin; and how many there are
 };
 
-static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 336, "as abi.rs says");
+static_assert(sizeof(StepLayer) == 392 && sizeof(Step) == 328, "as abi.rs says");
 
 // What a block multiplies of the matrices of a kind, in row tiles; of gate and up as many of each.
 struct Block {
@@ -145,7 +144,13 @@ struct Block {
   int end;
   int local;             // a block has all columns of its rows, and goes through them before the next row tile
   Divisor per;           // tiles of a row tile, if local; else of a segment
+  Divisor of_tile;       // slots
   __device__ __forceinline__ int row_tile(int i) const { return i < half ? first + i : second + (i - half); }
+  // Which tile of the matrix is the `ahead`-th behind that of the block's row tile `row` and the segment `seg`.
+  __device__ __forceinline__ u32 tile(int row, int seg, int ahead) const {
+    const int i = (local ? seg : row) + ahead, whole = per.of(i), rest = i - whole * (int)per.by;
+    return (local ? rest : seg + whole) * row_tiles + row_tile(local ? row + whole : rest);
+  }
 };
 
 // The share of a warp in it.
@@ -158,7 +163,7 @@ struct Share {
   u32 plan;              // address: where in the matrix its slots are, a word each: the first superstep * 2, + 1 if there are two
 };
 
-static_assert(sizeof(Block) == 52 && sizeof(Share) == 24, "as step.rs says");
+static_assert(sizeof(Block) == 60 && sizeof(Share) == 24, "as step.rs says");
 
 // Shared memory, `Room` of step.rs: what is as long for all models first.
 struct Room {
@@ -243,8 +248,8 @@ __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 3,%0;" ::"n"
 __device__ __forceinline__ int kind_of(int product, int products) { return product + 1 == products ? (int)HEAD : product & 3; }
 
 __device__ __forceinline__ void share_out(u32 first, u32 count, u32 parts, u32 part, u32& at, u32& end) {
-  at = first + (u32)((u64)count * part / parts);
-  end = first + (u32)((u64)count * (part + 1) / parts);
+  at = first + count * part / parts; // of at most 2^20 slots, in at most some hundred parts
+  end = first + count * (part + 1) / parts;
 }
 
 __device__ __forceinline__ uint4 load_ring(u32 address) { // not to be moved behind the copy that overwrites it
@@ -343,9 +348,7 @@ __device__ __forceinline__ Far far_of(const Plain& M, const Block& block, const 
   const int lane = threadIdx.x & 31;
   if (lane >= share.tiles) return {0, 0};
   if (share.tiles > 32) return {0, 1}; // to be looked for one by one
-  const int i = lane + (share.slot > 0) + (block.local ? share.seg : share.row), whole = block.per.of(i), rest = i - whole * block.per.by;
-  const int row = block.local ? share.row + whole : rest, seg = block.local ? rest : share.seg + whole;
-  const u32* off = M.far_off + seg * block.row_tiles + block.row_tile(row);
+  const u32* off = M.far_off + block.tile(share.row, share.seg, lane + (share.slot > 0));
   return {__ldg(off), __ldg(off + 1)};
 }
 
@@ -591,10 +594,10 @@ __device__ __forceinline__ void gather(const u32* words, int cols, int base, int
   }
 }
 
-// int8 activations of the supersteps from `base` on, for the block's products. `greatest`: where to say that some do not fit FIXED_UNIT; or null. Whoever
+// int8 activations of the supersteps from `base` on, for the block's products. `unfit`: where to say that some do not fit FIXED_UNIT; or null. Whoever
 // writes it does so before its block adds to sums, on which all logits depend. frag: (supersteps, 4 lanes, even columns | odd ones, 2
 // halves, 2 words): what a lane of `multiply` takes of a superstep is one load.
-__device__ __forceinline__ void quantize(const Room& room, int end, int base, const Columns& columns, float unit, int m_max, u64* greatest) {
+__device__ __forceinline__ void quantize(const Room& room, int end, int base, const Columns& columns, float unit, int m_max, u32* unfit) {
   constexpr int AT_ONCE = 2; // rounds that are computed together
   const int lane = threadIdx.x & 31;
   const float per = per_unit(unit);
@@ -612,8 +615,8 @@ __device__ __forceinline__ void quantize(const Room& room, int end, int base, co
       asm volatile("st.shared.u16 [%0],%1;" ::"r"(to), "h"((u16)x[u].evens) : "memory");
       asm volatile("st.shared.u16 [%0],%1;" ::"r"(to + 16), "h"((u16)x[u].odds) : "memory");
       if (lane == 0) room.info[superstep] = make_int2(x[u].m, 128 * x[u].even);
-      if (greatest && lane == 0 && !fits(columns.most[r0 + u])) {
-        atomicMax(greatest, NO_ANSWER);
+      if (unfit && lane == 0 && !fits(columns.most[r0 + u])) {
+        publish(unfit, 1);
         __threadfence();
       }
     }
@@ -629,36 +632,41 @@ __device__ __forceinline__ u32 load_from_host(const u32* p) {
 }
 __device__ __forceinline__ void store_to_host(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.u64 [%0],%1;" ::"l"(p), "l"(v) : "memory"); }
 
-constexpr int PLACE_WORDS = sizeof(Place) / 4;
+constexpr int PLACE_WORDS = 6;
+static_assert(sizeof(Place) == PLACE_WORDS * 4, "two addresses, position, capacity");
 
 __device__ __forceinline__ void bring_input(const Step& P) {
   u32 first, end;
   share_out(0, P.place_at + PLACE_WORDS, gridDim.x, blockIdx.x, first, end);
   for (u32 i = first + (threadIdx.x & 31); i < end; i += 32) publish(P.input + i, max(~load_from_host(P.given + i), 1u)); // of all bits set, a NaN, another NaN
 }
-__device__ __forceinline__ u32 wait_for(const u32* word) {
-  u32 v;
-  do v = load_now(word);
-  while (v == 0);
-  return ~v;
-}
-__device__ __forceinline__ void take_input(const Step& P, const Room& room) {
-  const int lane = threadIdx.x & 31;
+__device__ __forceinline__ Place take_input(const Step& P, const Room& room) {
+  uint4 x[ROUNDS] = {}, addresses;
+  uint2 position;
+  u32 turn = 0;
+  bool all;
+  do {
+    addresses = load_words_now(P.input + P.place_at);
+    position = load_two_now(P.input + P.place_at + 4);
+    all = complete(addresses) && position.x != 0 && position.y != 0;
 #pragma unroll
-  for (int r = 0; r < ROUNDS; r++) {
-    if (superstep_of(0, r) >= P.padded_hidden / SUPERSTEP) break;
-    uint4 v = {};
-    while (column_of(0, r) < P.hidden && !complete(v)) v = load_words_now(P.input + column_of(0, r));
-    room.x[superstep_of(0, r) * 32 + lane] = column_of(0, r) < P.hidden ? float4_of(numbers_of(v)) : make_float4(0, 0, 0, 0);
-  }
-  for (int i = threadIdx.x; i < P.head_dim; i += STEP_THREADS) room.turn[i] = __uint_as_float(wait_for(P.input + P.turn_at + i));
-}
-__device__ __forceinline__ Place place_of(const Step& P) {
-  u32 words[PLACE_WORDS];
+    for (int r = 0; r < ROUNDS; r++)
+      if (column_of(0, r) < P.hidden) {
+        x[r] = load_words_now(P.input + column_of(0, r));
+        all &= complete(x[r]);
+      }
+    if (threadIdx.x < P.head_dim) {
+      turn = load_now(P.input + P.turn_at + threadIdx.x);
+      all &= turn != 0;
+    }
+  } while (!all);
 #pragma unroll
-  for (int i = 0; i < PLACE_WORDS; i++) words[i] = wait_for(P.input + P.place_at + i);
-  auto pointer = [&](int i) { return (u16*)((u64)words[i + 1] << 32 | words[i]); };
-  return {pointer(0), pointer(2), words[4], words[5]};
+  for (int r = 0; r < ROUNDS; r++)
+    if (superstep_of(0, r) < P.padded_hidden / SUPERSTEP)
+      room.x[superstep_of(0, r) * 32 + (threadIdx.x & 31)] = column_of(0, r) < P.hidden ? float4_of(numbers_of(x[r])) : make_float4(0, 0, 0, 0);
+  if (threadIdx.x < P.head_dim) room.turn[threadIdx.x] = number_of(turn);
+  auto pointer = [](u32 low, u32 high) { return (u16*)((u64)~high << 32 | ~low); };
+  return {pointer(addresses.x, addresses.y), pointer(addresses.z, addresses.w), ~position.x, ~position.y};
 }
 
 // ---- Attention: the heads' parts, shared out to crews of half a block. Then each of a head's crews puts together the parts of some of its elements.
@@ -869,7 +877,8 @@ __device__ __forceinline__ void step(const Step& P) {
       if (first < end) block.begin = first / of_seg * block.supersteps, block.end = ((end - 1) / of_seg + 1) * block.supersteps;
     }
     const u32 per = block.local ? block.segs : block.row_tiles;
-    block.per = {per, per == 1 ? 0 : 0xffffffff / per + 1};
+    block.per = divisor(per);
+    block.of_tile = divisor(block.slots);
     if (warp == 0) room.blocks[kind] = block;
     u32 at, behind;
     share_out(first, end - first, STEP_WARPS, warp, at, behind);
@@ -904,28 +913,23 @@ __device__ __forceinline__ void step(const Step& P) {
   for (int kind = warp == STEP_WARPS ? (int)KINDS : P.layer_count > 0 ? 0 : HEAD; kind < KINDS; kind++) { // each warp plans its own
     const Block& block = room.blocks[kind];
     const Share& share = room.shares[kind * STEP_WARPS + warp];
-    const int per = block.local ? block.segs : block.count, begun = block.local ? share.row * per + share.seg : share.seg * per + share.row;
 #pragma unroll 1
     for (int i = lane; i < share.slots; i += 32) {
-      const int tile = begun + (share.slot + i) / block.slots, first = (share.slot + i) % block.slots * STEP_SLOT;
-      const int row = block.local ? tile / per : tile % per, seg = block.local ? tile % per : tile / per;
-      const u32 superstep = (seg * block.row_tiles + block.row_tile(row)) * block.supersteps + first;
+      const int tiles = block.of_tile.of(share.slot + i), first = (share.slot + i - tiles * block.slots) * STEP_SLOT;
+      const u32 superstep = block.tile(share.row, share.seg, tiles) * block.supersteps + first;
       store_shared(share.plan + i * 4, superstep * 2 + (first + 1 < block.supersteps));
     }
   }
   if (threadIdx.x < STEP_WARPS) store_shared(room.passed + threadIdx.x * 4, 0);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STEP_WARPS * P.slots; i++) barrier_init(room.bars + i * 8);
-    barrier_fence();
-  }
+  for (int i = threadIdx.x; i < STEP_WARPS * P.slots; i += STEP_THREADS + 32) barrier_init(room.bars + i * 8);
+  barrier_fence();
   __syncthreads();
   if (warp == STEP_WARPS) {
     feed(room, products, P.slots);
     return;
   }
   Ring ring(room, warp, P.slots);
-  take_input(P, room);
-  const Place position = place_of(P);
+  const Place position = take_input(P, room);
 
   auto product_at = [&](int p) -> const StepProduct& { return p + 1 < products ? room.layers[p >> 2 & 1].products[p & 3] : *room.head; };
   float unit = 0; // of the last product's activations
@@ -963,7 +967,7 @@ __device__ __forceinline__ void step(const Step& P) {
       const u32* words = (which == O ? P.mixed : P.active) + (size_t)layer * cols;
       for (int base = block.begin; base < block.end; base += ROUNDS * STEP_WARPS) {
         gather(words, cols, base, block.end, columns);
-        quantize(room, block.end, base, columns, unit, FIXED_M_MAX, P.greatest);
+        quantize(room, block.end, base, columns, unit, FIXED_M_MAX, P.unfit);
       }
       sync_all();
     }
@@ -984,7 +988,7 @@ __device__ __forceinline__ void step(const Step& P) {
   const u32* warps = room.warps + HEAD / 2 * P.parts_max;
   const int rows = min(block.count * TILE_ROWS, P.vocab - block.first * TILE_ROWS);
   __threadfence(); // what was said before the sums that were read
-  const bool none = load_now(P.greatest) == NO_ANSWER;
+  const bool none = load_now(P.unfit) != 0;
   u64 greatest = 0;
   for (int i = threadIdx.x; i < rows; i += STEP_THREADS) {
     const Scales of = i < STEP_THREADS ? scales : scales_of(P.head, block, i, rows);
@@ -1002,12 +1006,7 @@ __device__ __forceinline__ void step(const Step& P) {
   sync_all();
   if (warp > 0) return;
   greatest = greatest_of_warp(room.far[lane % STEP_WARPS][0]);
-  if (lane != 0) return;
-  atomicMax(P.greatest, greatest);
-  __threadfence();
-  if (atomicAdd(P.done, 1) + 1 < gridDim.x) return;
-  __threadfence();
-  store_to_host(P.answer, load_now(P.greatest)); // which is never 0
+  if (lane == 0) store_to_host(P.answers + blockIdx.x, max(greatest, 1ull)); // 0 is none yet
 }
 
 #define STEP(DIM, PAIRS) extern "C" __global__ void __launch_bounds__(STEP_THREADS + 32, 1) step_##DIM(Step P) { step<PAIRS>(P); }
