@@ -21,8 +21,8 @@
 // Every block norms the whole residual stream for itself and keeps it in shared memory.  Since a norm waits for all rows of o or down, no block is ever
 // more than one product ahead of another that has a share in it; so attention's parts may lie in one place for all layers.
 //
-// Host.  No copy stands before the kernel, nor behind it where the greatest logit is all that is asked for: it reads its token in the host's memory, each block a part that it leaves as words for all, and the last block
-// that is done writes there which logit is the greatest.
+// Host.  No copy stands before the kernel, nor behind it where the greatest logit is all that is asked for: it reads its token in the host's memory, each block a part that it leaves as words for all, and each block writes
+// there which of its logits is the greatest; the host takes the greatest of these.
 //
 // Needs.  All blocks at once on the GPU (a cooperative launch), one a multiprocessor; sums and words of all layers cleared.
 //
@@ -50,7 +50,8 @@
 // What the model waits for is what counts on a fast memory: without weights (none asked for, none waited for) a step at 512 positions took 1,253 us on an H100, 163 more
 // than since then: `red` instead of `atomicAdd` of a pointer whose memory the compiler does not know (it looks where it points, and waits), no division by a runtime number
 // (heads of a group, tiles of a row), places in shared memory as constants instead of sums of sizes, copies of input and answer left out (33 of them), two columns of a product
-// instead of masks for both nibbles, fewer instructions a sum. With weights 611 became 643 tokens/s there, and 701 became 746 on an H200. Nothing: keys and values asked for before the query is
+// instead of masks for both nibbles, fewer instructions a sum. With weights 611 became 643 tokens/s there, and 701 became 746 on an H200; with the token's words taken
+// at once instead of one after another, and blocks' answers to the host without atomics, 747 and 743 became 750 and 748 by turns. Nothing: keys and values asked for before the query is
 // known, sums read by all as soon as few arrivals are missing, a slot in registers while the one before is multiplied (slower); parts of attention put together by whoever
 // multiplies them, with words of 4 bytes (738 to 740 for 742 to 750 on an H200).
 // Measured: bench/RESULTS.md, "CUDA".
