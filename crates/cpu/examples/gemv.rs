@@ -80,7 +80,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if step != 0.9 && !matches!(codec, Codec::Rans(_) | Codec::RansPairs | Codec::Tiered | Codec::Huffman(_) | Codec::BlockAns(_)) {
                 continue;
             }
-            for (place, rows) in [("cache", 128), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {
+            for (place, rows) in [("cache", 192), ("memory", millions * 1_000_000 / COLS / 16 * 16)] {
                 let symbols = gauss(rows * COLS, step);
                 let mut histogram = Histogram::new();
                 histogram.add(&symbols);

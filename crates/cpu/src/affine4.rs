@@ -16,7 +16,7 @@ use std::ops::Range;
 use crate::error::FirstError;
 use crate::isa::TileBytes;
 use crate::level::per_level;
-use crate::source::{CHUNKS_TOGETHER, decode_chunks, symbols_of, with_scratch};
+use crate::source::{chunks_together, decode_chunks, symbols_of, with_scratch};
 use crate::{KernelError, Level, Pool, SharedOut, TILE_ROWS, TILE_SYMBOLS};
 use tersor_format::{CodedTensor, NARROW_MAX};
 
@@ -59,12 +59,13 @@ pub fn decode_affine4(
     }
     let chunk_of = |row: usize| row / TILE_ROWS / tensor.chunk_row_tiles(0).len();
     let chunks = chunk_of(rows.start)..chunk_of(rows.end - 1) + 1;
-    let tasks = chunks.len().div_ceil(CHUNKS_TOGETHER);
+    let together = chunks_together(tensor.table());
+    let tasks = chunks.len().div_ceil(together);
     let shared = SharedOut::new(out);
     let errors = FirstError::default();
     let task = |task: usize| {
-        let first = chunks.start + task * CHUNKS_TOGETHER;
-        let chunks = first..chunks.end.min(first + CHUNKS_TOGETHER);
+        let first = chunks.start + task * together;
+        let chunks = first..chunks.end.min(first + together);
         let row_tiles = tensor.chunk_row_tiles(first).start..tensor.chunk_row_tiles(chunks.end - 1).end;
         let wanted = rows.start.max(row_tiles.start * TILE_ROWS)..rows.end.min(row_tiles.end * TILE_ROWS);
         // SAFETY: chunks are disjoint runs of rows, and each task has its own chunks.

@@ -26,7 +26,7 @@ use crate::isa::streams::{self, Lines};
 use crate::isa::{Isa, TileBytes, per_isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
-use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::source::{FarAt, Scratch, chunks_together, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{KernelError, Level, Pool, SharedOut, TILE_SYMBOLS, rans_pairs, tiered};
 
 /// A decoded matrix, or a buffer for one. Only [`decode_into`] fills it, so its parts agree with
@@ -236,8 +236,9 @@ pub fn decode_bytes(level: Level, tensor: &CodedTensor, out: &mut [u8], pool: Op
 
 /// Runs `body` over all chunks, in runs that one task decodes together.
 fn for_chunks(tensor: &CodedTensor, pool: Option<&Pool>, body: &(dyn Fn(Range<usize>) + Sync)) {
-    let tasks = tensor.chunk_count().div_ceil(CHUNKS_TOGETHER);
-    let task = |task: usize| body(task * CHUNKS_TOGETHER..tensor.chunk_count().min((task + 1) * CHUNKS_TOGETHER));
+    let together = chunks_together(tensor.table());
+    let tasks = tensor.chunk_count().div_ceil(together);
+    let task = |task: usize| body(task * together..tensor.chunk_count().min((task + 1) * together));
     match pool {
         Some(pool) => pool.run(tasks, &task),
         None => (0..tasks).for_each(task),

@@ -34,7 +34,7 @@ use crate::pairs::PairBuffers;
 use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
 use crate::source::RansKernel;
-use crate::source::{CHUNKS_TOGETHER, FarAt, Scratch, decode_chunks, far_of, symbols_of, with_scratch};
+use crate::source::{FarAt, Scratch, chunks_together, decode_chunks, far_of, symbols_of, with_scratch};
 use crate::{
     Activations, KernelError, KernelScales, Level, Pool, SEGMENT_COLS_MAX, SharedOut, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, planes,
     rans_pairs, tiered,
@@ -147,7 +147,7 @@ fn check(index: usize, job: &Job<'_>) -> Result<(), KernelError> {
     equal("the length of out", tokens * rows, job.out.len())
 }
 
-/// Splits jobs into tasks. Chunks go together up to [`CHUNKS_TOGETHER`], but fewer where that would
+/// Splits jobs into tasks. Chunks go together up to [`chunks_together`], but fewer where that would
 /// leave a thread without work; row tiles in runs long enough to be worth claiming and short enough
 /// that threads finish together.
 fn plan(jobs: &[Job<'_>], threads: usize) -> Vec<Plan> {
@@ -159,7 +159,7 @@ fn plan(jobs: &[Job<'_>], threads: usize) -> Vec<Plan> {
     let mut plans: Vec<Plan> = jobs
         .iter()
         .map(|j| match j.matrix {
-            Matrix::Coded(m) => Plan { units: m.chunk_count(), tasks: m.chunk_count().div_ceil(CHUNKS_TOGETHER) },
+            Matrix::Coded(m) => Plan { units: m.chunk_count(), tasks: m.chunk_count().div_ceil(chunks_together(m.table())) },
             Matrix::Decoded(m) => {
                 // About 8 tasks a thread in all, none with less than 16 KiB of fields.
                 let line_bytes = m.col_steps() * TILE_SYMBOLS / 2;

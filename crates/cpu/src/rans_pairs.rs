@@ -1,6 +1,6 @@
 //! Chunks of the codec `rans-pairs`: what the kernels of all levels share.
 //!
-//! A kernel (`isa/avx512_rans_pairs.rs`, `isa/avx2_rans_pairs.rs`) takes up to four chunks of equal size at
+//! A kernel (`isa/avx512_rans_pairs.rs`, `isa/avx2_rans_pairs.rs`) takes up to six chunks of equal size at
 //! once, since one step of a chunk waits for the step before, and writes their next pair bytes, a tile of 64
 //! for each step. It knows nothing of symbols. Three sinks of [`Chunks`] take the tiles: `decode` makes
 //! symbol bytes of them, `dot` multiplies them with one token's activations, and for `decode_lines` they are what is
@@ -26,7 +26,7 @@ use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
 use crate::decoded::{LINES_AHEAD_BYTES, join_escaped, narrow, narrow_row_tile};
-use crate::isa::{Isa, TileBytes, per_isa, prefetch};
+use crate::isa::{Isa, TileBytes, each_chunk, per_isa, prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2_rans_pairs, avx512_rans_pairs};
 use crate::matmul::{SegmentScales, finish_rows};
@@ -36,10 +36,12 @@ use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
 /// Most chunks that a kernel takes at once.
-const WIDTH_MAX: usize = 4;
+const WIDTH_MAX: usize = 6;
 /// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment;
 /// with a quarter of them the product takes 7 % longer.
 const BLOCK: usize = 256;
+/// Streams whose tiles are multiplied together: they share the activations and what a segment asks for.
+const TOGETHER: usize = 2;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
 pub(crate) const PART: usize = 64;
 /// Tiles of pairs that the buffer holds.
@@ -55,6 +57,19 @@ pub(crate) trait Kernel {
     /// # Panics
     /// If there are no streams or more than the width, or `out` is too short.
     fn decode(&self, streams: &mut [Stream<'_>], steps: usize, shift: u8, out: &mut [TileBytes], stride: usize);
+}
+
+/// What chunks are multiplied with.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    /// The symbol byte of the window's first symbol.
+    base: u8,
+    /// The row tile that the first stream's chunk begins with.
+    first: usize,
+    scales: &'a KernelScales,
+    x: &'a Activations,
+    /// Segments of a row.
+    segments: usize,
 }
 
 /// One chunk on its way.
@@ -384,42 +399,40 @@ impl<'a> Chunks<'a> {
             self.streams(&group).is_some_and(|mut streams| {
                 let streams = &mut streams[..group.len()];
                 streams.iter().all(|stream| stream.chunk.far.is_empty() && count_zeros(stream.chunk.listed.bytes()) == 0)
-                    && self.multiply(streams, buffer, row_tiles, scales, x, sums)
+                    && self.multiply(streams, buffer, row_tiles.start, scales, x, sums)
             })
         })
     }
 
-    /// As [`Chunks::dot`], of streams whose first has the row tiles `row_tiles`.
+    /// As [`Chunks::dot`], of streams of which the first begins with the row tile `first`.
     fn multiply(
         &self,
         streams: &mut [Stream<'_>],
         buffer: &mut [TileBytes],
-        row_tiles: Range<usize>,
+        first: usize,
         scales: &KernelScales,
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
+        let product = Product { base: self.window.base(), first, scales, x, segments: x.segments() };
+        let row_tiles = sums.len() / streams.len();
+        let raw: [_; WIDTH_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].raw);
         let mut listed: [_; WIDTH_MAX] =
             std::array::from_fn(|i| Listed::new(streams[i.min(streams.len() - 1)].chunk.listed.iter(), self.window.listed_byte()));
+        let listed = &mut listed[..streams.len()];
         sums.fill([0.0; TILE_ROWS]);
-        let mut step = 0;
-        let mut place = Place { row_tile: 0, segment: 0 };
-        while place.row_tile < row_tiles.len() {
+        let (mut place, mut step) = (Place::default(), 0);
+        while place.row_tile < row_tiles {
             let (start, mut steps) = (place, 0);
-            while place.row_tile < row_tiles.len() && steps + place.steps(x) <= BLOCK {
-                steps += place.steps(x);
-                place = place.next(x);
+            while place.row_tile < row_tiles && (steps == 0 || steps + place.steps(&product) <= BLOCK) {
+                steps += place.steps(&product);
+                place = place.next(&product);
             }
-            self.kernel.get().decode(streams, steps, 0, buffer, BLOCK);
-            let parts = streams.iter().zip(buffer.chunks(BLOCK)).zip(&mut listed).zip(sums.chunks_mut(row_tiles.len()));
-            for (i, (((stream, pairs), listed), sums)) in parts.enumerate() {
-                let first = row_tiles.start + i * row_tiles.len();
-                let raw = stream.raw.skip(step);
-                multiply_block(self.level, self.window.base(), raw, &pairs[..steps], listed, x, scales, first, start, sums);
-            }
+            self.kernel.get().decode(streams, steps, 0, buffer, steps);
+            multiply_blocks(self.level, product, Blocks { raw: &raw, pairs: buffer, start, step, steps }, listed, sums);
             step += steps;
         }
-        streams.iter().all(Stream::at_end) && listed.iter().take(streams.len()).all(Listed::valid)
+        listed.iter().all(Listed::valid) && streams.iter().all(Stream::at_end)
     }
 }
 
@@ -639,7 +652,7 @@ per_isa! {
 }
 
 /// A segment of a row tile of a chunk.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Place {
     row_tile: usize,
     segment: usize,
@@ -648,121 +661,184 @@ struct Place {
 impl Place {
     /// Its tiles of pairs: those of the segment's columns.
     #[inline(always)]
-    fn steps(self, x: &Activations) -> usize {
-        self.q(x).len() / 2
+    fn steps(self, product: &Product<'_>) -> usize {
+        self.q(product).len() / 2
     }
 
     /// The activations of its steps.
     #[inline(always)]
-    fn q(self, x: &Activations) -> &[[i8; TILE_COLS]] {
-        let (q, steps): (&[[i8; TILE_COLS]], _) = (x.q(0).as_chunks().0, x.segment() / TILE_COLS);
+    fn q<'a>(self, product: &Product<'a>) -> &'a [[i8; TILE_COLS]] {
+        let (q, steps): (&[[i8; TILE_COLS]], _) = (product.x.q(0).as_chunks().0, product.x.segment() / TILE_COLS);
         &q[self.segment * steps..q.len().min((self.segment + 1) * steps)]
     }
 
     #[inline(always)]
-    fn next(self, x: &Activations) -> Place {
+    fn next(self, product: &Product<'_>) -> Place {
         let next = Place { segment: self.segment + 1, ..self };
-        if next.segment < x.segments() { next } else { Place { row_tile: self.row_tile + 1, segment: 0 } }
+        if next.segment < product.segments { next } else { Place { row_tile: self.row_tile + 1, segment: 0 } }
     }
+}
+
+/// Tiles of pairs of whole segments, of each stream as many.
+#[derive(Clone, Copy)]
+struct Blocks<'a> {
+    /// Raw bits of the streams, from their beginnings on.
+    raw: &'a [RawLines<'a>],
+    /// (streams, steps)
+    pairs: &'a [TileBytes],
+    /// The first segment.
+    start: Place,
+    /// Tiles of a stream before these.
+    step: usize,
+    /// Tiles of a stream.
+    steps: usize,
 }
 
 per_isa! {
-    /// Adds the products of whole segments, `place` and those behind it, to their row tiles' sums, and scales
-    /// those that are complete. `base`: the symbol byte of the window's first symbol; `first`: the row tile
-    /// that the chunk begins with; `sums`: of the row tiles of the chunk.
-    fn multiply_block(
+    /// Adds the products of the blocks to their row tiles' sums, and scales those that are complete. `listed`: of each stream;
+    /// `sums`: (streams, row tiles of a chunk).
+    fn multiply_blocks(
         isa;
-        base: u8,
-        raw: RawLines<'_>,
-        pairs: &[TileBytes],
-        listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
-        x: &Activations,
-        scales: &KernelScales,
-        first: usize,
-        place: Place,
+        product: Product<'_>,
+        blocks: Blocks<'_>,
+        listed: &mut [Listed<impl Iterator<Item = (usize, u8)>>],
         sums: &mut [[f32; TILE_ROWS]],
     ) {
-        by_raw_bits!(raw.bits(), multiply_raw(isa, base, raw, pairs, listed, x, scales, first, place, sums))
+        by_raw_bits!(blocks.raw[0].bits(), multiply_raw(isa, product, blocks, listed, sums))
     }
 }
 
+/// As [`multiply_blocks`], of symbols with `R` raw bits.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // Those of `multiply_block`.
 fn multiply_raw<I: Isa, const R: u32>(
     isa: I,
-    base: u8,
-    mut raw: RawLines<'_>,
-    mut pairs: &[TileBytes],
-    listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
-    x: &Activations,
-    scales: &KernelScales,
-    first: usize,
-    mut place: Place,
+    product: Product<'_>,
+    blocks: Blocks<'_>,
+    listed: &mut [Listed<impl Iterator<Item = (usize, u8)>>],
     sums: &mut [[f32; TILE_ROWS]],
 ) {
-    while !pairs.is_empty() {
-        let row_tile = place.row_tile;
-        let tile_scales = scales.tile(first + row_tile);
-        let acc = &mut sums[row_tile];
-        while !pairs.is_empty() && place.row_tile == row_tile {
-            let (own, rest) = pairs.split_at(place.steps(x));
-            multiply_segment::<I, R>(isa, base, raw, own, listed, x, place, tile_scales, acc);
-            (pairs, raw, place) = (rest, raw.skip(own.len()), place.next(x));
+    let row_tiles = sums.len() / listed.len();
+    let mut first = 0;
+    for (listed, sums) in listed.chunks_mut(TOGETHER).zip(sums.chunks_mut(TOGETHER * row_tiles)) {
+        match listed {
+            [one] => multiply_streams::<I, R, 1>(isa, product, blocks, first, std::array::from_mut(one), sums),
+            more => {
+                let listed: &mut [_; TOGETHER] = more.try_into().expect("a group of streams");
+                multiply_streams::<I, R, TOGETHER>(isa, product, blocks, first, listed, sums);
+            }
         }
-        if place.row_tile > row_tile {
-            finish_rows(tile_scales, acc);
+        first += TOGETHER;
+    }
+}
+
+/// As [`multiply_raw`], of `N` streams from `first` on.
+#[inline(always)]
+fn multiply_streams<I: Isa, const R: u32, const N: usize>(
+    isa: I,
+    product: Product<'_>,
+    blocks: Blocks<'_>,
+    first: usize,
+    listed: &mut [Listed<impl Iterator<Item = (usize, u8)>>; N],
+    sums: &mut [[f32; TILE_ROWS]],
+) {
+    let row_tiles = sums.len() / N;
+    let (mut place, mut step) = (blocks.start, 0);
+    while step < blocks.steps {
+        let row_tile = place.row_tile;
+        let scales: [_; N] = std::array::from_fn(|i| product.scales.tile(product.first + (first + i) * row_tiles + row_tile));
+        let mut acc: [_; N] = std::array::from_fn(|i| sums[i * row_tiles + row_tile]);
+        while step < blocks.steps && place.row_tile == row_tile {
+            let steps = place.steps(&product);
+            let pairs = std::array::from_fn(|i| &blocks.pairs[(first + i) * blocks.steps + step..][..steps]);
+            let raw = std::array::from_fn(|i| blocks.raw[first + i].skip(blocks.step + step));
+            // Told apart once for both streams, and the usual scales without a question for each segment.
+            if let TileScales::Row(_) = scales[0] {
+                multiply_segment::<I, R, N, true>(isa, product, pairs, raw, listed, place, scales, &mut acc);
+            } else {
+                multiply_segment::<I, R, N, false>(isa, product, pairs, raw, listed, place, scales, &mut acc);
+            }
+            (step, place) = (step + steps, place.next(&product));
+        }
+        for (i, mut acc) in acc.into_iter().enumerate() {
+            if place.row_tile > row_tile {
+                finish_rows(scales[i], &mut acc);
+            }
+            sums[i * row_tiles + row_tile] = acc;
         }
     }
 }
 
-/// As [`multiply_block`], of one segment.
+/// As [`multiply_streams`], of one segment. `ROWS`: the scales are of rows.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn multiply_segment<I: Isa, const R: u32>(
+#[allow(clippy::too_many_arguments)] // What a segment is multiplied with, and where its sums go.
+fn multiply_segment<I: Isa, const R: u32, const N: usize, const ROWS: bool>(
     isa: I,
-    base: u8,
-    raw: RawLines<'_>,
-    pairs: &[TileBytes],
-    listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
-    x: &Activations,
+    product: Product<'_>,
+    pairs: [&[TileBytes]; N],
+    raw: [RawLines<'_>; N],
+    listed: &mut [Listed<impl Iterator<Item = (usize, u8)>>; N],
     place: Place,
-    scales: TileScales<'_>,
-    acc: &mut [f32; TILE_ROWS],
+    scales: [TileScales<'_>; N],
+    acc: &mut [[f32; TILE_ROWS]; N],
 ) {
-    let (q, xscale, xsum) = (place.q(x), x.scales(0)[place.segment], x.sums(0)[place.segment]);
+    let Product { base, x, .. } = product;
+    let (q, xscale, xsum) = (place.q(&product), x.scales(0)[place.segment], x.sums(0)[place.segment]);
     // Two sums for either symbol, since a product waits four cycles for the one before.
-    let mut dots = [(isa.zero(), isa.zero()); 2];
+    let mut dots = [[(isa.zero(), isa.zero()); 2]; N];
     // Fours that begin with a raw line have all of their lines' bits.
-    let (fours, rest) = if raw.starts_line() { pairs.as_chunks::<4>() } else { (&[][..], pairs) };
-    let (q_fours, q_rest) = q.split_at(8 * fours.len());
-    for (i, (pairs, q)) in fours.iter().zip(q_fours.as_chunks::<8>().0).enumerate() {
-        let symbols = raw.symbols_of_four::<I, R>(isa, i, pairs);
+    let fours = if raw[0].starts_line() { q.len() / 8 } else { 0 };
+    let (q_fours, q_rest) = q.split_at(8 * fours);
+    for (four, q) in q_fours.as_chunks::<8>().0.iter().enumerate() {
+        let of: [&[TileBytes; 4]; N] = std::array::from_fn(|i| &pairs[i].as_chunks().0[four]);
+        let mut symbols = [[(isa.splat(0), isa.splat(0)); 4]; N];
+        for i in 0..N {
+            symbols[i] = raw[i].symbols_of_four::<I, R>(isa, four, of[i]);
+        }
         for turn in 0..4 {
             let q: [&[i8; TILE_COLS]; 2] = [&q[2 * turn], &q[2 * turn + 1]];
-            dots[turn % 2] = dot_pairs::<I, R>(isa, dots[turn % 2], isa.load(&pairs[turn]), symbols[turn], q);
+            for i in 0..N {
+                dots[i][turn % 2] = dot_pairs::<I, R>(isa, dots[i][turn % 2], isa.load(&of[i][turn]), symbols[i][turn], q);
+            }
         }
     }
-    let raw = raw.skip(4 * fours.len());
-    for (step, (pairs, q)) in rest.iter().zip(q_rest.as_chunks::<2>().0).enumerate() {
-        let tile = isa.load(pairs);
-        let symbols = raw.symbols::<I, R>(isa, step, tile);
-        dots[0] = dot_pairs::<I, R>(isa, dots[0], tile, symbols, [&q[0], &q[1]]);
+    for (step, q) in q_rest.as_chunks::<2>().0.iter().enumerate() {
+        let step = 4 * fours + step;
+        for i in 0..N {
+            let tile = isa.load(&pairs[i][step]);
+            let symbols = raw[i].symbols::<I, R>(isa, step, tile);
+            dots[i][0] = dot_pairs::<I, R>(isa, dots[i][0], tile, symbols, [&q[0], &q[1]]);
+        }
     }
-    let (first, second) = (isa.add(dots[0].0, dots[1].0), isa.add(dots[0].1, dots[1].1));
-    let (dots, q_sum, base) = if R == 0 {
-        (isa.join_nibbles(first, second), 0, i32::from(base) - i32::from(SYMBOL_BIAS))
-    } else {
-        (isa.add(first, second), xsum, base.into())
-    };
+    // With nibbles where they stand the bias is that of the window, else that of symbol bytes.
+    let (q_sum, base) = if R == 0 { (0, i32::from(base) - i32::from(SYMBOL_BIAS)) } else { (xsum, base.into()) };
     let more = base * xsum;
-    let floats = if listed.any(pairs.len()) {
-        let mut isum = isa.finish(dots, q_sum).map(|sum| sum + more);
-        listed.add(pairs, q, &mut isum);
-        isa.floats_of(&isum)
-    } else {
-        isa.finish_floats(dots, q_sum, more)
-    };
-    SegmentScales::of(scales, place.segment).add_floats(isa, acc, floats, xscale, xsum);
+    each_chunk!(N, |i| {
+        let [one, two] = dots[i];
+        let (first, second) = (isa.add(one.0, two.0), isa.add(one.1, two.1));
+        let dots = if R == 0 { isa.join_nibbles(first, second) } else { isa.add(first, second) };
+        let floats = if listed[i].any(pairs[i].len()) {
+            isa.floats_of(&with_listed(isa.finish(dots, q_sum), more, &mut listed[i], pairs[i], q))
+        } else {
+            isa.finish_floats(dots, q_sum, more)
+        };
+        let scales = if ROWS { SegmentScales::Row } else { SegmentScales::of(scales[i], place.segment) };
+        scales.add_floats(isa, &mut acc[i], floats, xscale, xsum);
+    });
+}
+
+/// A segment's sums, `more` and what its listed symbols add.
+#[cold]
+#[inline(never)]
+fn with_listed(
+    sums: [i32; TILE_ROWS],
+    more: i32,
+    listed: &mut Listed<impl Iterator<Item = (usize, u8)>>,
+    pairs: &[TileBytes],
+    q: &[[i8; TILE_COLS]],
+) -> [i32; TILE_ROWS] {
+    let mut sums = sums.map(|sum| sum + more);
+    listed.add(pairs, q, &mut sums);
+    sums
 }
 
 /// Adds the products of both symbols of a tile of pairs to their sums. Without raw bits nibbles are multiplied
@@ -788,7 +864,7 @@ mod tests {
     use tersor_format::EncodedTensor;
 
     use super::*;
-    use crate::source::{CHUNKS_TOGETHER, symbols_of};
+    use crate::source::{chunks_together, symbols_of};
     use crate::testing::{by_codec, gaussian, levels};
 
     /// Gaussian symbols about `mean`, one in a thousand far if `far`.
@@ -803,8 +879,9 @@ mod tests {
                 assert_eq!(level, Level::Scalar);
                 continue;
             };
-            for start in (0..tensor.chunk_count()).step_by(CHUNKS_TOGETHER) {
-                test(level, &kernel, start..tensor.chunk_count().min(start + CHUNKS_TOGETHER));
+            let together = chunks_together(tensor.table());
+            for start in (0..tensor.chunk_count()).step_by(together) {
+                test(level, &kernel, start..tensor.chunk_count().min(start + together));
             }
         }
     }
@@ -812,15 +889,15 @@ mod tests {
     /// Deviations whose best windows have no, one and two raw bits.
     const DEVIATIONS: [(f64, u8); 5] = [(0.4, 0), (1.1, 0), (2.0, 0), (3.4, 1), (9.0, 2)];
 
-    /// No kernel gives up, with one to four chunks at once and a shorter last one, and row tiles that begin within
+    /// No kernel gives up, with one to six chunks at once and a shorter last one, and row tiles that begin within
     /// a pair.
     #[test]
     fn symbol_bytes_are_those_of_the_codec() {
         for (deviation, raw_bits) in DEVIATIONS {
-            for (row_tiles, cols, far) in (1..=11).flat_map(|n| [(n, 128, false), (n, 36, true), (n, 4, true), (n, 1100, true)]) {
+            for (row_tiles, cols, far) in (1..=15).flat_map(|n| [(n, 128, false), (n, 36, true), (n, 4, true), (n, 1100, true)]) {
                 let encoded = tensor(row_tiles * 16, cols, deviation, 0.0, far, 2 * 16 * cols as u32);
                 let tensor = encoded.tensor();
-                if cols == 1100 && row_tiles == 11 {
+                if cols == 1100 && row_tiles == 15 {
                     assert_eq!(Chunks::new(Level::best(), tensor).map_or(raw_bits, |kernel| kernel.window.raw_bits()), raw_bits);
                 }
                 each_run(tensor, |level, kernel, chunks| {

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use tersor_codec::{DecodeError, FarList, PADDING_BYTES, Table, decode_chunk_bytes, fixed};
+use tersor_codec::{DecodeError, FarList, PADDING_BYTES, Table, decode_chunk_bytes, fixed, rans};
 use tersor_format::CodedTensor;
 
 use crate::buffer::AlignedBytes;
@@ -75,8 +75,15 @@ pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     SCRATCH.with_borrow_mut(f)
 }
 
-/// Chunks that one task decodes together at most: what hides the latency of one stream behind the others.
-pub(crate) const CHUNKS_TOGETHER: usize = 4;
+/// Chunks that one task decodes together at most, what hides the latency of one stream behind the others: as many as the widest kernel for
+/// the table takes at once.
+pub(crate) fn chunks_together(table: &Table) -> usize {
+    match table {
+        Table::Rans(table) if matches!(table.params(), rans::Params { state_bits: 16, prob_bits: 6..=7, .. }) => 6,
+        Table::RansPairs(_) => 6,
+        _ => 4,
+    }
+}
 
 /// Symbols of consecutive chunks.
 pub(crate) fn symbols_of(tensor: &CodedTensor, chunks: &Range<usize>) -> usize {
@@ -98,7 +105,7 @@ pub(crate) fn equal_chunks(tensor: &CodedTensor, chunks: Range<usize>, width: us
     })
 }
 
-/// Decodes at most [`CHUNKS_TOGETHER`] consecutive chunks to symbol bytes, one chunk behind the
+/// Decodes at most [`chunks_together`] consecutive chunks to symbol bytes, one chunk behind the
 /// other in `out`, and their far symbols, sorted.
 ///
 /// The error names the first chunk that does not decode.

@@ -91,8 +91,10 @@ fn every_kind_of_scales() {
     let mut random = Random::new(2);
     for kind in SCALES {
         // Groups must divide the columns for the formats that have them.
-        check(&mut random, 50, 384, Symbols::Escapes, kind, RANS, 12_288, &[1, 2]);
-        check(&mut random, 50, 384, Symbols::Far, kind, RANS, 12_288, &[1, 2]);
+        for codec in [RANS, Codec::RansPairs, Codec::Tiered] {
+            check(&mut random, 50, 384, Symbols::Escapes, kind, codec, 12_288, &[1, 2]);
+            check(&mut random, 50, 384, Symbols::Far, kind, codec, 12_288, &[1, 2]);
+        }
     }
 }
 
@@ -103,11 +105,15 @@ fn every_block_of_tokens() {
 }
 
 #[test]
-fn every_remainder_of_four_streams_and_a_short_last_chunk() {
+fn every_number_of_streams_and_a_short_last_chunk() {
     let mut random = Random::new(4);
-    for row_tiles in 1..=13 {
-        // Two row tiles a chunk: 1 to 7 chunks, the last of one row tile if their number is odd.
-        check(&mut random, row_tiles * 16 - 5, 64, Symbols::Escapes, ScaleKind::Row, RANS, 2_048, &[1, 2]);
+    let narrow = Codec::Rans(rans::Params { prob_bits: 6, ..rans::Params::DEFAULT });
+    let wide = Codec::Rans(rans::Params { prob_bits: 8, ..rans::Params::DEFAULT });
+    for codec in [RANS, narrow, wide, Codec::RansPairs] {
+        for row_tiles in 1..=25 {
+            // Two row tiles a chunk: 1 to 13 chunks, the last of one row tile if their number is odd.
+            check(&mut random, row_tiles * 16 - 5, 64, Symbols::Escapes, ScaleKind::Row, codec, 2_048, &[1, 2]);
+        }
     }
 }
 

@@ -21,8 +21,9 @@ use crate::output::table::Table;
 use crate::output::{self, units};
 use crate::progress::Progress;
 
-/// Weights of the cache working set for each thread: with 4 to 5 bits of a weight it fits the 512 KiB or more of a core's own cache.
-const CACHE_WEIGHTS: usize = 1 << 19;
+/// Weights of the cache working set for each thread: with 4 to 5 bits of a weight it fits the 512 KiB or more of a core's own cache. Twelve
+/// chunks, which are whole groups for kernels of two, four and six streams.
+const CACHE_WEIGHTS: usize = 12 << 16;
 /// Windows that are timed.
 const WINDOWS: usize = 5;
 

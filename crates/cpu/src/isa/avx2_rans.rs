@@ -31,7 +31,8 @@ use std::mem::MaybeUninit;
 use tersor_codec::rans;
 
 use super::avx2::expand;
-use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, each_chunk, lines_group, store_group};
+use super::each_chunk;
+use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, lines_group, store_group};
 use super::{Isa, TileBytes, Tiles, patch};
 use crate::source::FarAt;
 use crate::{Avx2, TILE_COLS, TILE_ROWS};

@@ -28,7 +28,8 @@ use std::arch::x86_64::*;
 use tersor_codec::rans_pairs::Slots;
 
 use super::avx2::expand;
-use super::streams::{Cursors, each_chunk};
+use super::each_chunk;
+use super::streams::Cursors;
 use super::{TileBytes, patch};
 use crate::Avx2;
 use crate::rans_pairs::{Kernel, Stream};

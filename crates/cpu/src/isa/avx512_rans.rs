@@ -1,26 +1,32 @@
 //! `rans` with 16-bit states, 8-bit words, 6 to 8 bits of probability and 64 lanes, for AVX-512.
 //!
-//! Computes: tiles of up to four chunks side by side, for the sinks of `streams.rs`.
+//! Computes: tiles of up to six chunks side by side, with 256 slots of four, for the sinks of `streams.rs`.
 //!
 //! Layout: a chunk's 64 states are two registers, one of low and one of high bytes, so that one
 //! step yields the 64 symbols of a tile in tile order. The tables (frequency, offset in the entry,
 //! symbol byte) of 64, 128 or 256 slots are one, two or four registers each and are looked up with
 //! byte permutes. A step multiplies as 16-bit words (even and odd lanes apart), and lanes that fell
 //! below STATE_MIN take the stream's next bytes in lane order with one byte expand; escapes are
-//! filled in by a second one.
+//! filled in by a second one. With 64 or 128 slots a step is spelt in assembler, as in `avx512_rans_pairs.rs`: states, tables and sums of six
+//! streams are 31 of the 32 registers.
 //!
 //! Needs: VBMI for the permutes, VBMI2 for the expands, VNNI for the dot. Frequencies below 256,
 //! far symbols only where tiles are stored, 64 readable bytes behind each chunk.
 //!
 //! Cost: about 28 instructions for 64 symbols, but one step of a stream waits some 40 cycles for
-//! the one before. Four streams side by side hide that.
+//! the one before. On Zen 5 a step takes 12.7 cycles with three streams, 10.1 with four, 8.7 with five, 8.4 with six, 8.5 with seven, in a loop of
+//! its own; its pipes need 6.8.
 //!
-//! Measured (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
+//! Measured (AMD EPYC, Zen 5, 4.3 GHz, one of two cores, example `gemv`): at every entropy from 1.5 to 3.8 bits 31.4 to 31.8 G weights/s
+//! fused from the cache and 29.8 to 31.1 from memory, 21 and 19 to the decoded form. Groups of four, which matrices of eight chunks make: 26.
+//! Tried without gain in that loop: the product by `vpmaddubsw` of the high byte and doubled frequencies, with the low byte's part by a masked
+//! addition (8.3 cycles with six streams, 10.4 with four).
+//!
+//! Before, with four streams and the compiler's order of operations (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
 //! gemv`): 25.5 to 27 G weights/s fused with the dot with 64 and 128 slots, 22.5 with 256, at every
 //! entropy from 1.5 to 3.8 bits; in bulk 25 to 27, with 256 slots 23; from memory 20 to 22 (before
 //! the software prefetch 9 to 17). With two or three streams it loses a third or more, so matrices
-//! of fewer chunks than threads times four do not reach these figures. Tried without gain: six or
-//! eight streams (27, in bulk 30: the sums no longer fit the registers), and words by unpacking and
+//! of fewer chunks than threads times four do not reach these figures. Tried without gain: words by unpacking and
 //! packing instead of shifts (26).
 //!
 //! Later on Zen 5, as `tersor kernels` measures it, at 2.25 and 3.7 bits: 25 and 25 from the cache, 22.6 and 22.8 from memory where
@@ -37,11 +43,11 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans;
 
-use super::streams::{
-    Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, each_chunk, lines_group, store_group, tiles_in_registers,
-};
+use super::avx512_rans_pairs::BYTES;
+use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, lines_group, store_group, tiles_in_registers};
+use super::{Isa, TileBytes, each_chunk};
 use crate::source::FarAt;
-use crate::{Avx512, TILE_ROWS};
+use crate::{Avx512, TILE_COLS, TILE_ROWS};
 
 const LANES: usize = 64;
 const SLOTS_MAX: usize = 256;
@@ -70,12 +76,208 @@ impl Tables {
             tables.offset[slot] = u8::try_from(*offset).ok()?;
         }
         tables.symbol[..slots.symbol_byte.len()].copy_from_slice(slots.symbol_byte);
+        // Twice, so that the lookup of 128 slots, which sees seven bits of a state, serves 64 as well.
+        if params.prob_bits == 6 {
+            for table in [&mut tables.freq, &mut tables.offset, &mut tables.symbol] {
+                table.copy_within(..64, 64);
+            }
+        }
         Some(tables)
     }
 }
 
 /// `N` streams in flight.
 struct Streams<const P: u32, const N: usize> {
+    freq: [__m512i; 2],
+    offset: [__m512i; 2],
+    symbol: [__m512i; 2],
+    byte: __m512i,
+    bytes: [__m512i; 2],
+    low: [__m512i; N],
+    high: [__m512i; N],
+    words: Cursors<N>,
+    escapes: Cursors<N>,
+}
+
+/// A step of stream `$i` with 64 or 128 slots, whose symbol bytes are `$tile`; then `$tail` with its operands.
+macro_rules! step {
+    ($self:ident, $i:ident, $tile:ident, [$($tail:literal),*], $($operand:tt)*) => {{
+        let (hungry, escaped): (u64, u64);
+        let (mut _freq, mut _offset, mut _even): (__m512i, __m512i, __m512i);
+        std::arch::asm!(
+            "vmovdqa64 {freq}, {f0}",
+            "vpermt2b {freq}, {low}, {f1}",
+            "vmovdqa64 {offset}, {o0}",
+            "vpermt2b {offset}, {low}, {o1}",
+            "vmovdqa64 {tile}, {s0}",
+            "vpermt2b {tile}, {low}, {s1}",
+            // States of even and odd lanes as 16-bit words, without their slots.
+            "vpsllw {even}, {high}, 8",
+            "vpternlogd {even}, {low}, {byte}, 0xf8",
+            "vpsrlw {low}, {low}, 8",
+            "vpternlogd {low}, {high}, {byte}, 0xf4",
+            "vpsrlw {even}, {even}, {prob_bits}",
+            "vpsrlw {low}, {low}, {prob_bits}",
+            // x = freq * (x >> P) + offset, at most 16 bits.
+            "vpandq {high}, {freq}, {byte}",
+            "vpmullw {even}, {even}, {high}",
+            "vpsrlw {freq}, {freq}, 8",
+            "vpmullw {freq}, {freq}, {low}",
+            "vpandq {high}, {offset}, {byte}",
+            "vpaddw {even}, {even}, {high}",
+            "vpsrlw {offset}, {offset}, 8",
+            "vpaddw {freq}, {freq}, {offset}",
+            "vmovdqa64 {high}, {even}",
+            "vpermt2b {high}, {highs}, {freq}",
+            "vmovdqa64 {low}, {even}",
+            "vpermt2b {low}, {lows}, {freq}",
+            // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
+            "vptestnmb {k}, {high}, {high}",
+            "kmovq {hungry}, {k}",
+            "vmovdqu8 {high}{{{k}}}, {low}",
+            "vpexpandb {low}{{{k}}}, zmmword ptr [{words}]",
+            "vptestnmb {e}, {tile}, {tile}",
+            "kmovq {escaped}, {e}",
+            "vpexpandb {tile}{{{e}}}, zmmword ptr [{escapes}]",
+            $($tail,)*
+            low = inout(zmm_reg) $self.low[$i],
+            high = inout(zmm_reg) $self.high[$i],
+            freq = out(zmm_reg) _freq,
+            offset = out(zmm_reg) _offset,
+            even = out(zmm_reg) _even,
+            tile = out(zmm_reg) $tile,
+            f0 = in(zmm_reg) $self.freq[0],
+            f1 = in(zmm_reg) $self.freq[1],
+            o0 = in(zmm_reg) $self.offset[0],
+            o1 = in(zmm_reg) $self.offset[1],
+            s0 = in(zmm_reg) $self.symbol[0],
+            s1 = in(zmm_reg) $self.symbol[1],
+            byte = in(zmm_reg) $self.byte,
+            lows = in(zmm_reg) $self.bytes[0],
+            highs = in(zmm_reg) $self.bytes[1],
+            k = out(kreg) _,
+            e = out(kreg) _,
+            words = in(reg) $self.words.readable($i),
+            escapes = in(reg) $self.escapes.readable($i),
+            hungry = out(reg) hungry,
+            escaped = out(reg) escaped,
+            prob_bits = const P,
+            $($operand)*
+            options(pure, readonly, nostack, preserves_flags)
+        );
+        $self.words.advance($i, hungry.count_ones() as usize);
+        _mm_prefetch::<_MM_HINT_T0>($self.words.ahead($i).cast());
+        $self.escapes.advance($i, escaped.count_ones() as usize);
+    }};
+}
+
+impl<const P: u32, const N: usize> Streams<P, N> {
+    /// The next 64 symbol bytes of chunk `i`.
+    ///
+    /// # Safety
+    /// 64 readable bytes from where the streams are.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2")]
+    unsafe fn next(&mut self, i: usize) -> __m512i {
+        let tile: __m512i;
+        // SAFETY: the two loads begin at or before the end of their part of the chunk, behind which 64 bytes are readable.
+        unsafe { step!(self, i, tile, [],) };
+        tile
+    }
+
+    /// Adds the products of the next 64 symbol bytes of chunk `i` with `q` to `sums`.
+    ///
+    /// # Safety
+    /// As [`Streams::next`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,avx512vnni")]
+    unsafe fn next_dot(&mut self, i: usize, mut sums: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
+        let mut _tile: __m512i;
+        // SAFETY: as above.
+        unsafe {
+            step!(
+                self,
+                i,
+                _tile,
+                ["vpdpbusd {sums}, {tile}, dword ptr [{q}]{{1to16}}"],
+                sums = inout(zmm_reg) sums,
+                q = in(reg) q.as_ptr(),
+            );
+        }
+        sums
+    }
+}
+
+/// The first registers of a table.
+///
+/// # Safety
+/// Features of [`Avx512`], here and below.
+#[inline(always)]
+unsafe fn load<const N: usize>(table: &[u8; SLOTS_MAX]) -> [__m512i; N] {
+    // SAFETY: a slice of 64 bytes each.
+    unsafe { std::array::from_fn(|i| _mm512_loadu_si512(table[LANES * i..][..LANES].as_ptr().cast())) }
+}
+
+/// Low and high bytes of the states that chunks begin with.
+#[inline(always)]
+unsafe fn states<const N: usize>(streams: &[Stream<'_>; N]) -> [[__m512i; N]; 2] {
+    // SAFETY: a slice of 64 bytes each.
+    unsafe { [0, 1].map(|half| std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES * half..][..LANES].as_ptr().cast()))) }
+}
+
+/// Whether all states are STATE_MIN.
+#[inline(always)]
+unsafe fn ended<const N: usize>(low: &[__m512i; N], high: &[__m512i; N]) -> bool {
+    // SAFETY: registers only.
+    (0..N).all(|i| unsafe { _mm512_test_epi8_mask(low[i], low[i]) == 0 && _mm512_cmpneq_epi8_mask(high[i], _mm512_set1_epi8(1)) == 0 })
+}
+
+impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
+    type Isa = Avx512;
+    type Tables = Tables;
+
+    #[inline(always)]
+    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
+        // SAFETY: all loads are of whole arrays.
+        unsafe {
+            let [low, high] = states(streams);
+            Streams {
+                freq: load(&tables.freq),
+                offset: load(&tables.offset),
+                symbol: load(&tables.symbol),
+                byte: _mm512_set1_epi16(0xff),
+                bytes: BYTES.each_ref().map(|indices| _mm512_loadu_si512(indices.as_ptr().cast())),
+                low,
+                high,
+                words: Cursors::words(streams),
+                escapes: Cursors::escapes(streams),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(&mut self, isa: Avx512, i: usize, out: *mut TileBytes, _spare: bool) {
+        // SAFETY: by the contract.
+        unsafe { isa.store(self.next(i), &mut *out) };
+    }
+
+    #[inline(always)]
+    unsafe fn dot(&mut self, _: Avx512, sums: &mut [__m512i; N], q: &[[i8; TILE_COLS]]) {
+        for q in q {
+            // SAFETY: by the contract.
+            each_chunk!(N, |i| unsafe { sums[i] = self.next_dot(i, sums[i], q) });
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn valid(&self) -> bool {
+        // SAFETY: registers only.
+        unsafe { ended(&self.low, &self.high) && self.words.at_end() && self.escapes.at_end() }
+    }
+}
+
+/// `N` streams in flight whose tables have 256 slots: four registers each, so that these are the compiler's to keep.
+struct Wide<const N: usize> {
     freq: [__m512i; 4],
     offset: [__m512i; 4],
     symbol: [__m512i; 4],
@@ -86,56 +288,46 @@ struct Streams<const P: u32, const N: usize> {
     escapes: Cursors<N>,
 }
 
-/// Looks up 64 slots, the low `P` bits of each byte.
+/// Looks up 64 slots. `upper`: those from 128 on.
 ///
 /// # Safety
 /// Features of [`Avx512`], here and below.
 #[inline(always)]
-unsafe fn lookup<const P: u32>(table: &[__m512i; 4], slots: __m512i) -> __m512i {
-    // SAFETY: registers only. The permutes ignore the bits above those they need.
+unsafe fn lookup(table: &[__m512i; 4], slots: __m512i, upper: __mmask64) -> __m512i {
+    // SAFETY: registers only. The permutes take the low seven bits of a slot.
     unsafe {
-        match P {
-            6 => _mm512_permutexvar_epi8(slots, table[0]),
-            7 => _mm512_permutex2var_epi8(table[0], slots, table[1]),
-            _ => {
-                let low = _mm512_permutex2var_epi8(table[0], slots, table[1]);
-                let high = _mm512_permutex2var_epi8(table[2], slots, table[3]);
-                _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(slots), high)
-            }
-        }
+        let low = _mm512_permutex2var_epi8(table[0], slots, table[1]);
+        let high = _mm512_permutex2var_epi8(table[2], slots, table[3]);
+        _mm512_mask_mov_epi8(low, upper, high)
     }
 }
 
-impl<const P: u32, const N: usize> Streams<P, N> {
+impl<const N: usize> Wide<N> {
     /// The next 64 symbol bytes of chunk `i`.
     ///
     /// # Safety
-    /// Features of [`Avx512`].
+    /// As [`Streams::next`].
     #[inline(always)]
     unsafe fn next(&mut self, i: usize) -> __m512i {
         // SAFETY: the two loads begin at or before the end of their part of the chunk, behind which
         // 64 bytes are readable.
         unsafe {
             let (low, high) = (self.low[i], self.high[i]);
-            let even = _mm512_set1_epi16(0xff);
-            let freq = lookup::<P>(&self.freq, low);
-            let offset = lookup::<P>(&self.offset, low);
-            let symbol = lookup::<P>(&self.symbol, low);
-            // States of even and odd lanes as 16-bit words; 0xca picks by the mask `even`.
-            let x_even = _mm512_ternarylogic_epi32::<0xca>(even, low, _mm512_slli_epi16::<8>(high));
-            let x_odd = _mm512_ternarylogic_epi32::<0xca>(even, _mm512_srli_epi16::<8>(low), high);
-            // x = freq * (x >> P) + offset, at most 16 bits.
+            let (byte, upper) = (_mm512_set1_epi16(0xff), _mm512_movepi8_mask(low));
+            let freq = lookup(&self.freq, low, upper);
+            let offset = lookup(&self.offset, low, upper);
+            let symbol = lookup(&self.symbol, low, upper);
+            // x = freq * (x >> 8) + offset, at most 16 bits: the high byte is the other factor.
             let y_even = _mm512_add_epi16(
-                _mm512_mullo_epi16(_mm512_and_si512(freq, even), _mm512_srli_epi16::<P>(x_even)),
-                _mm512_and_si512(offset, even),
+                _mm512_mullo_epi16(_mm512_and_si512(freq, byte), _mm512_and_si512(high, byte)),
+                _mm512_and_si512(offset, byte),
             );
             let y_odd = _mm512_add_epi16(
-                _mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<P>(x_odd)),
+                _mm512_mullo_epi16(_mm512_srli_epi16::<8>(freq), _mm512_srli_epi16::<8>(high)),
                 _mm512_srli_epi16::<8>(offset),
             );
             let y_low = _mm512_permutex2var_epi8(y_even, self.bytes[0], y_odd);
             let y_high = _mm512_permutex2var_epi8(y_even, self.bytes[1], y_odd);
-            // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
             let hungry = _mm512_testn_epi8_mask(y_high, y_high);
             let words = _mm512_loadu_si512(self.words.readable(i).cast());
             self.high[i] = _mm512_mask_mov_epi8(y_high, hungry, y_low);
@@ -150,7 +342,7 @@ impl<const P: u32, const N: usize> Streams<P, N> {
     }
 }
 
-impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
+impl<const N: usize> Decoder<N> for Wide<N> {
     type Isa = Avx512;
     type Tables = Tables;
 
@@ -158,17 +350,14 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
     unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
         // SAFETY: all loads are of whole arrays.
         unsafe {
-            let load = |table: &[u8; SLOTS_MAX]| std::array::from_fn(|i| _mm512_loadu_si512(table[64 * i..].as_ptr().cast()));
-            Streams {
+            let [low, high] = states(streams);
+            Wide {
                 freq: load(&tables.freq),
                 offset: load(&tables.offset),
                 symbol: load(&tables.symbol),
-                bytes: [
-                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[0].as_ptr().cast()),
-                    _mm512_loadu_si512(super::avx512_rans_pairs::BYTES[1].as_ptr().cast()),
-                ],
-                low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
-                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
+                bytes: BYTES.each_ref().map(|indices| _mm512_loadu_si512(indices.as_ptr().cast())),
+                low,
+                high,
                 words: Cursors::words(streams),
                 escapes: Cursors::escapes(streams),
             }
@@ -180,32 +369,32 @@ impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
     #[inline(always)]
     unsafe fn valid(&self) -> bool {
         // SAFETY: registers only.
-        (0..N).all(|i| unsafe {
-            _mm512_test_epi8_mask(self.low[i], self.low[i]) == 0 && _mm512_cmpneq_epi8_mask(self.high[i], _mm512_set1_epi8(1)) == 0
-        }) && self.words.at_end()
-            && self.escapes.at_end()
+        unsafe { ended(&self.low, &self.high) && self.words.at_end() && self.escapes.at_end() }
     }
 }
 
-/// Calls `$f::<P, N>(...)` for the table's precision and a group's number of chunks.
+/// Calls `$f::<D, N>(...)` for the decoder of the table's precision and a group's number of chunks.
 macro_rules! by_shape {
-    ($prob_bits:expr, $n:expr, $f:ident($($arg:expr),*)) => {{
-        macro_rules! by_n {
-            ($p:literal) => {
-                match $n {
-                    1 => $f::<$p, 1>($($arg),*),
-                    2 => $f::<$p, 2>($($arg),*),
-                    3 => $f::<$p, 3>($($arg),*),
-                    _ => $f::<$p, 4>($($arg),*),
-                }
-            };
+    ($prob_bits:expr, $n:expr, $f:ident($($arg:expr),*)) => {
+        match ($prob_bits, $n) {
+            (8, 1) => $f::<Wide<1>, 1>($($arg),*),
+            (8, 2) => $f::<Wide<2>, 2>($($arg),*),
+            (8, 3) => $f::<Wide<3>, 3>($($arg),*),
+            (8, _) => $f::<Wide<4>, 4>($($arg),*),
+            (7, 1) => $f::<Streams<7, 1>, 1>($($arg),*),
+            (7, 2) => $f::<Streams<7, 2>, 2>($($arg),*),
+            (7, 3) => $f::<Streams<7, 3>, 3>($($arg),*),
+            (7, 4) => $f::<Streams<7, 4>, 4>($($arg),*),
+            (7, 5) => $f::<Streams<7, 5>, 5>($($arg),*),
+            (7, _) => $f::<Streams<7, 6>, 6>($($arg),*),
+            (_, 1) => $f::<Streams<6, 1>, 1>($($arg),*),
+            (_, 2) => $f::<Streams<6, 2>, 2>($($arg),*),
+            (_, 3) => $f::<Streams<6, 3>, 3>($($arg),*),
+            (_, 4) => $f::<Streams<6, 4>, 4>($($arg),*),
+            (_, 5) => $f::<Streams<6, 5>, 5>($($arg),*),
+            _ => $f::<Streams<6, 6>, 6>($($arg),*),
         }
-        match $prob_bits {
-            6 => by_n!(6),
-            7 => by_n!(7),
-            _ => by_n!(8),
-        }
-    }};
+    };
 }
 
 impl Kernel for Tables {
@@ -214,7 +403,7 @@ impl Kernel for Tables {
     }
 
     fn width(&self) -> usize {
-        4
+        if self.params.prob_bits == 8 { 4 } else { 6 }
     }
 
     fn store(&self, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
@@ -236,23 +425,37 @@ impl Kernel for Tables {
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn store<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
+unsafe fn store<D: Decoder<N, Isa = Avx512, Tables = Tables>, const N: usize>(
+    tables: &Tables,
+    group: Group<'_>,
+    out: &mut [u8],
+    far: &mut Vec<FarAt>,
+) -> bool {
     // SAFETY: the features are enabled.
-    unsafe { store_group::<Streams<P, N>, N>(tables.token, tables, group, out, far) }
+    unsafe { store_group::<D, N>(tables.token, tables, group, out, far) }
 }
 
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn lines<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
+unsafe fn lines<D: Decoder<N, Isa = Avx512, Tables = Tables>, const N: usize>(
+    tables: &Tables,
+    group: Group<'_>,
+    out: Lines<'_>,
+) -> Option<usize> {
     // SAFETY: the features are enabled.
-    unsafe { lines_group::<Streams<P, N>, N>(tables.token, tables, group, out) }
+    unsafe { lines_group::<D, N>(tables.token, tables, group, out) }
 }
 
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn dot<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+unsafe fn dot<D: Decoder<N, Isa = Avx512, Tables = Tables>, const N: usize>(
+    tables: &Tables,
+    group: Group<'_>,
+    factor: Factor<'_>,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
     // SAFETY: the features are enabled.
-    unsafe { dot_group::<Streams<P, N>, N>(tables.token, tables, group, factor, sums) }
+    unsafe { dot_group::<D, N>(tables.token, tables, group, factor, sums) }
 }

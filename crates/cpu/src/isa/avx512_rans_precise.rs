@@ -24,9 +24,7 @@ use std::arch::x86_64::*;
 use tersor_codec::rans;
 
 use super::avx512_wide::{self, Registers, Step};
-use super::streams::{
-    Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, each_chunk, lines_group, store_group, tiles_in_registers,
-};
+use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, lines_group, store_group, tiles_in_registers};
 use crate::source::FarAt;
 use crate::{Avx512, TILE_ROWS};
 

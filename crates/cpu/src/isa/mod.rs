@@ -229,6 +229,22 @@ pub(crate) unsafe fn patch<const FEW: usize>(tile: *mut u8, mut mask: u64, mut b
     }
 }
 
+/// `body` for the chunks 0..N of at most eight. Not a loop: the compiler leaves loops of so long a
+/// body as they are, and then keeps all states in memory.
+macro_rules! each_chunk {
+    ($n:ident, |$i:ident| $body:expr) => {
+        $crate::isa::each_chunk!(@ $n $i $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $n:ident $i:ident $body:expr, $($value:literal)*) => {
+        $(if $value < $n {
+            let $i = $value;
+            $body
+        })*
+    };
+}
+
+pub(crate) use each_chunk;
+
 /// Defines a function whose body is compiled once for every level, with the level's [`Isa`] as its
 /// first argument.
 macro_rules! per_isa {

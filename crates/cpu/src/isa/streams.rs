@@ -1,6 +1,6 @@
 //! `rans` chunks side by side: what the kernels of all levels share.
 //!
-//! A kernel takes up to four chunks of equal size at once, since one step of a chunk waits for the
+//! A kernel takes up to six chunks of equal size at once, since one step of a chunk waits for the
 //! step before, and gives their tiles to one of three sinks: [`decode`] stores them, [`decode_lines`] packs them to
 //! the nibbles of the decoded form, and [`dot`] multiplies them with one token's activations; what the
 //! last two take never reaches memory.
@@ -16,6 +16,7 @@ use std::ops::Range;
 use tersor_codec::{PADDING_BYTES, rans};
 use tersor_format::CodedTensor;
 
+use super::each_chunk;
 use super::{Isa, TileBytes, Tiles, prefetch_far};
 use crate::decoded::{join_escaped, narrow_tiles};
 use crate::matmul::{SegmentScales, finish_rows};
@@ -270,22 +271,6 @@ pub(crate) fn dot(
     })
 }
 
-/// `body` for the chunks 0..N of at most eight. Not a loop: the compiler leaves loops of so long a
-/// body as they are, and then keeps all states in memory.
-macro_rules! each_chunk {
-    ($n:ident, |$i:ident| $body:expr) => {
-        each_chunk!(@ $n $i $body, 0 1 2 3 4 5 6 7)
-    };
-    (@ $n:ident $i:ident $body:expr, $($value:literal)*) => {
-        $(if $value < $n {
-            let $i = $value;
-            $body
-        })*
-    };
-}
-
-pub(super) use each_chunk;
-
 /// The methods of [`Decoder`] that take tiles, for a decoder whose method `next` has them in registers.
 macro_rules! tiles_in_registers {
     ($n:ident) => {
@@ -298,7 +283,7 @@ macro_rules! tiles_in_registers {
         #[inline(always)]
         unsafe fn dot(&mut self, isa: Self::Isa, sums: &mut [<Self::Isa as $crate::isa::Isa>::Sums; $n], q: &[[i8; $crate::TILE_COLS]]) {
             for q in q {
-                each_chunk!($n, |i| {
+                $crate::isa::each_chunk!($n, |i| {
                     // SAFETY: by the contract.
                     let tile = unsafe { self.next(i) };
                     sums[i] = $crate::isa::Isa::dot(isa, sums[i], tile, q);
@@ -420,6 +405,28 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
     factor: Factor<'_>,
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
+    // Asked once: of each segment and chunk it would cost more than the sums do.
+    // SAFETY: by the contract.
+    unsafe {
+        match factor.scales.tile(0) {
+            TileScales::Row(_) => dot_group_scaled::<D, N, true>(isa, tables, group, factor, sums),
+            TileScales::Group { .. } => dot_group_scaled::<D, N, false>(isa, tables, group, factor, sums),
+        }
+    }
+}
+
+/// As [`dot_group`]. `ROWS`: the scales are of rows.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn dot_group_scaled<D: Decoder<N>, const N: usize, const ROWS: bool>(
+    isa: D::Isa,
+    tables: &D::Tables,
+    group: Group<'_>,
+    factor: Factor<'_>,
+    sums: &mut [[f32; TILE_ROWS]],
+) -> bool {
     let Some(streams) = group.streams::<N>() else {
         return false;
     };
@@ -441,12 +448,13 @@ pub(super) unsafe fn dot_group<D: Decoder<N>, const N: usize>(
             let mut acc = [[0.0; TILE_ROWS]; N];
             for (segment, q) in q.chunks(x.segment() / TILE_COLS).enumerate() {
                 ahead.fetch();
+                let (xscale, xsum) = (xscales[segment], xsums[segment]);
                 let mut dots = [isa.zero(); N];
                 decoder.dot(isa, &mut dots, q);
-                for i in 0..N {
-                    let sums = isa.finish_floats(dots[i], xsums[segment], 0);
-                    SegmentScales::of(tile_scales[i], segment).add_floats(isa, &mut acc[i], sums, xscales[segment], xsums[segment]);
-                }
+                each_chunk!(N, |i| {
+                    let scales = if ROWS { SegmentScales::Row } else { SegmentScales::of(tile_scales[i], segment) };
+                    scales.add_floats(isa, &mut acc[i], isa.finish_floats(dots[i], xsum, 0), xscale, xsum);
+                });
             }
             for i in 0..N {
                 finish_rows(tile_scales[i], &mut acc[i]);
