@@ -29,7 +29,7 @@ use crate::decoded::{Decoded, Form, RowTile, expand, unescape};
 use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::streams;
-use crate::isa::{Isa, TileBytes, Tiles, patch, per_isa};
+use crate::isa::{Isa, PLAIN_AHEAD_BYTES, TileBytes, Tiles, patch, per_isa, prefetch};
 use crate::pairs::PairBuffers;
 use crate::scales::TileScales;
 #[cfg(target_arch = "x86_64")]
@@ -454,6 +454,7 @@ fn dot_spread<I: Isa>(isa: I, tile: &RowTile<'_>, bias: u8, scales: TileScales<'
         let mut dots = [isa.zero(); 2];
         let (pairs, single) = part.as_chunks::<2>();
         for (line, q) in lines.iter().zip(pairs) {
+            prefetch(line.as_ptr().wrapping_add(PLAIN_AHEAD_BYTES));
             let line = isa.load(line);
             // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
             let (low, high) =

@@ -38,6 +38,9 @@ pub(crate) type TileBytes = [u8; TILE_SYMBOLS];
 #[repr(C, align(64))]
 pub(crate) struct Tiles<const N: usize>(pub(crate) [TileBytes; N]);
 
+/// How far ahead of the plain GEMV's lines the memory is told what comes.
+pub(crate) const PLAIN_AHEAD_BYTES: usize = 8192;
+
 /// One level's steps, all of which are to be called from functions that are always inlined (not
 /// from closures) below a function that enables the level's features. A value of the type proves
 /// that the machine has what the steps need.
@@ -131,6 +134,7 @@ pub(crate) trait Isa: Copy {
     fn dot_lines(self, sums: Self::Sums, lines: &[TileBytes], q: &[[[i8; TILE_COLS]; 2]]) -> Self::Sums {
         let (mut low, mut high) = (self.zero(), self.zero());
         for (line, q) in lines.iter().zip(q) {
+            prefetch(line.as_ptr().wrapping_add(PLAIN_AHEAD_BYTES));
             let line = self.load(line);
             (low, high) = (self.dot_low(low, line, &q[0]), self.dot_high(high, line, &q[1]));
         }
