@@ -4,13 +4,12 @@
 //! one of many copies that must come from memory. Before a clock starts, the kernel's answer is compared with sums of the plain symbols.
 
 use std::collections::BTreeMap;
-use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use tersor_codec::{Codec, Histogram};
-use tersor_cpu::{Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_into, matmul, read_row};
+use tersor_cpu::{Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_into, matmul, read_bandwidth, read_row};
 use tersor_format::{Bytes, CHUNK_SYMBOLS_TARGET, CodedTensor, encode_tensor};
 use tersor_quant::{QuantizedTensor, Scales};
 use tersor_runtime::device::{self, Device, KernelReport, KernelRequest};
@@ -130,10 +129,10 @@ fn on_cpu(args: &Args, codecs: &[Codec]) -> Result<Report> {
         (threads.len() * (1 + levels.len() * codecs.len() * 3 * if args.working_set == "both" { 2 } else { 1 })) as u64,
     );
     {
-        let buffer = vec![1_u64; (memory_bytes / 8) as usize];
+        let buffer = vec![1; memory_bytes as usize];
         for &count in &threads {
             progress.message(&format!("read bandwidth, {count} threads"));
-            bandwidth.insert(count, read_bandwidth(&Pool::new(count), &buffer));
+            bandwidth.insert(count, read_bandwidth(&Pool::new(count), Level::best(), &buffer, WINDOWS as u32 + 1));
             progress.add(1);
         }
     }
@@ -248,28 +247,6 @@ fn levels(names: &[String]) -> Result<Vec<Level>> {
         return Ok(Level::available());
     }
     names.iter().map(|name| name.parse().map_err(|error| Usage(format!("--level: {error}")).into())).collect()
-}
-
-/// Sequential read bandwidth in bytes per second: the best of [`WINDOWS`], since others on the machine can only take away.
-fn read_bandwidth(pool: &Pool, buffer: &[u64]) -> f64 {
-    let parts: Vec<&[u64]> = buffer.chunks(64 * 1024).collect();
-    let sweep = || {
-        let start = Instant::now();
-        pool.run(parts.len(), &|part| {
-            // Eight sums, so that additions do not wait for each other.
-            let (blocks, _) = parts[part].as_chunks::<8>();
-            let mut sums = [0_u64; 8];
-            for block in blocks {
-                for (sum, value) in sums.iter_mut().zip(block) {
-                    *sum = sum.wrapping_add(*value);
-                }
-            }
-            black_box(sums);
-        });
-        start.elapsed()
-    };
-    let best = (0..=WINDOWS).map(|_| sweep()).min().unwrap_or(Duration::MAX);
-    size_of_val(buffer) as f64 / best.as_secs_f64()
 }
 
 /// A matrix of Gaussian symbols, every row with scale 1.
