@@ -433,7 +433,10 @@ per_isa! {
     /// The outputs of one row tile of nibbles for one token: the plain GEMV.
     ///
     /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, a mask and a product for either
-    /// half, and with escapes what [`dot_spread`] or [`Patched`] take. Bound by reading the lines from memory.
+    /// half, and with escapes what [`dot_spread`] or [`Patched`] take. Bound by reading the lines from memory, which are asked for
+    /// well ahead: of the 1.1 B model at 3.25 bpw that takes steps of `cached` from 51 and 52 to 66 and 69 tok/s on a Zen 5 with one
+    /// thread (by turns), for the processor's own prefetcher stops at the ends of pages. G weights/s from memory at 3.79 bits, asked for 0, 1, 2, 4, 8 KiB
+    /// ahead: 61, 58, 58, 65, 76; to the L2 cache 16 and 64 KiB: 69, 74.
     fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
         if has_escapes && I::SPREADS {
             dot_spread(isa, tile, bias, scales, x, acc);
