@@ -32,11 +32,9 @@ use crate::isa::{avx2_rans_pairs, avx512_rans_pairs};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, nibble, put_listed, split};
 use crate::scales::TileScales;
-use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
+use crate::source::{FarAt, STREAMS_MAX, count_zeros, equal_chunks, take_far, with_padding};
 use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
 
-/// Most chunks that a kernel takes at once.
-const WIDTH_MAX: usize = 6;
 /// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment;
 /// with a quarter of them the product takes 7 % longer.
 const BLOCK: usize = 256;
@@ -45,11 +43,11 @@ const TOGETHER: usize = 2;
 /// Tiles of pairs that are narrowed at once, by symbol bytes in the L1 cache if some are listed.
 pub(crate) const PART: usize = 64;
 /// Tiles of pairs that the buffer holds.
-const BUFFER: usize = WIDTH_MAX * BLOCK;
+const BUFFER: usize = STREAMS_MAX * BLOCK;
 
 /// A decoder of pair bytes at one level, with the tables of one tensor.
 pub(crate) trait Kernel {
-    /// Most chunks that it takes at once, at most [`WIDTH_MAX`].
+    /// Most chunks that it takes at once, at most [`STREAMS_MAX`].
     fn width(&self) -> usize;
     /// Decodes the next `steps` tiles of each of the streams. Tile `t` of stream `i` goes to
     /// `out[i * stride + t]`, with those of `shift` added to its nibbles, modulo 16.
@@ -181,11 +179,11 @@ impl<'a> Chunks<'a> {
         Some(Chunks { level, kernel: LevelKernel::new(level, table)?, table, window: table.window(), tensor })
     }
 
-    /// The streams of at least one and at most [`WIDTH_MAX`] chunks, and copies of the last of them; `None`
+    /// The streams of at least one and at most [`STREAMS_MAX`] chunks, and copies of the last of them; `None`
     /// if one is corrupt.
-    fn streams(&self, chunks: &Range<usize>) -> Option<[Stream<'a>; WIDTH_MAX]> {
+    fn streams(&self, chunks: &Range<usize>) -> Option<[Stream<'a>; STREAMS_MAX]> {
         let last = Stream::new(self.table, self.tensor, chunks.end - 1)?;
-        let mut streams = [const { None }; WIDTH_MAX];
+        let mut streams = [const { None }; STREAMS_MAX];
         for (stream, chunk) in streams.iter_mut().zip(chunks.start..chunks.end - 1) {
             *stream = Some(Stream::new(self.table, self.tensor, chunk)?);
         }
@@ -350,9 +348,9 @@ impl<'a> Chunks<'a> {
         let (buffer, bytes) = (room(buffer, BUFFER), room(bytes, 2 * PART).as_flattened_mut());
         let (steps, row_tiles) = (lines.len() / streams.len(), offsets.len() / streams.len());
         let (row_tile_steps, symbols) = (steps / row_tiles, steps * 2 * TILE_SYMBOLS);
-        let mut listed: [_; WIDTH_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].chunk.listed.iter().peekable());
+        let mut listed: [_; STREAMS_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].chunk.listed.iter().peekable());
         // Of each stream, which writes where there is room for all its symbols.
-        let mut taken = [0; WIDTH_MAX];
+        let mut taken = [0; STREAMS_MAX];
         for start in (0..steps).step_by(BLOCK) {
             let end = steps.min(start + BLOCK);
             self.kernel.get().decode(streams, end - start, 0, buffer, BLOCK);
@@ -416,15 +414,15 @@ impl<'a> Chunks<'a> {
     ) -> bool {
         let product = Product { base: self.window.base(), first, scales, x, segments: x.segments() };
         let row_tiles = sums.len() / streams.len();
-        let raw: [_; WIDTH_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].raw);
-        let mut listed: [_; WIDTH_MAX] =
+        let raw: [_; STREAMS_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].raw);
+        let mut listed: [_; STREAMS_MAX] =
             std::array::from_fn(|i| Listed::new(streams[i.min(streams.len() - 1)].chunk.listed.iter(), self.window.listed_byte()));
         let listed = &mut listed[..streams.len()];
         sums.fill([0.0; TILE_ROWS]);
         let (mut place, mut step) = (Place::default(), 0);
         while place.row_tile < row_tiles {
             let (start, mut steps) = (place, 0);
-            while place.row_tile < row_tiles && (steps == 0 || steps + place.steps(&product) <= BLOCK) {
+            while place.row_tile < row_tiles && steps + place.steps(&product) <= BLOCK {
                 steps += place.steps(&product);
                 place = place.next(&product);
             }
@@ -751,7 +749,7 @@ fn multiply_streams<I: Isa, const R: u32, const N: usize>(
             let steps = place.steps(&product);
             let pairs = std::array::from_fn(|i| &blocks.pairs[(first + i) * blocks.steps + step..][..steps]);
             let raw = std::array::from_fn(|i| blocks.raw[first + i].skip(blocks.step + step));
-            // Told apart once for both streams, and the usual scales without a question for each segment.
+            // What is compiled for scales of rows, the usual ones, asks no more about them.
             if let TileScales::Row(_) = scales[0] {
                 multiply_segment::<I, R, N, true>(isa, product, pairs, raw, listed, place, scales, &mut acc);
             } else {
@@ -826,7 +824,7 @@ fn multiply_segment<I: Isa, const R: u32, const N: usize, const ROWS: bool>(
     });
 }
 
-/// A segment's sums, `more` and what its listed symbols add.
+/// A segment's sums, `more` and what its listed symbols add. Not inlined: sums that are indexed would be kept in memory for all segments.
 #[cold]
 #[inline(never)]
 fn with_listed(

@@ -75,12 +75,15 @@ pub(crate) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     SCRATCH.with_borrow_mut(f)
 }
 
+/// Most chunks that a kernel takes side by side.
+pub(crate) const STREAMS_MAX: usize = 6;
+
 /// Chunks that one task decodes together at most, what hides the latency of one stream behind the others: as many as the widest kernel for
 /// the table takes at once.
 pub(crate) fn chunks_together(table: &Table) -> usize {
     match table {
-        Table::Rans(table) if matches!(table.params(), rans::Params { state_bits: 16, prob_bits: 6..=7, .. }) => 6,
-        Table::RansPairs(_) => 6,
+        Table::Rans(table) if matches!(table.params(), rans::Params { state_bits: 16, prob_bits: 6..=7, .. }) => STREAMS_MAX,
+        Table::RansPairs(_) => STREAMS_MAX,
         _ => 4,
     }
 }

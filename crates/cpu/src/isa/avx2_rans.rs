@@ -31,9 +31,8 @@ use std::mem::MaybeUninit;
 use tersor_codec::rans;
 
 use super::avx2::expand;
-use super::each_chunk;
 use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, lines_group, store_group};
-use super::{Isa, TileBytes, Tiles, patch};
+use super::{Isa, TileBytes, Tiles, each_chunk, patch};
 use crate::source::FarAt;
 use crate::{Avx2, TILE_COLS, TILE_ROWS};
 

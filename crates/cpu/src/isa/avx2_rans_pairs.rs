@@ -28,9 +28,8 @@ use std::arch::x86_64::*;
 use tersor_codec::rans_pairs::Slots;
 
 use super::avx2::expand;
-use super::each_chunk;
 use super::streams::Cursors;
-use super::{TileBytes, patch};
+use super::{TileBytes, each_chunk, patch};
 use crate::Avx2;
 use crate::rans_pairs::{Kernel, Stream};
 

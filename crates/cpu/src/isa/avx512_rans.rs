@@ -43,10 +43,10 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans;
 
-use super::avx512_rans_pairs::BYTES;
-use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, lines_group, store_group, tiles_in_registers};
+use super::avx512_rans_pairs::{Table, byte_indices, load};
+use super::streams::{Cursors, Decoder, Factor, Group, Kernel, Lines, Stream, dot_group, lines_group, store_group};
 use super::{Isa, TileBytes, each_chunk};
-use crate::source::FarAt;
+use crate::source::{FarAt, STREAMS_MAX};
 use crate::{Avx512, TILE_COLS, TILE_ROWS};
 
 const LANES: usize = 64;
@@ -88,9 +88,9 @@ impl Tables {
 
 /// `N` streams in flight.
 struct Streams<const P: u32, const N: usize> {
-    freq: [__m512i; 2],
-    offset: [__m512i; 2],
-    symbol: [__m512i; 2],
+    freq: Table,
+    offset: Table,
+    symbol: Table,
     byte: __m512i,
     bytes: [__m512i; 2],
     low: [__m512i; N],
@@ -171,6 +171,20 @@ macro_rules! step {
     }};
 }
 
+/// Looks up 64 slots. `upper`: those from 128 on.
+///
+/// # Safety
+/// Features of [`Avx512`], here and below.
+#[inline(always)]
+unsafe fn lookup(table: &Table, slots: __m512i, upper: __mmask64) -> __m512i {
+    // SAFETY: registers only. The permutes take the low seven bits of a slot.
+    unsafe {
+        let low = _mm512_permutex2var_epi8(table[0], slots, table[1]);
+        let high = _mm512_permutex2var_epi8(table[2], slots, table[3]);
+        _mm512_mask_mov_epi8(low, upper, high)
+    }
+}
+
 impl<const P: u32, const N: usize> Streams<P, N> {
     /// The next 64 symbol bytes of chunk `i`.
     ///
@@ -179,6 +193,10 @@ impl<const P: u32, const N: usize> Streams<P, N> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2")]
     unsafe fn next(&mut self, i: usize) -> __m512i {
+        if P == 8 {
+            // SAFETY: by the contract.
+            return unsafe { self.next_wide(i) };
+        }
         let tile: __m512i;
         // SAFETY: the two loads begin at or before the end of their part of the chunk, behind which 64 bytes are readable.
         unsafe { step!(self, i, tile, [],) };
@@ -191,7 +209,11 @@ impl<const P: u32, const N: usize> Streams<P, N> {
     /// As [`Streams::next`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512vbmi2,avx512vnni")]
-    unsafe fn next_dot(&mut self, i: usize, mut sums: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
+    unsafe fn next_dot(&mut self, isa: Avx512, i: usize, mut sums: __m512i, q: &[i8; TILE_COLS]) -> __m512i {
+        if P == 8 {
+            // SAFETY: by the contract.
+            return isa.dot(sums, unsafe { self.next_wide(i) }, q);
+        }
         let mut _tile: __m512i;
         // SAFETY: as above.
         unsafe {
@@ -206,114 +228,18 @@ impl<const P: u32, const N: usize> Streams<P, N> {
         }
         sums
     }
-}
 
-/// The first registers of a table.
-///
-/// # Safety
-/// Features of [`Avx512`], here and below.
-#[inline(always)]
-unsafe fn load<const N: usize>(table: &[u8; SLOTS_MAX]) -> [__m512i; N] {
-    // SAFETY: a slice of 64 bytes each.
-    unsafe { std::array::from_fn(|i| _mm512_loadu_si512(table[LANES * i..][..LANES].as_ptr().cast())) }
-}
-
-/// Low and high bytes of the states that chunks begin with.
-#[inline(always)]
-unsafe fn states<const N: usize>(streams: &[Stream<'_>; N]) -> [[__m512i; N]; 2] {
-    // SAFETY: a slice of 64 bytes each.
-    unsafe { [0, 1].map(|half| std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES * half..][..LANES].as_ptr().cast()))) }
-}
-
-/// Whether all states are STATE_MIN.
-#[inline(always)]
-unsafe fn ended<const N: usize>(low: &[__m512i; N], high: &[__m512i; N]) -> bool {
-    // SAFETY: registers only.
-    (0..N).all(|i| unsafe { _mm512_test_epi8_mask(low[i], low[i]) == 0 && _mm512_cmpneq_epi8_mask(high[i], _mm512_set1_epi8(1)) == 0 })
-}
-
-impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
-    type Isa = Avx512;
-    type Tables = Tables;
-
-    #[inline(always)]
-    unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
-        // SAFETY: all loads are of whole arrays.
-        unsafe {
-            let [low, high] = states(streams);
-            Streams {
-                freq: load(&tables.freq),
-                offset: load(&tables.offset),
-                symbol: load(&tables.symbol),
-                byte: _mm512_set1_epi16(0xff),
-                bytes: BYTES.each_ref().map(|indices| _mm512_loadu_si512(indices.as_ptr().cast())),
-                low,
-                high,
-                words: Cursors::words(streams),
-                escapes: Cursors::escapes(streams),
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store(&mut self, isa: Avx512, i: usize, out: *mut TileBytes, _spare: bool) {
-        // SAFETY: by the contract.
-        unsafe { isa.store(self.next(i), &mut *out) };
-    }
-
-    #[inline(always)]
-    unsafe fn dot(&mut self, _: Avx512, sums: &mut [__m512i; N], q: &[[i8; TILE_COLS]]) {
-        for q in q {
-            // SAFETY: by the contract.
-            each_chunk!(N, |i| unsafe { sums[i] = self.next_dot(i, sums[i], q) });
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn valid(&self) -> bool {
-        // SAFETY: registers only.
-        unsafe { ended(&self.low, &self.high) && self.words.at_end() && self.escapes.at_end() }
-    }
-}
-
-/// `N` streams in flight whose tables have 256 slots: four registers each, so that these are the compiler's to keep.
-struct Wide<const N: usize> {
-    freq: [__m512i; 4],
-    offset: [__m512i; 4],
-    symbol: [__m512i; 4],
-    bytes: [__m512i; 2],
-    low: [__m512i; N],
-    high: [__m512i; N],
-    words: Cursors<N>,
-    escapes: Cursors<N>,
-}
-
-/// Looks up 64 slots. `upper`: those from 128 on.
-///
-/// # Safety
-/// Features of [`Avx512`], here and below.
-#[inline(always)]
-unsafe fn lookup(table: &[__m512i; 4], slots: __m512i, upper: __mmask64) -> __m512i {
-    // SAFETY: registers only. The permutes take the low seven bits of a slot.
-    unsafe {
-        let low = _mm512_permutex2var_epi8(table[0], slots, table[1]);
-        let high = _mm512_permutex2var_epi8(table[2], slots, table[3]);
-        _mm512_mask_mov_epi8(low, upper, high)
-    }
-}
-
-impl<const N: usize> Wide<N> {
-    /// The next 64 symbol bytes of chunk `i`.
+    /// As [`Streams::next`], with 256 slots: twice as many registers for the tables, so that these are the compiler's to keep.
     ///
     /// # Safety
-    /// As [`Streams::next`].
+    /// As there.
     #[inline(always)]
-    unsafe fn next(&mut self, i: usize) -> __m512i {
+    unsafe fn next_wide(&mut self, i: usize) -> __m512i {
         // SAFETY: the two loads begin at or before the end of their part of the chunk, behind which
         // 64 bytes are readable.
         unsafe {
             let (low, high) = (self.low[i], self.high[i]);
-            let (byte, upper) = (_mm512_set1_epi16(0xff), _mm512_movepi8_mask(low));
+            let (byte, upper) = (self.byte, _mm512_movepi8_mask(low));
             let freq = lookup(&self.freq, low, upper);
             let offset = lookup(&self.offset, low, upper);
             let symbol = lookup(&self.symbol, low, upper);
@@ -342,7 +268,7 @@ impl<const N: usize> Wide<N> {
     }
 }
 
-impl<const N: usize> Decoder<N> for Wide<N> {
+impl<const P: u32, const N: usize> Decoder<N> for Streams<P, N> {
     type Isa = Avx512;
     type Tables = Tables;
 
@@ -350,51 +276,65 @@ impl<const N: usize> Decoder<N> for Wide<N> {
     unsafe fn new(tables: &Tables, streams: &[Stream<'_>; N]) -> Self {
         // SAFETY: all loads are of whole arrays.
         unsafe {
-            let [low, high] = states(streams);
-            Wide {
+            Streams {
                 freq: load(&tables.freq),
                 offset: load(&tables.offset),
                 symbol: load(&tables.symbol),
-                bytes: BYTES.each_ref().map(|indices| _mm512_loadu_si512(indices.as_ptr().cast())),
-                low,
-                high,
+                byte: _mm512_set1_epi16(0xff),
+                bytes: byte_indices(),
+                low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[..LANES].as_ptr().cast())),
+                high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].states[LANES..2 * LANES].as_ptr().cast())),
                 words: Cursors::words(streams),
                 escapes: Cursors::escapes(streams),
             }
         }
     }
 
-    tiles_in_registers!(N);
+    #[inline(always)]
+    unsafe fn store(&mut self, isa: Avx512, i: usize, out: *mut TileBytes, _spare: bool) {
+        // SAFETY: by the contract.
+        unsafe { isa.store(self.next(i), &mut *out) };
+    }
+
+    #[inline(always)]
+    unsafe fn dot(&mut self, isa: Avx512, sums: &mut [__m512i; N], q: &[[i8; TILE_COLS]]) {
+        for q in q {
+            // SAFETY: by the contract.
+            each_chunk!(N, |i| unsafe { sums[i] = self.next_dot(isa, i, sums[i], q) });
+        }
+    }
 
     #[inline(always)]
     unsafe fn valid(&self) -> bool {
         // SAFETY: registers only.
-        unsafe { ended(&self.low, &self.high) && self.words.at_end() && self.escapes.at_end() }
+        (0..N).all(|i| unsafe {
+            _mm512_test_epi8_mask(self.low[i], self.low[i]) == 0 && _mm512_cmpneq_epi8_mask(self.high[i], _mm512_set1_epi8(1)) == 0
+        }) && self.words.at_end()
+            && self.escapes.at_end()
     }
 }
 
-/// Calls `$f::<D, N>(...)` for the decoder of the table's precision and a group's number of chunks.
+/// Calls `$f::<P, N>(...)` for the table's precision and a group's number of chunks.
 macro_rules! by_shape {
-    ($prob_bits:expr, $n:expr, $f:ident($($arg:expr),*)) => {
-        match ($prob_bits, $n) {
-            (8, 1) => $f::<Wide<1>, 1>($($arg),*),
-            (8, 2) => $f::<Wide<2>, 2>($($arg),*),
-            (8, 3) => $f::<Wide<3>, 3>($($arg),*),
-            (8, _) => $f::<Wide<4>, 4>($($arg),*),
-            (7, 1) => $f::<Streams<7, 1>, 1>($($arg),*),
-            (7, 2) => $f::<Streams<7, 2>, 2>($($arg),*),
-            (7, 3) => $f::<Streams<7, 3>, 3>($($arg),*),
-            (7, 4) => $f::<Streams<7, 4>, 4>($($arg),*),
-            (7, 5) => $f::<Streams<7, 5>, 5>($($arg),*),
-            (7, _) => $f::<Streams<7, 6>, 6>($($arg),*),
-            (_, 1) => $f::<Streams<6, 1>, 1>($($arg),*),
-            (_, 2) => $f::<Streams<6, 2>, 2>($($arg),*),
-            (_, 3) => $f::<Streams<6, 3>, 3>($($arg),*),
-            (_, 4) => $f::<Streams<6, 4>, 4>($($arg),*),
-            (_, 5) => $f::<Streams<6, 5>, 5>($($arg),*),
-            _ => $f::<Streams<6, 6>, 6>($($arg),*),
+    ($prob_bits:expr, $n:expr, $f:ident($($arg:expr),*)) => {{
+        macro_rules! by_n {
+            ($p:literal) => {
+                match $n {
+                    1 => $f::<$p, 1>($($arg),*),
+                    2 => $f::<$p, 2>($($arg),*),
+                    3 => $f::<$p, 3>($($arg),*),
+                    4 => $f::<$p, 4>($($arg),*),
+                    5 => $f::<$p, 5>($($arg),*),
+                    _ => $f::<$p, 6>($($arg),*),
+                }
+            };
         }
-    };
+        match $prob_bits {
+            6 => by_n!(6),
+            7 => by_n!(7),
+            _ => by_n!(8),
+        }
+    }};
 }
 
 impl Kernel for Tables {
@@ -403,7 +343,7 @@ impl Kernel for Tables {
     }
 
     fn width(&self) -> usize {
-        if self.params.prob_bits == 8 { 4 } else { 6 }
+        if self.params.prob_bits == 8 { 4 } else { STREAMS_MAX }
     }
 
     fn store(&self, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
@@ -425,37 +365,23 @@ impl Kernel for Tables {
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn store<D: Decoder<N, Isa = Avx512, Tables = Tables>, const N: usize>(
-    tables: &Tables,
-    group: Group<'_>,
-    out: &mut [u8],
-    far: &mut Vec<FarAt>,
-) -> bool {
+unsafe fn store<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: &mut [u8], far: &mut Vec<FarAt>) -> bool {
     // SAFETY: the features are enabled.
-    unsafe { store_group::<D, N>(tables.token, tables, group, out, far) }
+    unsafe { store_group::<Streams<P, N>, N>(tables.token, tables, group, out, far) }
 }
 
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn lines<D: Decoder<N, Isa = Avx512, Tables = Tables>, const N: usize>(
-    tables: &Tables,
-    group: Group<'_>,
-    out: Lines<'_>,
-) -> Option<usize> {
+unsafe fn lines<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, out: Lines<'_>) -> Option<usize> {
     // SAFETY: the features are enabled.
-    unsafe { lines_group::<D, N>(tables.token, tables, group, out) }
+    unsafe { lines_group::<Streams<P, N>, N>(tables.token, tables, group, out) }
 }
 
 /// # Safety
 /// Only for the target features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,f16c,popcnt,bmi2")]
-unsafe fn dot<D: Decoder<N, Isa = Avx512, Tables = Tables>, const N: usize>(
-    tables: &Tables,
-    group: Group<'_>,
-    factor: Factor<'_>,
-    sums: &mut [[f32; TILE_ROWS]],
-) -> bool {
+unsafe fn dot<const P: u32, const N: usize>(tables: &Tables, group: Group<'_>, factor: Factor<'_>, sums: &mut [[f32; TILE_ROWS]]) -> bool {
     // SAFETY: the features are enabled.
-    unsafe { dot_group::<D, N>(tables.token, tables, group, factor, sums) }
+    unsafe { dot_group::<Streams<P, N>, N>(tables.token, tables, group, factor, sums) }
 }

@@ -62,14 +62,11 @@ use std::arch::x86_64::*;
 
 use tersor_codec::rans_pairs::Slots;
 
-use super::TileBytes;
-use super::each_chunk;
 use super::streams::Cursors;
+use super::{TileBytes, each_chunk};
 use crate::Avx512;
 use crate::rans_pairs::{Kernel, Stream};
-
-/// Chunks side by side.
-const WIDTH: usize = 6;
+use crate::source::STREAMS_MAX;
 
 /// The kernel for the slots of one tensor.
 pub(crate) struct Tables<'a> {
@@ -84,46 +81,39 @@ impl<'a> Tables<'a> {
 
 impl Kernel for Tables<'_> {
     fn width(&self) -> usize {
-        WIDTH
+        STREAMS_MAX
     }
 
     fn decode(&self, streams: &mut [Stream<'_>], steps: usize, shift: u8, out: &mut [TileBytes], stride: usize) {
-        macro_rules! decode {
-            ($n:literal) => {
-                match shift {
-                    // SAFETY: the token given to `new` proves the features that the function enables.
-                    0 => unsafe { decode::<$n, false>(self.slots, streams, steps, shift, out, stride) },
-                    // SAFETY: as above.
-                    _ => unsafe { decode::<$n, true>(self.slots, streams, steps, shift, out, stride) },
-                }
-            };
+        // SAFETY: the token given to `new` proves the features that the function enables.
+        unsafe {
+            macro_rules! by_shift {
+                ($n:literal) => {
+                    match shift {
+                        0 => decode::<$n, false>(self.slots, streams, steps, shift, out, stride),
+                        _ => decode::<$n, true>(self.slots, streams, steps, shift, out, stride),
+                    }
+                };
+            }
+            match streams.len() {
+                1 => by_shift!(1),
+                2 => by_shift!(2),
+                3 => by_shift!(3),
+                4 => by_shift!(4),
+                5 => by_shift!(5),
+                _ => by_shift!(6),
+            }
         }
-        by_width!(streams.len(), decode)
     }
 }
 
-/// Calls `$call!(n)` for a number of streams.
-macro_rules! by_width {
-    ($streams:expr, $call:ident) => {
-        match $streams {
-            1 => $call!(1),
-            2 => $call!(2),
-            3 => $call!(3),
-            4 => $call!(4),
-            5 => $call!(5),
-            _ => $call!(6),
-        }
-    };
-}
-use by_width;
-
 /// A table of 256 bytes.
-type Table = [__m512i; 4];
+pub(super) type Table = [__m512i; 4];
 
 /// # Safety
 /// Features of [`Avx512`], here and below.
 #[inline(always)]
-unsafe fn load(table: &[u8; 256]) -> Table {
+pub(super) unsafe fn load(table: &[u8; 256]) -> Table {
     // SAFETY: four times 64 readable bytes.
     unsafe { std::array::from_fn(|i| _mm512_loadu_si512(table.as_ptr().add(64 * i).cast())) }
 }
@@ -140,7 +130,7 @@ unsafe fn add_nibbles(a: __m512i, b: __m512i) -> __m512i {
 }
 
 /// The low or the high bytes of words, from one register of even and one of odd lanes.
-pub(super) static BYTES: [TileBytes; 2] = {
+static BYTES: [TileBytes; 2] = {
     let mut indices = [[0; 64]; 2];
     let mut lane = 0;
     while lane < 64 {
@@ -150,6 +140,13 @@ pub(super) static BYTES: [TileBytes; 2] = {
     }
     indices
 };
+
+/// [`BYTES`], in registers.
+#[inline(always)]
+pub(super) unsafe fn byte_indices() -> [__m512i; 2] {
+    // SAFETY: 64 readable bytes each.
+    unsafe { BYTES.each_ref().map(|indices| _mm512_loadu_si512(indices.as_ptr().cast())) }
+}
 
 /// `N` streams in flight.
 struct Flight<const N: usize> {
@@ -176,7 +173,7 @@ impl<const N: usize> Flight<N> {
                 offsets: load(&slots.offset),
                 pair_bytes: load(&slots.pair_byte),
                 even: _mm512_set1_epi16(0xff),
-                bytes: [&BYTES[0], &BYTES[1]].map(|indices| _mm512_loadu_si512(indices.as_ptr().cast())),
+                bytes: byte_indices(),
                 low: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].low.as_ptr().cast())),
                 high: std::array::from_fn(|i| _mm512_loadu_si512(streams[i].high.as_ptr().cast())),
                 words: Cursors::new(streams.each_ref().map(|stream| &stream.words)),
@@ -197,6 +194,7 @@ impl<const N: usize> Flight<N> {
         // SAFETY: the loads begin at or before the end of their part of the chunk, behind which 64 bytes are readable.
         unsafe {
             std::arch::asm!(
+                // Frequencies in a, offsets in c: of the slots from 128 on from the upper halves of the tables.
                 "vpmovb2m {k}, {low}",
                 "vmovdqa64 {a}, {f0}",
                 "vpermt2b {a}, {low}, {f1}",
@@ -208,6 +206,7 @@ impl<const N: usize> Flight<N> {
                 "vmovdqa64 {b}, {o2}",
                 "vpermt2b {b}, {low}, {o3}",
                 "vmovdqu8 {c}{{{k}}}, {b}",
+                // x = freq * (x >> 8) + offset, at most 15 bits: of even lanes in b, of odd ones in a.
                 "vpandq {b}, {a}, {even}",
                 "vpandnq {a}, {even}, {a}",
                 "vpmaddubsw {b}, {high}, {b}",
@@ -216,6 +215,7 @@ impl<const N: usize> Flight<N> {
                 "vpsrlw {c}, {c}, 8",
                 "vpaddw {b}, {b}, {high}",
                 "vpaddw {a}, {a}, {c}",
+                // Pair bytes in c.
                 "vmovdqa64 {c}, {p0}",
                 "vpermt2b {c}, {low}, {p1}",
                 "vmovdqa64 {d}, {p2}",
@@ -225,6 +225,7 @@ impl<const N: usize> Flight<N> {
                 "vpermt2b {high}, {highs}, {a}",
                 "vmovdqa64 {low}, {b}",
                 "vpermt2b {low}, {lows}, {a}",
+                // Below STATE_MIN = 256: the state moves up by a byte and takes a word.
                 "vptestnmb {k}, {high}, {high}",
                 "kmovq {hungry}, {k}",
                 "vmovdqu8 {high}{{{k}}}, {low}",

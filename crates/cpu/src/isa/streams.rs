@@ -16,8 +16,7 @@ use std::ops::Range;
 use tersor_codec::{PADDING_BYTES, rans};
 use tersor_format::CodedTensor;
 
-use super::each_chunk;
-use super::{Isa, TileBytes, Tiles, prefetch_far};
+use super::{Isa, TileBytes, Tiles, each_chunk, prefetch_far};
 use crate::decoded::{join_escaped, narrow_tiles};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::scales::TileScales;
