@@ -165,11 +165,11 @@ impl Opened {
         self.dir.is_tersor()
     }
 
-    fn options(&self, setup: &Setup, context: usize, profile: Option<Arc<MachineProfile>>) -> residency::Options {
+    fn options(&self, setup: &Setup, context: usize, sequences: usize, profile: Option<Arc<MachineProfile>>) -> residency::Options {
         let mut options = residency::Options::new(setup.threads, setup.level());
         options.memory_budget = setup.limits.memory_budget.map(|size| size.0);
-        options.kv_bytes = KvCache::bytes_for(self.model.config(), context, device::KV_PRECISION);
-        options.model_bytes = self.model.bytes(SLICE_TOKENS_MAX.min(context));
+        options.kv_bytes = KvCache::bytes_for(self.model.config(), context, device::KV_PRECISION).saturating_mul(sequences as u64);
+        options.model_bytes = self.model.bytes(SLICE_TOKENS_MAX.min(context.saturating_mul(sequences)));
         options.policy = setup.limits.lru_policy;
         options.profile = profile;
         options.cache_dir = Some(machine::cache_dir());
@@ -186,7 +186,7 @@ impl Opened {
             return Ok(None);
         }
         let profile = if setup.device() == Device::Cpu { Some(setup.profile()?) } else { None };
-        let options = self.options(setup, context, profile);
+        let options = self.options(setup, context, 1, profile);
         Ok(Some(device::explain(&self.dir, setup.device(), setup.strategy, &options)?))
     }
 
@@ -196,11 +196,19 @@ impl Opened {
     /// # Errors
     /// A damaged directory, a budget that is too small, a device that is absent or fails.
     pub fn load(self, setup: &Setup, context: usize, measured: bool) -> Result<Engine> {
+        self.load_for(setup, context, 1, measured)
+    }
+
+    /// As [`load`](Self::load), for several sequences of `context` positions each.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for(self, setup: &Setup, context: usize, sequences: usize, measured: bool) -> Result<Engine> {
         let measured = measured || setup.strategy == Strategy::Auto;
         let profile = if self.is_coded() && measured && setup.device() == Device::Cpu { Some(setup.profile()?) } else { None };
         let (opening_seconds, start) = (self.seconds, Instant::now());
         let runner = if self.is_coded() {
-            let options = self.options(setup, context, profile);
+            let options = self.options(setup, context, sequences, profile);
             device::open(self.dir, self.model, setup.device(), setup.strategy, &options)?
         } else {
             self.load_uncoded(setup)?

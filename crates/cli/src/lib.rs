@@ -1,5 +1,5 @@
-//! The command `tersor`, as a function so that the Python package can have it, too. It is the only part of the project that prints, and its
-//! contract is in `CLI.md`: exit code 0 when done, 1 on failure, 2 on wrong usage, 130 when interrupted; an error is one line on stderr.
+//! The command `tersor`, as a function so that the Python package can have it, too. It is the only part of the project that prints. Its
+//! contract: exit code 0 when done, 1 on failure, 2 on wrong usage, 130 when interrupted; an error is one line on stderr.
 #![forbid(unsafe_code)]
 
 mod account;
@@ -47,6 +47,7 @@ enum Command {
     Verify(commands::verify::Args),
     Generate(commands::generate::Args),
     Chat(commands::chat::Args),
+    Serve(commands::serve::Args),
     Bench(commands::bench::Args),
     Kernels(commands::kernels::Args),
     Eval(commands::eval::Args),
@@ -69,6 +70,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Verify(args) => commands::verify::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Kernels(args) => commands::kernels::run(&args),
         Command::Eval(args) => commands::eval::run(&args),

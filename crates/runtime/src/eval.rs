@@ -204,7 +204,7 @@ impl Sums {
 }
 
 /// `ln sum e^x`, in f64.
-fn log_sum_exp(row: &[f32]) -> f64 {
+pub(crate) fn log_sum_exp(row: &[f32]) -> f64 {
     let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = row.iter().map(|&x| f64::from(x - top).exp()).sum();
     sum.ln() + f64::from(top)

@@ -77,14 +77,14 @@ fn device_layouts_have_no_unsafe_and_know_no_driver() {
 
 #[test]
 fn only_binaries_read_the_environment_or_print() {
-    for krate in ["codec", "quant", "format", "cpu", "cuda", "runtime"] {
+    for krate in ["codec", "quant", "format", "cpu", "cuda", "runtime", "server"] {
         assert_absent(&format!("crates/{krate}/src"), &["env::var", "println!", "eprintln!", "print!(", "dbg!"]);
     }
 }
 
 #[test]
 fn arrows_point_down() {
-    let order = ["codec", "quant", "format", "cpu", "cuda", "runtime", "cli", "python"];
+    let order = ["codec", "quant", "format", "cpu", "cuda", "runtime", "server", "cli", "python"];
     for (level, krate) in order.iter().enumerate() {
         let manifest = fs::read_to_string(workspace().join(format!("crates/{krate}/Cargo.toml"))).unwrap();
         let dependencies = manifest.split("[dev-dependencies]").next().unwrap();

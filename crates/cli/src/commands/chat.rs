@@ -13,7 +13,7 @@ use crate::interrupt::{self, Interrupted};
 use crate::sampling::{SamplingArgs, stream, usage_if_sampling};
 
 /// Positions of the cache unless the user says otherwise, as far as the model was made for them.
-const CONTEXT_DEFAULT: usize = 4096;
+pub const CONTEXT_DEFAULT: usize = 4096;
 /// Longest line that is read from stdin, bytes.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 

@@ -10,4 +10,5 @@ pub mod info;
 pub mod inspect;
 pub mod kernels;
 pub mod quantize;
+pub mod serve;
 pub mod verify;

@@ -28,8 +28,13 @@
 //! Tried there without gain: tiles multiplied at once, in the loop that decodes, with four to six streams (12.1 to 12.5 cycles a
 //! step, with the products' sums in registers), or segment by segment between the steps of one call (3.1 to 3.6 ns); states packed by shifts and
 //! selections instead of permutes (the same with four streams, 10.1 for 9.4 cycles with six); two streams instruction by instruction
-//! (11.3 for 10.6); blocks of 64 and 128 tiles (3.0 ns); three streams multiplied together instead of two (3 % faster without raw bits, 5 %
+//! (11.3 for 10.6); blocks of 32 to 128 tiles (3.0 ns); three streams multiplied together instead of two (3 % faster without raw bits, 5 %
 //! slower with one).
+//! And in a prototype of the loop alone, six streams, 9.05 cycles a step: slots to entries and entries to three tables of half the size (10.0: two operations
+//! fewer, five cycles more to wait), pair bytes as the index of the tables (9.5), lookups under masks instead of blends (10.3), operations in the order in
+//! which they become ready, within a step of all streams or across steps (9.0 to 12.6), cursors without bounds, escapes read by 16 bytes, words from
+//! aligned lines (no difference), products in the loop with their sums in memory (11.25; apart 9.05 and 2.2). Without escapes it would be 8.1, without blends 8.2.
+//! Frequencies all even: 8.2 there, in the kernel no more than 3 %, for 1 % of size.
 //!
 //! Before, with four streams and the compiler's order. Measured (AMD EPYC, Zen 4, 3.69 GHz, one of two cores, `cargo run --release -p tersor-cpu --example gemv --
 //! avx512 100 rans-pairs`, 1 thread): fused with the dot at 1.51, 2.25, 3.06 and 3.79 bits of entropy 22.2, 22.1,

@@ -1,6 +1,7 @@
 //! Generation: a session is one sequence, [`step`] moves a batch of them, [`generate`] runs one to its end.
 
 use super::sampler::{Sampler, Sampling, SamplingError};
+use crate::eval::log_sum_exp;
 use crate::model::kv::KvCache;
 use crate::model::llama::{Continuation, LogitsOf, SLICE_TOKENS_MAX};
 use crate::model::runner::Runner;
@@ -81,6 +82,43 @@ pub enum Stop {
     Interrupted,
 }
 
+/// How likely a token was, before any penalty or temperature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenScore {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The most likely tokens in its place and their logarithms, most likely first; of equals the one with the least id.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl TokenScore {
+    /// From the logits (vocab,) of the token's place; `None` if one of them is not finite or the token is none of the vocabulary.
+    fn new(logits: &[f32], token: u32, top: usize) -> Option<Self> {
+        let norm = log_sum_exp(logits);
+        let logprob = |logit: f32| (f64::from(logit) - norm) as f32;
+        let mut best: Vec<(u32, f32)> = Vec::with_capacity(top + 1);
+        for (&logit, id) in logits.iter().zip(0..) {
+            if best.len() < top || best.last().is_some_and(|(_, least)| logit > *least) {
+                best.insert(best.partition_point(|(_, other)| *other >= logit), (id, logit));
+                best.truncate(top);
+            }
+        }
+        let own = logprob(*logits.get(token as usize)?);
+        own.is_finite().then(|| Self { token, logprob: own, top: best.into_iter().map(|(id, logit)| (id, logprob(logit))).collect() })
+    }
+}
+
+/// What a session notes of its tokens.
+#[derive(Debug)]
+struct Scores {
+    /// Likeliest tokens that are noted beside each.
+    top: usize,
+    of_prompt: bool,
+    found: Vec<TokenScore>,
+}
+
 /// One sequence: its tokens, its cache and its sampler.
 pub struct Session {
     kv: KvCache,
@@ -92,6 +130,7 @@ pub struct Session {
     sampler: Sampler,
     /// Of the logits; `None` if nobody will ask.
     hash: Option<Xxh3Default>,
+    scores: Option<Scores>,
     stop: Option<Stop>,
 }
 
@@ -118,6 +157,7 @@ impl Session {
             tokens_max: options.tokens_max,
             eos: if options.ignore_eos { Vec::new() } else { runner.config().eos.clone() },
             hash: Some(Xxh3Default::new()),
+            scores: None,
             stop: (options.tokens_max == 0).then_some(Stop::Length),
         })
     }
@@ -129,13 +169,50 @@ impl Session {
     /// A prompt that is empty or fills the context; the session is then as it was.
     pub fn restart(&mut self, prompt: &[u32]) -> Result<(), SessionError> {
         check_prompt(prompt, self.kv.capacity())?;
-        let shared = self.tokens.iter().zip(prompt).take_while(|(old, new)| old == new).count();
-        // The last token passes in any case, for its logits.
-        self.kv.truncate(shared.min(prompt.len() - 1));
+        self.kv.truncate(self.shared_tokens(prompt));
         self.tokens = prompt.to_vec();
         self.prompt_tokens = prompt.len();
         self.stop = (self.tokens_max == 0).then_some(Stop::Length);
         Ok(())
+    }
+
+    /// As [`restart`](Self::restart), with other options: a new sequence in the same cache, whose positions stay as many as they are. Nothing is hashed
+    /// or scored.
+    ///
+    /// # Errors
+    /// As [`Options::check`]; the session is then as it was.
+    pub fn renew(&mut self, runner: &dyn Runner, prompt: &[u32], options: &Options) -> Result<(), SessionError> {
+        let sampler = Sampler::new(options.sampling.clone())?;
+        check_prompt(prompt, self.kv.capacity())?;
+        self.tokens_max = options.tokens_max;
+        self.restart(prompt)?;
+        self.sampler = sampler;
+        self.eos = if options.ignore_eos { Vec::new() } else { runner.config().eos.clone() };
+        (self.hash, self.scores) = (None, None);
+        Ok(())
+    }
+
+    /// Tokens that `prompt` begins with and that need not pass through the model again if the session goes on with it.
+    #[must_use]
+    pub fn shared_tokens(&self, prompt: &[u32]) -> usize {
+        let shared = self.tokens[..self.kv.len()].iter().zip(prompt).take_while(|(old, new)| old == new).count();
+        // The last token passes in any case, for its logits.
+        shared.min(prompt.len().saturating_sub(1))
+    }
+
+    /// Has the tokens scored that come from now on, with the `top` likeliest beside each; with `of_prompt` also the prompt's, from the second on, all of
+    /// which then passes through the model, even where no token is to follow.
+    pub fn score(&mut self, top: usize, of_prompt: bool) {
+        if of_prompt {
+            self.kv.truncate(0);
+            self.stop = None;
+        }
+        self.scores = Some(Scores { top, of_prompt, found: Vec::new() });
+    }
+
+    /// The scores since the last call, in the order of the tokens.
+    pub fn take_scores(&mut self) -> Vec<TokenScore> {
+        self.scores.as_mut().map_or(Vec::new(), |scores| std::mem::take(&mut scores.found))
     }
 
     /// The tokens generated so far; an end token is the last of them.
@@ -178,11 +255,16 @@ impl Session {
     /// The token that passes through the model next, if it is one, and nothing but its greatest logit is asked for.
     fn greatest_follows(&self) -> Option<u32> {
         let [token] = self.tokens[self.kv.len()..] else { return None };
-        (self.hash.is_none() && self.sampler.is_greatest()).then_some(token)
+        (self.hash.is_none() && self.scores.is_none() && self.sampler.is_greatest()).then_some(token)
     }
 
-    /// Adds a token that was chosen.
+    /// Adds a token that was chosen, unless only the prompt was asked for.
     fn take(&mut self, token: u32) {
+        if self.tokens_max == 0 {
+            self.scores.as_mut().and_then(|scores| scores.found.pop());
+            self.stop = Some(Stop::Length);
+            return;
+        }
         self.tokens.push(token);
         self.stop = if self.eos.contains(&token) {
             Some(Stop::Eos)
@@ -231,20 +313,38 @@ pub fn step(runner: &mut dyn Runner, sessions: &mut [&mut Session]) -> Result<()
     let mut batch = Vec::with_capacity(moving.len());
     for session in &mut moving {
         let pending = session.pending();
-        let Session { kv, tokens, sampler, hash, .. } = &mut **session;
+        let Session { kv, tokens, sampler, hash, scores, .. } = &mut **session;
         let tokens = &tokens[..];
-        let want = if pending.end == tokens.len() { LogitsOf::Last } else { LogitsOf::None };
-        batch.push(Continuation { kv, tokens: &tokens[pending], want });
-        choosers.push((sampler, hash, tokens));
+        let want = match scores {
+            Some(scores) if scores.of_prompt => LogitsOf::All,
+            _ if pending.end == tokens.len() => LogitsOf::Last,
+            _ => LogitsOf::None,
+        };
+        batch.push(Continuation { kv, tokens: &tokens[pending.clone()], want });
+        choosers.push((sampler, hash, scores, tokens, pending.start));
     }
-    runner.forward_batch(&mut batch, &mut |sequence, _, row| {
+    runner.forward_batch(&mut batch, &mut |sequence, index, row| {
         debug_assert_eq!(row.len(), vocab);
-        let (sampler, hash, tokens) = &mut choosers[sequence];
-        let token = sampler.sample(row, tokens).ok_or(RunError::NotFinite { position: tokens.len() });
-        if let (Ok(_), Some(hash)) = (&token, hash) {
+        let (sampler, hash, scores, tokens, start) = &mut choosers[sequence];
+        if let Some(Err(_)) = chosen[sequence] {
+            return;
+        }
+        // Logits say what follows their token: within the prompt that is known.
+        let follows = *start + index + 1;
+        let known = tokens.get(follows).copied();
+        let mut token = known.or_else(|| sampler.sample(row, tokens)).ok_or(RunError::NotFinite { position: follows });
+        if let (Ok(id), Some(scores)) = (&token, scores) {
+            match TokenScore::new(row, *id, scores.top) {
+                Some(score) => scores.found.push(score),
+                None => token = Err(RunError::NotFinite { position: follows }),
+            }
+        }
+        if let (None, Ok(_), Some(hash)) = (known, &token, hash) {
             hash_logits(hash, row);
         }
-        chosen[sequence] = Some(token);
+        if known.is_none() || token.is_err() {
+            chosen[sequence] = Some(token);
+        }
     })?;
     for (session, token) in moving.into_iter().zip(chosen) {
         if let Some(token) = token {
@@ -323,4 +423,25 @@ pub fn generate(
         prompt_tokens: session.prompt_tokens,
         generated_tokens: session.generated().len() - before,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_log_probabilities_and_name_the_likeliest() {
+        // Probabilities 1/8, 1/2, 1/8, 1/4.
+        let logits = [0.125_f32, 0.5, 0.125, 0.25].map(|p| p.ln() + 3.0);
+        let score = TokenScore::new(&logits, 2, 3).unwrap();
+        assert_eq!(score.token, 2);
+        assert!((score.logprob - 0.125_f32.ln()).abs() < 1e-6);
+        let ids: Vec<u32> = score.top.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [1, 3, 0], "of equals the one with the least id");
+        assert!((score.top[1].1 - 0.25_f32.ln()).abs() < 1e-6);
+        assert_eq!(TokenScore::new(&logits, 0, 0).unwrap().top, []);
+        assert_eq!(TokenScore::new(&logits, 0, 9).unwrap().top.len(), 4);
+        assert_eq!(TokenScore::new(&logits, 4, 1), None);
+        assert_eq!(TokenScore::new(&[0.0, f32::NAN], 0, 1), None);
+    }
 }
