@@ -1,7 +1,7 @@
 //! Activations as int8 with one scale per segment of columns: the right-hand side of every coded linear.
 
 use crate::level::per_level;
-use crate::{Level, round_up};
+use crate::{Level, TILE_COLS, round_up};
 
 /// Most columns one segment may span: `512 * 127 * (32767 + 128)` is the largest sum a segment can
 /// reach with any i16 symbols, and it still fits an i32.
@@ -9,6 +9,9 @@ pub const SEGMENT_COLS_MAX: usize = 512;
 
 /// Columns that share an activation scale when the weights have row or tensor scales.
 pub const SEGMENT_COLS: usize = 128;
+
+/// Tokens of a block, whose values lie together, so that kernels reach all of them from one address: as many sums as a kernel has registers for.
+pub(crate) const BLOCK_TOKENS: usize = 8;
 
 /// int8 activations. `x[t, c]` is about `q[t, c] * scales[t, c / segment]`.
 ///
@@ -20,12 +23,37 @@ pub struct Activations {
     tokens: usize,
     cols: usize,
     segment: usize,
-    /// (tokens, cols_padded); columns beyond `cols` are 0.
-    q: Vec<i8>,
+    /// Blocks of up to [`BLOCK_TOKENS`] tokens, (column steps, tokens of the block) each; columns beyond `cols` are 0.
+    q: Vec<[i8; TILE_COLS]>,
+    /// Of the same blocks, (segments, tokens of the block) each.
+    scales: Vec<f32>,
+    /// As the scales: the sum of the segment's `q`.
+    sums: Vec<i32>,
+    rows: Rows,
+}
+
+/// One token behind the other, on the way to blocks.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Rows {
+    /// (tokens, column steps)
+    q: Vec<[i8; TILE_COLS]>,
     /// (tokens, segments)
     scales: Vec<f32>,
-    /// (tokens, segments): the sum of the segment's `q`.
+    /// (tokens, segments)
     sums: Vec<i32>,
+}
+
+/// Some tokens of [`Activations`].
+#[derive(Clone, Copy, Debug)]
+pub struct TokenBlock<'a> {
+    /// How many.
+    pub tokens: usize,
+    /// (column steps, tokens) of 4 columns each.
+    pub q: &'a [[i8; TILE_COLS]],
+    /// (segments, tokens)
+    pub scales: &'a [f32],
+    /// (segments, tokens): the sums of the segments' `q`.
+    pub sums: &'a [i32],
 }
 
 impl Activations {
@@ -50,14 +78,22 @@ impl Activations {
             "a segment is a multiple of 4 columns up to {SEGMENT_COLS_MAX}, not {segment}"
         );
         let segments = cols.div_ceil(segment);
-        let stride = round_up(cols, 4);
+        let steps = cols.div_ceil(TILE_COLS);
         (self.tokens, self.cols, self.segment) = (tokens, cols, segment);
-        self.q.clear();
-        self.q.resize(tokens * stride, 0);
-        self.scales.resize(tokens * segments, 0.0);
-        self.sums.resize(tokens * segments, 0);
+        // One token is a block as it is.
+        let Rows { q, scales, sums } = &mut self.rows;
+        let (q, scales, sums) = if tokens == 1 { (&mut self.q, &mut self.scales, &mut self.sums) } else { (q, scales, sums) };
+        q.clear();
+        q.resize(tokens * steps, [0; TILE_COLS]);
+        scales.resize(tokens * segments, 0.0);
+        sums.resize(tokens * segments, 0);
         if cols > 0 {
-            quantize_rows(level, x, cols, segment, &mut self.q, &mut self.scales, &mut self.sums);
+            quantize_rows(level, x, cols, segment, q.as_flattened_mut(), scales, sums);
+        }
+        if tokens != 1 {
+            interleave(&self.rows.q, steps, &mut self.q);
+            interleave(&self.rows.scales, segments, &mut self.scales);
+            interleave(&self.rows.sums, segments, &mut self.sums);
         }
     }
 
@@ -81,20 +117,36 @@ impl Activations {
         if self.segment == 0 { 0 } else { self.cols.div_ceil(self.segment) }
     }
 
-    /// The int8 values of a token, padded with 0 to a multiple of 4 columns.
-    pub fn q(&self, token: usize) -> &[i8] {
-        let stride = round_up(self.cols, 4);
-        &self.q[token * stride..][..stride]
+    /// The tokens in blocks, in order, all but the last of eight.
+    pub fn blocks(&self) -> impl Iterator<Item = TokenBlock<'_>> {
+        (0..self.tokens).step_by(BLOCK_TOKENS).map(|first| self.block(first))
     }
 
-    /// The scales of a token, one a segment.
-    pub fn scales(&self, token: usize) -> &[f32] {
-        &self.scales[token * self.segments()..][..self.segments()]
+    /// The only token.
+    ///
+    /// # Panics
+    /// If there are none or more.
+    pub fn only(&self) -> TokenBlock<'_> {
+        assert_eq!(self.tokens, 1, "for one token");
+        self.block(0)
     }
 
-    /// The sums of a token's int8 values, one a segment.
-    pub fn sums(&self, token: usize) -> &[i32] {
-        &self.sums[token * self.segments()..][..self.segments()]
+    /// The block that begins with the token `first`.
+    fn block(&self, first: usize) -> TokenBlock<'_> {
+        let tokens = BLOCK_TOKENS.min(self.tokens - first);
+        let (steps, segments) = (self.cols.div_ceil(TILE_COLS), self.segments());
+        let of = first * segments..(first + tokens) * segments;
+        TokenBlock { tokens, q: &self.q[first * steps..][..tokens * steps], scales: &self.scales[of.clone()], sums: &self.sums[of] }
+    }
+}
+
+/// Blocks of `rows`, (tokens, len), each as (len, tokens of the block).
+fn interleave<T: Copy>(rows: &[T], len: usize, out: &mut Vec<T>) {
+    out.clear();
+    for block in rows.chunks(BLOCK_TOKENS * len.max(1)) {
+        for i in 0..len {
+            out.extend(block[i..].iter().step_by(len));
+        }
     }
 }
 
@@ -140,18 +192,40 @@ mod tests {
         // absmax 127: the values are the inputs, rounded half to even.
         let x = [127.0f32, -63.5, 2.5, 0.5, 0.0, 0.0];
         let a = Activations::quantize(Level::Scalar, &x, 1, 6, 4);
-        assert_eq!(a.q(0), [127, -64, 2, 0, 0, 0, 0, 0]);
-        assert_eq!(a.sums(0), [65, 0]);
-        assert_eq!(a.scales(0), [1.0, 0.0]);
+        assert_eq!(a.only().q, [[127, -64, 2, 0], [0; 4]]);
+        assert_eq!(a.only().sums, [65, 0]);
+        assert_eq!(a.only().scales, [1.0, 0.0]);
     }
 
     #[test]
     fn faults_become_nan_scales_and_tiny_segments_zero() {
         let x = [1.0, f32::NAN, 0.0, 0.0, f32::INFINITY, 1.0, 2.0, 3.0, 1e-38, 0.0, 0.0, 0.0];
         let a = Activations::quantize(Level::best(), &x, 1, 12, 4);
-        assert!(a.scales(0)[0].is_nan() && a.scales(0)[1].is_nan());
-        assert_eq!(a.scales(0)[2], 0.0);
-        assert!(a.q(0).iter().all(|q| *q == 0));
+        let TokenBlock { q, scales, .. } = a.only();
+        assert!(scales[0].is_nan() && scales[1].is_nan());
+        assert_eq!(scales[2], 0.0);
+        assert!(q.iter().all(|q| *q == [0; 4]));
+    }
+
+    /// Blocks hold what each token alone has.
+    #[test]
+    fn blocks_interleave_tokens() {
+        let x: Vec<f32> = (0..19 * 70).map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 77.0).collect();
+        for tokens in [0, 1, 2, 7, 8, 9, 16, 19] {
+            let all = Activations::quantize(Level::best(), &x[..tokens * 70], tokens, 70, 32);
+            let widths: Vec<usize> = all.blocks().map(|block| block.tokens).collect();
+            assert_eq!(widths.iter().sum::<usize>(), tokens);
+            assert!(widths.iter().rev().skip(1).all(|width| *width == BLOCK_TOKENS));
+            for (first, block) in (0..).step_by(BLOCK_TOKENS).zip(all.blocks()) {
+                for t in 0..block.tokens {
+                    let one = Activations::quantize(Level::best(), &x[(first + t) * 70..][..70], 1, 70, 32);
+                    let TokenBlock { q, scales, sums, .. } = one.only();
+                    assert!(block.q[t..].iter().step_by(block.tokens).eq(q));
+                    assert!(block.scales[t..].iter().step_by(block.tokens).eq(scales));
+                    assert!(block.sums[t..].iter().step_by(block.tokens).eq(sums));
+                }
+            }
+        }
     }
 
     #[test]

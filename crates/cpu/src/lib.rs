@@ -25,7 +25,7 @@ mod source;
 mod testing;
 mod tiered;
 
-pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX};
+pub use activations::{Activations, SEGMENT_COLS, SEGMENT_COLS_MAX, TokenBlock};
 pub use affine4::decode_affine4;
 pub use bandwidth::read_bandwidth;
 pub use decoded::{Decoded, decode_bytes, decode_into};

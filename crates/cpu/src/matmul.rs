@@ -7,13 +7,18 @@
 //! * (xsum[segment] * xscale[segment])`, and `y = acc`.
 //!
 //! One token: symbols go from the stream to the sums without touching memory where a kernel for the
-//! codec and level exists (`isa/streams.rs` for `rans`, `rans_pairs.rs`, `tiered.rs`, `planes.rs`). More tokens, and all other cases: a task decodes its chunks to symbol
-//! bytes in the L2 cache once, and multiplies them with all tokens, eight at a time.
+//! codec and level exists (`isa/streams.rs` for `rans`, `rans_pairs.rs`, `tiered.rs`, `planes.rs`). More tokens of a decoded matrix: each of its lines is read, and
+//! made symbol bytes, once for up to eight tokens ([`dot_few`]). More tokens of a coded one, and all other cases: a task decodes its chunks to symbol
+//! bytes in the L2 cache once, and multiplies them with all tokens, eight at a time. What eight tokens have of a column step lies together
+//! ([`TokenBlock`]): eight addresses would not fit the registers.
 //!
 //! Measured (AMD EPYC, Zen 5, one of two shared cores, `cargo run --release -p tersor-cpu --example
 //! gemv`), in G weights/s from the cache: plain GEMV of nibbles 130 to 160 at AVX-512 and 50 at
 //! AVX2, with escapes 87 to 92 and 12 to 42; from memory 54 to 77, which is what memory gives. 64
-//! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. It loses where symbols are decoded
+//! tokens: 290 G weights/s times tokens at AVX-512, 85 at AVX2. A few tokens, 16 MB of nibbles (example `batch`, 1 thread, AVX-512, G weights/s times tokens, with blocks
+//! of tokens and lines multiplied as they are read, for 1, 2, 4, 8 and 64 tokens): decoded without escapes 125, 250, 330, 335, 335 where it was 131, 94, 147, 202, 252,
+//! with them 91, 150, 225, 270, 280 where it was 96, 89, 135, 181, 241; `rans` coded 31, 50, 89, 142, 275, `rans-pairs` 44, 58, 100, 157, 280 where it was 45, 58, 98, 152, 254;
+//! at AVX2 without escapes 96, 68, 74, 89, 87. It loses where symbols are decoded
 //! by the codec's scalar decoder: rans-precise and block-ans at AVX2, huffman in lanes and block-ans
 //! with 32-bit states at every level (0.4 to 1.1 G weights/s); and at AVX2 with many escapes. There, on Zen 4,
 //! 64 without, 38 with one in ten thousand and 16 with 17 in a thousand symbols wide, from memory 36, 26 and 14. Tried
@@ -25,6 +30,7 @@ use std::ops::Range;
 use tersor_codec::SYMBOL_BIAS;
 use tersor_format::CodedTensor;
 
+use crate::activations::{BLOCK_TOKENS, TokenBlock};
 use crate::decoded::{Decoded, Form, RowTile, expand, unescape};
 use crate::error::FirstError;
 #[cfg(target_arch = "x86_64")]
@@ -239,11 +245,7 @@ impl Dot<'_> {
                 let pairs = (self.x.segment() / TILE_COLS).is_multiple_of(2);
                 match tile.form {
                     Form::Bytes => self.bytes(index, tile.lines, tile.far, &mut scratch.sums),
-                    Form::Nibbles { bias, escapes } if self.x.tokens() == 1 && pairs => {
-                        let mut sums = [0.0; TILE_ROWS];
-                        self.nibbles(&tile, bias, escapes, index, &mut sums);
-                        self.write(index, &[sums]);
-                    }
+                    Form::Nibbles { bias, escapes } if pairs && self.nibbles(&tile, bias, escapes, index, &mut scratch.sums) => {}
                     Form::Nibbles { .. } => {
                         let symbols = matrix.col_steps() * TILE_SYMBOLS;
                         scratch.bytes.ensure(symbols);
@@ -264,9 +266,23 @@ impl Dot<'_> {
         self.write(row_tile, sums);
     }
 
-    /// One row tile as nibbles, with one token.
-    fn nibbles(&self, tile: &RowTile<'_>, bias: u8, escapes: bool, row_tile: usize, sums: &mut [f32; TILE_ROWS]) {
-        dot_nibbles(self.level, tile, bias, escapes, self.scales.tile(row_tile), self.x, sums);
+    /// One row tile as nibbles, with a few tokens. False if they are too many for that, or at this level.
+    fn nibbles(&self, tile: &RowTile<'_>, bias: u8, escapes: bool, row_tile: usize, sums: &mut Vec<[f32; TILE_ROWS]>) -> bool {
+        // One token, the usual case, has its sums on the stack.
+        let mut one = [[0.0; TILE_ROWS]];
+        let sums = match self.x.tokens() {
+            1 => &mut one[..],
+            tokens => {
+                sums.clear();
+                sums.resize(tokens, [0.0; TILE_ROWS]);
+                &mut sums[..]
+            }
+        };
+        let done = dot_nibbles(self.level, tile, bias, escapes, self.scales.tile(row_tile), self.x, sums);
+        if done {
+            self.write(row_tile, sums);
+        }
+        done
     }
 
     /// `sums`: (tokens, 16); rows beyond the matrix are dropped.
@@ -282,13 +298,13 @@ impl Dot<'_> {
 }
 
 /// Adds what far symbols are above -128, the symbol that their byte 0 stands for, to a segment's
-/// sums. `steps`: the segment's; `q`: the token's.
+/// sums. `steps`: the segment's; `q`: the token's, by step.
 #[inline(always)]
-pub(crate) fn patch_far(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Range<usize>, q: &[[i8; TILE_COLS]]) {
+pub(crate) fn patch_far<'q>(isum: &mut [i32; TILE_ROWS], far: &[FarAt], steps: &Range<usize>, q: impl Fn(usize) -> &'q [i8; TILE_COLS]) {
     for f in far {
         let (step, lane) = (f.position as usize / TILE_SYMBOLS, f.position as usize % TILE_SYMBOLS);
         if steps.contains(&step) {
-            isum[lane / TILE_COLS] += (i32::from(f.symbol) + 128) * i32::from(q[step][lane % TILE_COLS]);
+            isum[lane / TILE_COLS] += (i32::from(f.symbol) + 128) * i32::from(q(step)[lane % TILE_COLS]);
         }
     }
 }
@@ -308,7 +324,7 @@ fn finish_far<I: Isa>(
         return isa.finish_floats(dots, xsum, more);
     }
     let mut isum = isa.finish(dots, xsum).map(|sum| sum + more);
-    patch_far(&mut isum, far, steps, q);
+    patch_far(&mut isum, far, steps, |step| &q[step]);
     isa.floats_of(&isum)
 }
 
@@ -375,74 +391,173 @@ pub(crate) fn finish_rows(scales: TileScales<'_>, acc: &mut [f32; TILE_ROWS]) {
     }
 }
 
+/// Tokens up to which escapes are spread anew for each block of tokens: with more it is dearer than symbol bytes in the cache.
+const SPREAD_TOKENS_MAX: usize = 32;
+
+/// Calls `$f::<_, T, ..>(...)` for a number of tokens, up to [`BLOCK_TOKENS`].
+macro_rules! by_tokens {
+    ($tokens:expr, $f:ident::<_ $(, $generic:literal)?>($($arg:expr),*)) => {
+        match $tokens {
+            1 => $f::<_, 1 $(, $generic)?>($($arg),*),
+            2 => $f::<_, 2 $(, $generic)?>($($arg),*),
+            3 => $f::<_, 3 $(, $generic)?>($($arg),*),
+            4 => $f::<_, 4 $(, $generic)?>($($arg),*),
+            5 => $f::<_, 5 $(, $generic)?>($($arg),*),
+            6 => $f::<_, 6 $(, $generic)?>($($arg),*),
+            7 => $f::<_, 7 $(, $generic)?>($($arg),*),
+            _ => $f::<_, 8 $(, $generic)?>($($arg),*),
+        }
+    };
+}
+
 per_isa! {
     /// `sums[token] = ` the outputs of one row tile.
     ///
     /// `tiles`: (steps) of symbol bytes; `sums`: (tokens, 16), zero when it comes in. Cost per step
     /// and eight tokens: one load of weights, and eight dot products that broadcast a dword of `q`.
     fn dot_bytes(isa; tiles: &[TileBytes], far: &[FarAt], scales: TileScales<'_>, x: &Activations, sums: &mut [[f32; TILE_ROWS]]) {
-        let mut token = 0;
-        while token < sums.len() {
-            let block = &mut sums[token..];
-            token += match block.len() {
-                8.. => { block_of_tokens::<_, 8>(isa, tiles, far, scales, x, token, block); 8 }
-                4..8 => { block_of_tokens::<_, 4>(isa, tiles, far, scales, x, token, block); 4 }
-                2..4 => { block_of_tokens::<_, 2>(isa, tiles, far, scales, x, token, block); 2 }
-                _ => { block_of_tokens::<_, 1>(isa, tiles, far, scales, x, token, block); 1 }
-            };
+        for (block, sums) in x.blocks().zip(sums.chunks_mut(BLOCK_TOKENS)) {
+            by_tokens!(block.tokens, block_of_tokens::<_>(isa, tiles, far, scales, block, x.segment(), sums));
         }
     }
 }
 
+/// As [`dot_bytes`], of a block of `T` tokens. `segment`: columns of one.
 #[inline(always)]
 fn block_of_tokens<I: Isa, const T: usize>(
     isa: I,
     tiles: &[TileBytes],
     far: &[FarAt],
     scales: TileScales<'_>,
-    x: &Activations,
-    token: usize,
+    x: TokenBlock<'_>,
+    segment: usize,
     acc: &mut [[f32; TILE_ROWS]],
 ) {
-    let steps = x.segment() / TILE_COLS;
-    let q: [&[[i8; TILE_COLS]]; T] = std::array::from_fn(|t| x.q(token + t).as_chunks().0);
-    let xscales: [&[f32]; T] = std::array::from_fn(|t| x.scales(token + t));
-    let xsums: [&[i32]; T] = std::array::from_fn(|t| x.sums(token + t));
-    for (segment, tiles) in tiles.chunks(steps).enumerate() {
-        let range = segment * steps..segment * steps + tiles.len();
-        let part: [&[[i8; TILE_COLS]]; T] = std::array::from_fn(|t| &q[t][range.clone()]);
+    let steps = segment / TILE_COLS;
+    let q: &[[[i8; TILE_COLS]; T]] = x.q.as_chunks().0;
+    for (segment, (tiles, q)) in tiles.chunks(steps).zip(q.chunks(steps)).enumerate() {
         let mut dots = [isa.zero(); T];
-        for (step, tile) in tiles.iter().enumerate() {
+        for (tile, q) in tiles.iter().zip(q) {
             let tile = isa.load(tile);
             for t in 0..T {
-                dots[t] = isa.dot(dots[t], tile, &part[t][step]);
+                dots[t] = isa.dot(dots[t], tile, &q[t]);
             }
         }
-        let segment_scales = SegmentScales::of(scales, segment);
-        for t in 0..T {
-            let sums = finish_far(isa, dots[t], xsums[t][segment], 0, far, &range, q[t]);
-            segment_scales.add_floats(isa, &mut acc[t], sums, xscales[t][segment], xsums[t][segment]);
-        }
+        finish_block(isa, dots, segment, steps, far, scales, x, acc);
     }
     for acc in &mut acc[..T] {
         finish_rows(scales, acc);
     }
 }
 
+/// Adds the sums of the segment `segment`, of `steps` column steps, to the results of `T` tokens.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // What a segment is multiplied with, and where its sums go.
+fn finish_block<I: Isa, const T: usize>(
+    isa: I,
+    dots: [I::Sums; T],
+    segment: usize,
+    steps: usize,
+    far: &[FarAt],
+    scales: TileScales<'_>,
+    x: TokenBlock<'_>,
+    acc: &mut [[f32; TILE_ROWS]],
+) {
+    let (xscales, xsums) = (&x.scales.as_chunks::<T>().0[segment], &x.sums.as_chunks::<T>().0[segment]);
+    let segment_scales = SegmentScales::of(scales, segment);
+    let acc: &mut [[f32; TILE_ROWS]; T] = acc.first_chunk_mut().expect("a result for each token");
+    for t in 0..T {
+        let sums = if far.is_empty() {
+            isa.finish_floats(dots[t], xsums[t], 0)
+        } else {
+            let mut isum = isa.finish(dots[t], xsums[t]);
+            patch_far(&mut isum, far, &(segment * steps..(segment + 1) * steps), |step| &x.q[step * T + t]);
+            isa.floats_of(&isum)
+        };
+        segment_scales.add_floats(isa, &mut acc[t], sums, xscales[t], xsums[t]);
+    }
+}
+
 per_isa! {
-    /// The outputs of one row tile of nibbles for one token: the plain GEMV.
+    /// `sums[token] = ` the outputs of one row tile of nibbles: for one token the plain GEMV, for up to eight [`dot_few`]. False, with nothing done, if they are more, or
+    /// escapes would cost more than symbol bytes.
     ///
     /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, a mask and a product for either
     /// half, and with escapes what [`dot_spread`] or [`Patched`] take. Bound by reading the lines from memory, which are asked for
     /// well ahead: of the 1.1 B model at 3.25 bpw that takes steps of `cached` from 51 and 52 to 66 and 69 tok/s on a Zen 5 with one
     /// thread (by turns), for the processor's own prefetcher stops at the ends of pages. G weights/s from memory at 3.79 bits, asked for 0, 1, 2, 4, 8 KiB
     /// ahead: 61, 58, 58, 65, 76; to the L2 cache 16 and 64 KiB: 69, 74.
-    fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
-        if has_escapes && I::SPREADS {
-            dot_spread(isa, tile, bias, scales, x, acc);
-        } else {
-            dot_in_place(isa, tile, bias, has_escapes, scales, x, acc);
+    fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, sums: &mut [[f32; TILE_ROWS]]) -> bool {
+        match sums {
+            [acc] if has_escapes && I::SPREADS => dot_spread(isa, tile, bias, scales, x, acc),
+            [acc] => dot_in_place(isa, tile, bias, has_escapes, scales, x, acc),
+            _ if has_escapes && (!I::SPREADS || sums.len() > SPREAD_TOKENS_MAX) => return false,
+            _ => {
+                for (block, sums) in x.blocks().zip(sums.chunks_mut(BLOCK_TOKENS)) {
+                    match has_escapes {
+                        true => by_tokens!(block.tokens, dot_few::<_, true>(isa, tile, bias, scales, block, x.segment(), sums)),
+                        false => by_tokens!(block.tokens, dot_few::<_, false>(isa, tile, bias, scales, block, x.segment(), sums)),
+                    }
+                }
+            }
         }
+        true
+    }
+}
+
+/// As [`dot_nibbles`], of a block of `T` tokens, for which each line is read and made symbol bytes once. `ESCAPES`: whether there may be any; `segment`: columns
+/// of one.
+#[inline(always)]
+fn dot_few<I: Isa, const T: usize, const ESCAPES: bool>(
+    isa: I,
+    tile: &RowTile<'_>,
+    bias: u8,
+    scales: TileScales<'_>,
+    x: TokenBlock<'_>,
+    segment: usize,
+    acc: &mut [[f32; TILE_ROWS]],
+) {
+    // Few sums would wait for each other, many would not fit the registers.
+    let second = usize::from(T <= 4);
+    let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
+    let steps = segment / TILE_COLS;
+    let q: &[[[i8; TILE_COLS]; T]] = x.q.as_chunks().0;
+    for (segment, (lines, q)) in tile.lines.chunks(steps / 2).zip(q.chunks(steps)).enumerate() {
+        let (pairs, single) = q.as_chunks::<2>();
+        let mut dots = [[isa.zero(); 2]; T];
+        for (line, q) in lines.iter().zip(pairs) {
+            prefetch(line.as_ptr().wrapping_add(PLAIN_AHEAD_BYTES));
+            let line = isa.load(line);
+            let (mut low, mut high) = (isa.low(line, bias), isa.high(line, bias));
+            if ESCAPES {
+                // SAFETY: `next` came from the row tile and takes one byte for each field of 0.
+                (low, high) = unsafe { (unescape(isa, low, bias, &mut next), unescape(isa, high, bias, &mut next)) };
+            }
+            for t in 0..T {
+                dots[t][0] = isa.dot(dots[t][0], low, &q[0][t]);
+            }
+            for t in 0..T {
+                dots[t][second] = isa.dot(dots[t][second], high, &q[1][t]);
+            }
+        }
+        if let (Some(q), Some(line)) = (single.first(), lines.last()) {
+            let mut low = isa.low(isa.load(line), bias);
+            if ESCAPES {
+                // SAFETY: as above.
+                low = unsafe { unescape(isa, low, bias, &mut next) };
+            }
+            for t in 0..T {
+                dots[t][0] = isa.dot(dots[t][0], low, &q[t]);
+            }
+        }
+        let mut sums = [isa.zero(); T];
+        for t in 0..T {
+            sums[t] = isa.add(dots[t][0], dots[t][1]);
+        }
+        finish_block(isa, sums, segment, steps, tile.far, scales, x, acc);
+    }
+    for acc in &mut acc[..T] {
+        finish_rows(scales, acc);
     }
 }
 
@@ -450,9 +565,8 @@ per_isa! {
 #[inline(always)]
 fn dot_spread<I: Isa>(isa: I, tile: &RowTile<'_>, bias: u8, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
     let (bias, mut next) = (isa.splat(bias), tile.escapes.as_ptr());
-    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let TokenBlock { q, scales: xscales, sums: xsums, .. } = x.only();
     let steps = x.segment() / TILE_COLS;
-    let (xscales, xsums) = (x.scales(0), x.sums(0));
     for ((segment, lines), part) in tile.lines.chunks(steps / 2).enumerate().zip(q.chunks(steps)) {
         let mut dots = [isa.zero(); 2];
         let (pairs, single) = part.as_chunks::<2>();
@@ -488,9 +602,8 @@ fn dot_in_place<I: Isa>(
     x: &Activations,
     acc: &mut [f32; TILE_ROWS],
 ) {
-    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let TokenBlock { q, scales: xscales, sums: xsums, .. } = x.only();
     let steps = x.segment() / TILE_COLS;
-    let (xscales, xsums) = (x.scales(0), x.sums(0));
     let range = |segment: usize| segment * steps..q.len().min((segment + 1) * steps);
     let lines = |segment: usize| &tile.lines[segment * steps / 2..tile.lines.len().min((segment + 1) * steps / 2)];
     // A segment with escapes is multiplied when the one behind it is patched: vectors that are loaded soon after bytes
@@ -526,7 +639,7 @@ fn dot_in_place<I: Isa>(
                             let (row, col) = (usize::from(lane) / TILE_COLS, usize::from(lane) % TILE_COLS);
                             isum[row] += (i32::from(byte) - i32::from(bias)) * i32::from(part[usize::from(step)][col]);
                         }
-                        patch_far(&mut isum, tile.far, &range, q);
+                        patch_far(&mut isum, tile.far, &range, |step| &q[step]);
                         isa.floats_of(&isum)
                     }
                 }

@@ -31,7 +31,7 @@ use crate::buffer::AlignedBytes;
 use crate::isa::{Isa, TileBytes, per_isa};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
-use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TokenBlock};
 
 thread_local! {
     /// The sequences of the nodes below the root.
@@ -161,9 +161,8 @@ fn dot_root<I: Isa, const INNER: usize>(
     sums: &mut [[f32; TILE_ROWS]],
 ) -> bool {
     let mut root = Root::<I, INNER>::new(isa, parts, below);
-    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let TokenBlock { q, scales: xscales, sums: xsums, .. } = x.only();
     assert_eq!(sums.len() * q.len() * TILE_SYMBOLS, parts.symbols);
-    let (xscales, xsums) = (x.scales(0), x.sums(0));
     for (i, acc) in sums.iter_mut().enumerate() {
         let tile_scales = scales.tile(row_tile + i);
         *acc = [0.0; TILE_ROWS];

@@ -33,7 +33,7 @@ use crate::matmul::{SegmentScales, finish_rows};
 use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, nibble, put_listed, split};
 use crate::scales::TileScales;
 use crate::source::{FarAt, STREAMS_MAX, count_zeros, equal_chunks, take_far, with_padding};
-use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TokenBlock};
 
 /// Tiles of pairs of a chunk that are decoded before they are used. At least those of the longest segment;
 /// with a quarter of them the product takes 7 % longer.
@@ -65,7 +65,10 @@ struct Product<'a> {
     /// The row tile that the first stream's chunk begins with.
     first: usize,
     scales: &'a KernelScales,
-    x: &'a Activations,
+    /// The only token.
+    x: TokenBlock<'a>,
+    /// Column steps of a segment.
+    segment_steps: usize,
     /// Segments of a row.
     segments: usize,
 }
@@ -412,7 +415,8 @@ impl<'a> Chunks<'a> {
         x: &Activations,
         sums: &mut [[f32; TILE_ROWS]],
     ) -> bool {
-        let product = Product { base: self.window.base(), first, scales, x, segments: x.segments() };
+        let (segment_steps, segments) = (x.segment() / TILE_COLS, x.segments());
+        let product = Product { base: self.window.base(), first, scales, x: x.only(), segment_steps, segments };
         let row_tiles = sums.len() / streams.len();
         let raw: [_; STREAMS_MAX] = std::array::from_fn(|i| streams[i.min(streams.len() - 1)].raw);
         let mut listed: [_; STREAMS_MAX] =
@@ -666,7 +670,7 @@ impl Place {
     /// The activations of its steps.
     #[inline(always)]
     fn q<'a>(self, product: &Product<'a>) -> &'a [[i8; TILE_COLS]] {
-        let (q, steps): (&[[i8; TILE_COLS]], _) = (product.x.q(0).as_chunks().0, product.x.segment() / TILE_COLS);
+        let (q, steps) = (product.x.q, product.segment_steps);
         &q[self.segment * steps..q.len().min((self.segment + 1) * steps)]
     }
 
@@ -780,7 +784,7 @@ fn multiply_segment<I: Isa, const R: u32, const N: usize, const ROWS: bool>(
     acc: &mut [[f32; TILE_ROWS]; N],
 ) {
     let Product { base, x, .. } = product;
-    let (q, xscale, xsum) = (place.q(&product), x.scales(0)[place.segment], x.sums(0)[place.segment]);
+    let (q, xscale, xsum) = (place.q(&product), x.scales[place.segment], x.sums[place.segment]);
     // Two sums for either symbol, since a product waits four cycles for the one before.
     let mut dots = [[(isa.zero(), isa.zero()); 2]; N];
     // Fours that begin with a raw line have all of their lines' bits.

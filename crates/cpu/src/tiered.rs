@@ -46,7 +46,7 @@ use crate::matmul::{SegmentScales, finish_rows};
 use crate::pairs::{Listed, PairBuffers, RawLines, by_raw_bits, put_listed, split};
 use crate::rans_pairs::{Nibbles, PART, room};
 use crate::source::{FarAt, count_zeros, take_far, with_padding};
-use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Activations, KernelScales, Level, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TokenBlock};
 
 /// Tiles of pairs that are packed together.
 const TILES: usize = 8;
@@ -518,8 +518,7 @@ fn dot_bits<I: Isa, const R: u32, const B: usize>(
     let mut escaped = Escaped::new(escaped);
     let window = parts.table.window();
     let base = i32::from(window.base()) - i32::from(SYMBOL_BIAS);
-    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
-    let (xscales, xsums) = (x.scales(0), x.sums(0));
+    let TokenBlock { q, scales: xscales, sums: xsums, .. } = x.only();
     let lines: &[TileBytes] = if bytes { parts.chunk.escapes } else { parts.chunk.tiers[0].1 }.as_chunks().0;
     let mut eights = lines.as_chunks::<B>().0.iter();
     // Eight tiles of pairs have two raw lines for each raw bit.

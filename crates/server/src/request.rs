@@ -311,7 +311,7 @@ mod tests {
             (json!({"stop": vec!["a"; 17]}), "stop"),
             (json!({"temperature": -1}), "temperature"),
             (json!({"top_p": 0}), "top-p"),
-            (json!({"prompt": []}), "prompt"),
+            (json!({"prompt": vec!["a"; PROMPTS_MAX + 1]}), "prompt"),
         ] {
             let message = refused(extra.clone());
             assert!(message.contains(word) && !message.contains('\n'), "{extra}: {message}");

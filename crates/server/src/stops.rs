@@ -16,7 +16,9 @@ impl Stops {
     /// Takes the next piece; returns the text that is certain now, and whether a stop string follows it.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        // The one that is complete first, however the text is cut, though another may have begun before it.
+        let found = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at)));
+        if let Some((_, at)) = found.min() {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
@@ -59,7 +61,7 @@ mod tests {
     fn text_ends_before_the_first_stop_string_however_it_is_cut() {
         let text = "über allen Gipfeln ist Ruh";
         for stops in [&["ist", "Gipfel"][..], &["Gipfel"], &["n", " allen Gipfel"]] {
-            let first = stops.iter().filter_map(|stop| text.find(stop)).min().unwrap();
+            let (_, first) = stops.iter().filter_map(|stop| text.find(stop).map(|at| (at + stop.len(), at))).min().unwrap();
             let places: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
             for (&one, &two) in places.iter().flat_map(|one| places.iter().map(move |two| (one, two))).filter(|(one, two)| one <= two) {
                 assert_eq!(

@@ -274,9 +274,13 @@ impl Sample {
         let cols = self.tensor.cols;
         let row = |symbols: &[i16]| {
             let mut y = 0.0_f32;
-            for (segment, scale) in x.scales(0).iter().enumerate() {
+            for (segment, scale) in x.only().scales.iter().enumerate() {
                 let columns = segment * x.segment()..((segment + 1) * x.segment()).min(cols);
-                let sum: i32 = symbols[columns.clone()].iter().zip(&x.q(0)[columns]).map(|(&s, &q)| i32::from(s) * i32::from(q)).sum();
+                let sum: i32 = symbols[columns.clone()]
+                    .iter()
+                    .zip(&x.only().q.as_flattened()[columns])
+                    .map(|(&s, &q)| i32::from(s) * i32::from(q))
+                    .sum();
                 y += sum as f32 * scale;
             }
             y

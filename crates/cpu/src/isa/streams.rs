@@ -21,7 +21,7 @@ use crate::decoded::{join_escaped, narrow_tiles};
 use crate::matmul::{SegmentScales, finish_rows};
 use crate::scales::TileScales;
 use crate::source::{FarAt, count_zeros, equal_chunks, take_far, with_padding};
-use crate::{Activations, KernelScales, TILE_COLS, TILE_ROWS, TILE_SYMBOLS};
+use crate::{Activations, KernelScales, TILE_COLS, TILE_ROWS, TILE_SYMBOLS, TokenBlock};
 
 /// How far ahead of the words the memory is told what comes: some 50 steps. The processor's own
 /// prefetcher stops at the end of a page, and here the next state waits for the bytes.
@@ -434,10 +434,9 @@ unsafe fn dot_group_scaled<D: Decoder<N>, const N: usize, const ROWS: bool>(
     }
     let Factor { scales, x } = factor;
     let row_tiles = group.tensor.chunk_row_tiles(group.first);
-    let q: &[[i8; TILE_COLS]] = x.q(0).as_chunks().0;
+    let TokenBlock { q, scales: xscales, sums: xsums, .. } = x.only();
     assert_eq!(q.len(), group.tensor.col_steps());
     assert_eq!(sums.len(), N * row_tiles.len());
-    let (xscales, xsums) = (x.scales(0), x.sums(0));
     let mut ahead = Ahead::new(group, &streams);
     // SAFETY: by the contract.
     unsafe {

@@ -187,15 +187,16 @@ pub fn symbols_of(tensor: &CodedTensor) -> Result<Vec<i16>, usize> {
 pub fn naive(tensor: &QuantizedTensor, x: &Activations) -> Vec<f32> {
     let f16 = |bits: u16| half::f16::from_bits(bits).to_f32();
     let mut out = Vec::new();
-    for token in 0..x.tokens() {
+    for (block, place) in x.blocks().flat_map(|block| (0..block.tokens).map(move |place| (block, place))) {
+        let of_token: Vec<i8> = block.q.iter().skip(place).step_by(block.tokens).flatten().copied().collect();
         for row in 0..tensor.rows {
             let symbols = &tensor.symbols[row * tensor.cols..][..tensor.cols];
             let mut acc = 0f32;
             for (segment, part) in symbols.chunks(x.segment()).enumerate() {
-                let q = &x.q(token)[segment * x.segment()..];
+                let q = &of_token[segment * x.segment()..];
                 let isum: i32 = part.iter().zip(q).map(|(s, q)| i32::from(*s) * i32::from(*q)).sum();
                 let xsum: i32 = part.iter().zip(q).map(|(_, q)| i32::from(*q)).sum();
-                let xscale = x.scales(token)[segment];
+                let xscale = block.scales[segment * block.tokens + place];
                 match &tensor.scales {
                     Scales::Group { scales, biases, .. } => {
                         let at = row * tensor.cols.div_ceil(x.segment()) + segment;
