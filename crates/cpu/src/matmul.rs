@@ -266,19 +266,18 @@ impl Dot<'_> {
         self.write(row_tile, sums);
     }
 
-    /// One row tile as nibbles, with a few tokens. False if they are too many for that, or at this level.
+    /// One row tile as nibbles. False if symbol bytes are to be preferred.
     fn nibbles(&self, tile: &RowTile<'_>, bias: u8, escapes: bool, row_tile: usize, sums: &mut Vec<[f32; TILE_ROWS]>) -> bool {
-        // One token, the usual case, has its sums on the stack.
-        let mut one = [[0.0; TILE_ROWS]];
-        let sums = match self.x.tokens() {
-            1 => &mut one[..],
-            tokens => {
-                sums.clear();
-                sums.resize(tokens, [0.0; TILE_ROWS]);
-                &mut sums[..]
-            }
-        };
-        let done = dot_nibbles(self.level, tile, bias, escapes, self.scales.tile(row_tile), self.x, sums);
+        let scales = self.scales.tile(row_tile);
+        if self.x.tokens() == 1 {
+            let mut sums = [0.0; TILE_ROWS];
+            dot_nibbles(self.level, tile, bias, escapes, scales, self.x, &mut sums);
+            self.write(row_tile, &[sums]);
+            return true;
+        }
+        sums.clear();
+        sums.resize(self.x.tokens(), [0.0; TILE_ROWS]);
+        let done = dot_nibbles_together(self.level, tile, bias, escapes, scales, self.x, sums);
         if done {
             self.write(row_tile, sums);
         }
@@ -479,33 +478,49 @@ fn finish_block<I: Isa, const T: usize>(
 }
 
 per_isa! {
-    /// `sums[token] = ` the outputs of one row tile of nibbles: for one token the plain GEMV, for up to eight [`dot_few`]. False, with nothing done, if they are more, or
-    /// escapes would cost more than symbol bytes.
+    /// The outputs of one row tile of nibbles for one token: the plain GEMV.
     ///
     /// A segment is a whole number of lines. Cost per line of 128 symbols: one load, a mask and a product for either
     /// half, and with escapes what [`dot_spread`] or [`Patched`] take. Bound by reading the lines from memory, which are asked for
     /// well ahead: of the 1.1 B model at 3.25 bpw that takes steps of `cached` from 51 and 52 to 66 and 69 tok/s on a Zen 5 with one
     /// thread (by turns), for the processor's own prefetcher stops at the ends of pages. G weights/s from memory at 3.79 bits, asked for 0, 1, 2, 4, 8 KiB
     /// ahead: 61, 58, 58, 65, 76; to the L2 cache 16 and 64 KiB: 69, 74.
-    fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, sums: &mut [[f32; TILE_ROWS]]) -> bool {
-        match sums {
-            [acc] if has_escapes && I::SPREADS => dot_spread(isa, tile, bias, scales, x, acc),
-            [acc] => dot_in_place(isa, tile, bias, has_escapes, scales, x, acc),
-            _ if has_escapes && (!I::SPREADS || sums.len() > SPREAD_TOKENS_MAX) => return false,
-            _ => {
-                for (block, sums) in x.blocks().zip(sums.chunks_mut(BLOCK_TOKENS)) {
-                    match has_escapes {
-                        true => by_tokens!(block.tokens, dot_few::<_, true>(isa, tile, bias, scales, block, x.segment(), sums)),
-                        false => by_tokens!(block.tokens, dot_few::<_, false>(isa, tile, bias, scales, block, x.segment(), sums)),
-                    }
-                }
+    fn dot_nibbles(isa; tile: &RowTile<'_>, bias: u8, has_escapes: bool, scales: TileScales<'_>, x: &Activations, acc: &mut [f32; TILE_ROWS]) {
+        if has_escapes && I::SPREADS {
+            dot_spread(isa, tile, bias, scales, x, acc);
+        } else {
+            dot_in_place(isa, tile, bias, has_escapes, scales, x, acc);
+        }
+    }
+}
+
+per_isa! {
+    /// `sums[token] = ` the outputs of one row tile of nibbles. False, with nothing done, where escapes would cost more than symbol bytes.
+    ///
+    /// `sums`: (tokens, 16), zero when it comes in. Apart from [`dot_nibbles`], whose loops the compiler spoils where these stand beside them (3 % with escapes).
+    fn dot_nibbles_together(
+        isa;
+        tile: &RowTile<'_>,
+        bias: u8,
+        has_escapes: bool,
+        scales: TileScales<'_>,
+        x: &Activations,
+        sums: &mut [[f32; TILE_ROWS]],
+    ) -> bool {
+        if has_escapes && (!I::SPREADS || sums.len() > SPREAD_TOKENS_MAX) {
+            return false;
+        }
+        for (block, sums) in x.blocks().zip(sums.chunks_mut(BLOCK_TOKENS)) {
+            match has_escapes {
+                true => by_tokens!(block.tokens, dot_few::<_, true>(isa, tile, bias, scales, block, x.segment(), sums)),
+                false => by_tokens!(block.tokens, dot_few::<_, false>(isa, tile, bias, scales, block, x.segment(), sums)),
             }
         }
         true
     }
 }
 
-/// As [`dot_nibbles`], of a block of `T` tokens, for which each line is read and made symbol bytes once. `ESCAPES`: whether there may be any; `segment`: columns
+/// As [`dot_nibbles_together`], of a block of `T` tokens, for which each line is read and made symbol bytes once. `ESCAPES`: whether there may be any; `segment`: columns
 /// of one.
 #[inline(always)]
 fn dot_few<I: Isa, const T: usize, const ESCAPES: bool>(

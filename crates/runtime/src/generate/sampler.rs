@@ -1,7 +1,11 @@
 //! From logits to a token.
 
+use std::cmp::Ordering;
 use tersor_cpu::{Level, ops};
 use thiserror::Error;
+
+/// Candidates that are sorted for a start.
+const SORTED_FIRST: usize = 256;
 
 /// How the next token is chosen. The steps are those of transformers, in its order: repetition penalty, temperature, top-k,
 /// top-p, min-p, draw.
@@ -68,6 +72,8 @@ pub struct Sampler {
     random: SplitMix64,
     /// (logit, then weight; token)
     candidates: Vec<(f32, u32)>,
+    /// Candidates that stand in their order, before all others.
+    sorted: usize,
     seen: Vec<bool>,
 }
 
@@ -79,7 +85,7 @@ impl Sampler {
     pub fn new(sampling: Sampling) -> Result<Self, SamplingError> {
         sampling.check()?;
         let random = SplitMix64 { state: sampling.seed };
-        Ok(Self { sampling, level: Level::best(), random, candidates: Vec::new(), seen: Vec::new() })
+        Ok(Self { sampling, level: Level::best(), random, candidates: Vec::new(), sorted: 0, seen: Vec::new() })
     }
 
     /// Chooses the token that follows `history` (prompt and generated tokens), given its logits (vocab,); `None` if one of them is not finite, or
@@ -100,29 +106,46 @@ impl Sampler {
     fn draw(&mut self, logits: &[f32], history: &[u32]) -> u32 {
         self.candidates.clear();
         self.candidates.extend(logits.iter().copied().zip(0..));
+        self.sorted = 0;
         self.penalize(history);
-        let most_likely = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        let best = *self.candidates.iter().min_by(|a, b| most_likely(a, b)).expect("a vocabulary has tokens");
         if self.sampling.temperature == 0.0 {
-            return self.candidates.iter().min_by(|a, b| most_likely(a, b)).expect("a vocabulary has tokens").1;
+            return best.1;
         }
         let top_k = self.sampling.top_k;
         if top_k > 0 && top_k < self.candidates.len() {
             self.candidates.select_nth_unstable_by(top_k, most_likely);
             self.candidates.truncate(top_k);
         }
-        self.candidates.sort_unstable_by(most_likely);
-        self.weigh();
-        let kept = self.kept();
-        let total: f64 = self.candidates[..kept].iter().map(|c| f64::from(c.0)).sum();
+        // From logits to weights relative to the best, which gets 1.
+        for candidate in &mut self.candidates {
+            candidate.0 = ops::exp((candidate.0 - best.0) / self.sampling.temperature);
+        }
+        let (kept, total) = self.kept();
         let mut rest = self.random.uniform() * total;
-        for &(weight, token) in &self.candidates[..kept] {
+        for place in 0..kept {
+            let (weight, token) = self.candidate(place);
             rest -= f64::from(weight);
             if rest < 0.0 {
                 return token;
             }
         }
         // Rounding can leave a rest of a few parts in 10^16 after the last one.
-        self.candidates[kept - 1].1
+        self.candidate(kept - 1).1
+    }
+
+    /// The candidate at a place in the order of likelihood. Only as many are sorted as are looked at, in growing runs: most draws end among the first.
+    fn candidate(&mut self, place: usize) -> (f32, u32) {
+        while place >= self.sorted {
+            let unsorted = &mut self.candidates[self.sorted..];
+            let run = (SORTED_FIRST + 7 * self.sorted).min(unsorted.len());
+            if run < unsorted.len() {
+                unsorted.select_nth_unstable_by(run, most_likely);
+            }
+            unsorted[..run].sort_unstable_by(most_likely);
+            self.sorted += run;
+        }
+        self.candidates[place]
     }
 
     fn penalize(&mut self, history: &[u32]) {
@@ -141,30 +164,30 @@ impl Sampler {
         }
     }
 
-    /// Turns sorted logits into weights relative to the first, which gets 1.
-    fn weigh(&mut self) {
-        let best = self.candidates[0].0;
-        for candidate in &mut self.candidates {
-            candidate.0 = ops::exp((candidate.0 - best) / self.sampling.temperature);
+    /// How many of the likeliest candidates top-p and min-p leave, at least 1, and the sum of their weights.
+    fn kept(&mut self) -> (usize, f64) {
+        let total: f64 = self.candidates.iter().map(|c| f64::from(c.0)).sum();
+        let Sampling { top_p, min_p, .. } = self.sampling;
+        if top_p == 1.0 && min_p == 0.0 {
+            return (self.candidates.len(), total);
         }
+        let enough = if top_p < 1.0 { f64::from(top_p) * total } else { f64::INFINITY };
+        let (mut kept, mut sum) = (0, 0.0);
+        while kept < self.candidates.len() && sum < enough {
+            let (weight, _) = self.candidate(kept);
+            if weight < min_p && kept > 0 {
+                break;
+            }
+            sum += f64::from(weight);
+            kept += 1;
+        }
+        (kept, sum)
     }
+}
 
-    /// How many of the sorted candidates top-p and min-p leave; at least 1.
-    fn kept(&self) -> usize {
-        let mut kept = self.candidates.len();
-        if self.sampling.top_p < 1.0 {
-            let total: f64 = self.candidates.iter().map(|c| f64::from(c.0)).sum();
-            let enough = f64::from(self.sampling.top_p) * total;
-            let mut sum = 0.0;
-            let reached = self.candidates.iter().position(|c| {
-                sum += f64::from(c.0);
-                sum >= enough
-            });
-            kept = reached.map_or(kept, |last| last + 1);
-        }
-        let likely = self.candidates[..kept].partition_point(|c| c.0 >= self.sampling.min_p);
-        likely.max(1)
-    }
+/// The order of candidates: by logit or weight, of equals the one with the least id first.
+fn most_likely(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
 /// SplitMix64 by Sebastiano Vigna (<https://prng.di.unimi.it/splitmix64.c>, public domain): a counter and a mixer. One number
@@ -248,6 +271,42 @@ mod tests {
         assert_eq!(kept(Sampling { top_p: 0.75, ..base.clone() }), [false, true, true, true]);
         assert_eq!(kept(Sampling { min_p: 0.45, ..base.clone() }), [false, true, true, true]);
         assert_eq!(kept(Sampling { top_p: 1e-6, min_p: 1.0, ..base }), [false, true, false, false]);
+    }
+
+    /// However few candidates are sorted for it.
+    #[test]
+    fn draws_are_those_of_a_full_sort() {
+        let mut random = SplitMix64 { state: 5 };
+        let logits: Vec<f32> = (0..5000).map(|_| (random.uniform() * 6.0) as f32).collect();
+        let base = Sampling { temperature: 1.5, seed: 11, ..Sampling::default() };
+        let mut late = 0;
+        for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.4), (3000, 0.9, 0.1), (100, 1.0, 0.0)] {
+            let sampling = Sampling { top_k, top_p, min_p, ..base.clone() };
+            let mut sorted: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+            sorted.sort_by(most_likely);
+            sorted.truncate(if top_k > 0 { top_k } else { usize::MAX });
+            let best = sorted[0].0;
+            let weights: Vec<f64> = sorted.iter().map(|c| f64::from(ops::exp((c.0 - best) / 1.5))).collect();
+            let enough = f64::from(top_p) * weights.iter().sum::<f64>();
+            let (mut kept, mut sum) = (0, 0.0);
+            while kept < weights.len() && (top_p == 1.0 || sum < enough) && weights[kept] as f32 >= min_p {
+                sum += weights[kept];
+                kept += 1;
+            }
+            let mut sampler = Sampler::new(sampling).unwrap();
+            let mut random = SplitMix64 { state: 11 };
+            for _ in 0..200 {
+                let mut rest = random.uniform() * sum;
+                let place = weights[..kept].iter().position(|weight| {
+                    rest -= weight;
+                    rest < 0.0
+                });
+                let place = place.unwrap_or(kept - 1);
+                assert_eq!(sampler.sample(&logits, &[]), Some(sorted[place].1), "{top_k} {top_p} {min_p}");
+                late += usize::from(place > SORTED_FIRST);
+            }
+        }
+        assert!(late > 100, "draws reach beyond what is sorted first: {late}");
     }
 
     #[test]
