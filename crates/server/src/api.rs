@@ -21,7 +21,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::error::ApiError;
 use crate::reply::{Piece, Reply, Usage, logprobs};
-use crate::request::{ChatRequest, CompletionRequest, Prompt, Service, Wishes};
+use crate::request::{ChatRequest, CompletionRequest, Defaults, Prompt, Wishes};
 use crate::scheduler::{Job, QUEUE_MAX};
 
 /// Largest request, bytes.
@@ -75,7 +75,7 @@ async fn completions(
     Extract(state): Extract<Arc<State>>,
     body: Result<Json<CompletionRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
-    let (prompts, wishes) = json_body(body)?.check(state.service())?;
+    let (prompts, wishes) = json_body(body)?.check(state.defaults())?;
     let prepared = blocking(&state, move |state| {
         let prompt = |prompt: Prompt| -> Result<_, ApiError> {
             Ok(match prompt {
@@ -95,7 +95,7 @@ async fn chat_completions(
     Extract(state): Extract<Arc<State>>,
     body: Result<Json<ChatRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
-    let (messages, wishes) = json_body(body)?.check(state.service())?;
+    let (messages, wishes) = json_body(body)?.check(state.defaults())?;
     let prompt = blocking(&state, move |state| {
         let template = state.template.as_ref();
         let template = template.ok_or_else(|| ApiError::bad_request("the model has no chat template; use /v1/completions"))?;
@@ -121,11 +121,11 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl State {
-    fn service(&self) -> Service<'_> {
-        // Different for every request; nobody is to guess it, but nothing depends on that.
+    fn defaults(&self) -> Defaults<'_> {
+        // Different for every request, but no secret.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
         let seed = now ^ ANSWERS.load(Ordering::Relaxed).rotate_left(32);
-        Service { name: &self.name, context: self.context, repetition_penalty: self.repetition_penalty.unwrap_or(1.0), seed }
+        Defaults { name: &self.name, context: self.context, repetition_penalty: self.repetition_penalty.unwrap_or(1.0), seed }
     }
 
     /// Queues a job.

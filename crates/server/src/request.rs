@@ -126,9 +126,9 @@ pub(crate) struct Wishes {
     pub echo: bool,
 }
 
-/// What the server knows when it reads a request.
+/// What the server adds to a request, and holds it to.
 #[derive(Clone, Copy)]
-pub(crate) struct Service<'a> {
+pub(crate) struct Defaults<'a> {
     pub name: &'a str,
     /// Positions of a sequence.
     pub context: usize,
@@ -140,7 +140,7 @@ pub(crate) struct Service<'a> {
 
 impl CompletionRequest {
     /// The prompts, and how they are to be continued.
-    pub fn check(self, service: Service<'_>) -> Result<(Vec<Prompt>, Wishes), ApiError> {
+    pub fn check(self, defaults: Defaults<'_>) -> Result<(Vec<Prompt>, Wishes), ApiError> {
         refuse("suffix", self.suffix.is_some_and(|suffix| !suffix.is_empty()))?;
         let prompts = match self.prompt {
             Prompts::One(prompt) => vec![prompt],
@@ -150,7 +150,7 @@ impl CompletionRequest {
             return Err(ApiError::bad_request(format!("prompt: {} prompts, 1 to {PROMPTS_MAX} are possible", prompts.len())));
         }
         let echo = self.echo.unwrap_or(false);
-        let mut wishes = self.common.check(service, None, COMPLETION_TOKENS_DEFAULT)?;
+        let mut wishes = self.common.check(defaults, None, COMPLETION_TOKENS_DEFAULT)?;
         if let Some(top) = self.logprobs {
             if top > TOP_MAX {
                 return Err(ApiError::bad_request(format!("logprobs: {top}, at most {TOP_MAX} are possible")));
@@ -164,14 +164,14 @@ impl CompletionRequest {
 
 impl ChatRequest {
     /// The conversation, and how it is to be continued.
-    pub fn check(self, service: Service<'_>) -> Result<(Vec<Message>, Wishes), ApiError> {
+    pub fn check(self, defaults: Defaults<'_>) -> Result<(Vec<Message>, Wishes), ApiError> {
         refuse("logprobs", self.logprobs == Some(true))?;
         refuse("tools", self.tools.is_some_and(|tools| !tools.is_empty()))?;
         refuse("response_format", self.response_format.is_some_and(|format| !format.is_null() && format["type"] != "text"))?;
         if self.messages.is_empty() {
             return Err(ApiError::bad_request("messages: none, so there is nothing to answer"));
         }
-        let wishes = self.common.check(service, self.max_completion_tokens, service.context)?;
+        let wishes = self.common.check(defaults, self.max_completion_tokens, defaults.context)?;
         let messages = self.messages.into_iter().map(ChatMessage::check).collect::<Result<_, _>>()?;
         Ok((messages, wishes))
     }
@@ -203,9 +203,9 @@ impl Part {
 }
 
 impl Common {
-    fn check(self, service: Service<'_>, tokens_max: Option<usize>, tokens_default: usize) -> Result<Wishes, ApiError> {
-        if let Some(model) = self.model.filter(|model| model != service.name) {
-            return Err(ApiError::not_found(format!("model: {model:?} is not here, {:?} is", service.name)));
+    fn check(self, defaults: Defaults<'_>, tokens_max: Option<usize>, tokens_default: usize) -> Result<Wishes, ApiError> {
+        if let Some(model) = self.model.filter(|model| model != defaults.name) {
+            return Err(ApiError::not_found(format!("model: {model:?} is not here, {:?} is", defaults.name)));
         }
         refuse("n above 1", self.n.is_some_and(|n| n != 1))?;
         refuse("best_of above 1", self.best_of.is_some_and(|n| n != 1))?;
@@ -225,13 +225,13 @@ impl Common {
             top_k: self.top_k.unwrap_or(0),
             top_p: self.top_p.unwrap_or(1.0),
             min_p: self.min_p.unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.unwrap_or(service.repetition_penalty),
-            seed: self.seed.map_or(service.seed, i64::cast_unsigned),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            seed: self.seed.map_or(defaults.seed, i64::cast_unsigned),
         };
         sampling.check().map_err(|error| ApiError::bad_request(error.to_string()))?;
-        let tokens_max = tokens_max.or(self.max_tokens).unwrap_or(tokens_default).min(service.context);
+        let tokens_max = tokens_max.or(self.max_tokens).unwrap_or(tokens_default).min(defaults.context);
         Ok(Wishes {
-            options: Options { tokens_max, context: service.context, sampling, ignore_eos: self.ignore_eos.unwrap_or(false) },
+            options: Options { tokens_max, context: defaults.context, sampling, ignore_eos: self.ignore_eos.unwrap_or(false) },
             stops,
             stream: self.stream.unwrap_or(false),
             stream_usage: self.stream_options.and_then(|options| options.include_usage).unwrap_or(false),
@@ -250,16 +250,16 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    const SERVICE: Service<'_> = Service { name: "m", context: 100, repetition_penalty: 1.1, seed: 7 };
+    const DEFAULTS: Defaults<'_> = Defaults { name: "m", context: 100, repetition_penalty: 1.1, seed: 7 };
 
     fn completion(body: Value) -> Result<(Vec<Prompt>, Wishes), String> {
         let request: CompletionRequest = serde_json::from_value(body).map_err(|error| error.to_string())?;
-        request.check(SERVICE).map_err(|error| error.message)
+        request.check(DEFAULTS).map_err(|error| error.message)
     }
 
     fn chat(body: Value) -> Result<(Vec<Message>, Wishes), String> {
         let request: ChatRequest = serde_json::from_value(body).map_err(|error| error.to_string())?;
-        request.check(SERVICE).map_err(|error| error.message)
+        request.check(DEFAULTS).map_err(|error| error.message)
     }
 
     #[test]
