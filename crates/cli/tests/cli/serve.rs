@@ -275,8 +275,6 @@ fn what_is_wrong_is_refused_in_one_line() {
     assert!(refused(400, json!({"prompt": [5000]})).contains("5000"));
     let message = server.fails(400, "/v1/chat/completions", &json!({"messages": [{"role": "user", "content": "a"}]}).to_string());
     assert!(message.contains("chat template"));
-    let huge = json!({"prompt": "a".repeat(9 << 20)});
-    assert!(refused(413, huge).contains("limit"));
     // None of it has harmed the server.
     assert_eq!(text(&server.complete(&greedy(PROMPT, 3))), text(&server.complete(&greedy(PROMPT, 3))));
     let port = server.address.rsplit(':').next().unwrap();
