@@ -4,8 +4,9 @@
 //!
 //! Gaussian symbols of 2.25 bits and of 3.79, 4,096 columns, one thread; G weights/s x tokens. Where reading or decoding the weights is the work, twice the tokens take no longer.
 
-use std::time::Instant;
+mod common;
 
+use common::{gauss, seconds};
 use tersor_codec::Codec;
 use tersor_cpu::{Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_into, matmul};
 use tersor_format::encode_tensor;
@@ -13,29 +14,6 @@ use tersor_quant::{QuantizedTensor, Scales};
 
 const COLS: usize = 4096;
 const TOKENS: [usize; 9] = [1, 2, 3, 4, 6, 8, 16, 64, 256];
-
-fn gauss(count: usize, step: f64) -> Vec<i16> {
-    let mut s = 88_172_645_463_325_252u64;
-    let mut unit = || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 11) as f64 / (1u64 << 53) as f64
-    };
-    (0..count).map(|_| ((-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos() / step).round() as i16).collect()
-}
-
-/// Seconds of a call, the best of a quarter of a second.
-fn best(mut f: impl FnMut()) -> f64 {
-    let begin = Instant::now();
-    let mut best = f64::INFINITY;
-    while begin.elapsed().as_secs_f64() < 0.25 {
-        let start = Instant::now();
-        f();
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    best
-}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
@@ -76,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     let out = &mut out[..tokens * rows];
                     run(tokens, out);
                     assert!(*out == want[..tokens * rows], "{codec} {name}: {tokens} tokens together are those alone");
-                    (tokens * rows * COLS) as f64 / best(|| run(tokens, out)) / 1e9
+                    (tokens * rows * COLS) as f64 / seconds(|| run(tokens, out)) / 1e9
                 });
                 let bits = coded.coded_bytes() as f64 * 8.0 / (rows * COLS) as f64;
                 println!("{:12} {name:8} {bits:5.2}   {rates:6.1?}", codec.to_string());

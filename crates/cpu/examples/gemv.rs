@@ -7,34 +7,17 @@
 //! one that does not. Rates are in G weights/s. Other processes on the machine disturb them:
 //! compare within one run.
 
-use std::time::Instant;
+mod common;
 
+use common::{gauss, seconds};
 use tersor_codec::{Codec, Histogram};
 use tersor_cpu::{Activations, Decoded, Job, KernelScales, Level, Matrix, Pool, decode_bytes, decode_into, matmul, read_bandwidth};
 use tersor_format::encode_tensor;
 use tersor_quant::{QuantizedTensor, Scales};
 
-fn gauss(count: usize, step: f64) -> Vec<i16> {
-    let mut s = 88_172_645_463_325_252u64;
-    let mut unit = || {
-        s ^= s << 13;
-        s ^= s >> 7;
-        s ^= s << 17;
-        (s >> 11) as f64 / (1u64 << 53) as f64
-    };
-    (0..count).map(|_| ((-2.0 * unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * unit()).cos() / step).round() as i16).collect()
-}
-
 /// Weights per second, the best of a quarter of a second.
-fn rate(weights: usize, mut f: impl FnMut()) -> f64 {
-    let begin = Instant::now();
-    let mut best = f64::INFINITY;
-    while begin.elapsed().as_secs_f64() < 0.25 {
-        let start = Instant::now();
-        f();
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    weights as f64 / best / 1e9
+fn rate(weights: usize, f: impl FnMut()) -> f64 {
+    weights as f64 / seconds(f) / 1e9
 }
 
 fn run(pool: &Pool, level: Level, matrix: Matrix<'_>, scales: &KernelScales, x: &Activations, out: &mut [f32]) {

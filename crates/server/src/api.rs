@@ -75,13 +75,15 @@ async fn completions(
     Extract(state): Extract<Arc<State>>,
     body: Result<Json<CompletionRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
-    let (prompts, wishes) = json_body(body)?.check(state.defaults())?;
+    let Json(request) = body?;
+    let (prompts, wishes) = request.check(state.defaults())?;
+    let echo = wishes.echo;
     let prepared = blocking(&state, move |state| {
         let prompt = |prompt: Prompt| -> Result<_, ApiError> {
             Ok(match prompt {
-                Prompt::Text(text) => (state.tokenizer.encode(&text).map_err(|error| ApiError::bad_request(error.to_string()))?, text),
+                Prompt::Text(text) => (state.tokenizer.encode(&text).map_err(ApiError::bad_request)?, echo.then_some(text)),
                 Prompt::Tokens(tokens) => {
-                    let text = state.tokenizer.decode(&tokens);
+                    let text = echo.then(|| state.tokenizer.decode(&tokens));
                     (tokens, text)
                 }
             })
@@ -95,20 +97,15 @@ async fn chat_completions(
     Extract(state): Extract<Arc<State>>,
     body: Result<Json<ChatRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
-    let (messages, wishes) = json_body(body)?.check(state.defaults())?;
+    let Json(request) = body?;
+    let (messages, wishes) = request.check(state.defaults())?;
     let prompt = blocking(&state, move |state| {
         let template = state.template.as_ref();
         let template = template.ok_or_else(|| ApiError::bad_request("the model has no chat template; use /v1/completions"))?;
-        let text = template.render(&messages).map_err(|error| ApiError::bad_request(error.to_string()))?;
-        Ok((state.tokenizer.encode_rendered(&text).map_err(|error| ApiError::bad_request(error.to_string()))?, text))
+        let text = template.render(&messages).map_err(ApiError::bad_request)?;
+        state.tokenizer.encode_rendered(&text).map_err(ApiError::bad_request)
     });
-    answer(&state, Kind::Chat, vec![prompt.await?], wishes).await
-}
-
-/// A request's body, or in one line why it is none.
-fn json_body<T>(body: Result<Json<T>, JsonRejection>) -> Result<T, ApiError> {
-    let Json(body) = body.map_err(|rejection| ApiError { status: rejection.status(), message: rejection.body_text() })?;
-    Ok(body)
+    answer(&state, Kind::Chat, vec![(prompt.await?, None)], wishes).await
 }
 
 /// Work of a moment or more, beside the thread that answers.
@@ -128,16 +125,15 @@ impl State {
         Defaults { name: &self.name, context: self.context, repetition_penalty: self.repetition_penalty.unwrap_or(1.0), seed }
     }
 
-    /// Queues a job.
-    fn submit(&self, prompt: Vec<u32>, text: String, wishes: &Wishes) -> Result<Reply, ApiError> {
+    /// Queues a job. `echo`: the text that is to precede the answer.
+    fn submit(&self, prompt: Vec<u32>, echo: Option<String>, wishes: &Wishes) -> Result<Reply, ApiError> {
         let options = wishes.options.clone();
-        options.check(&prompt).map_err(|error| ApiError::bad_request(error.to_string()))?;
+        options.check(&prompt).map_err(ApiError::bad_request)?;
         // One such token would end all that runs beside it.
         if let Some(token) = prompt.iter().find(|token| **token as usize >= self.vocab) {
             return Err(ApiError::bad_request(format!("prompt: token {token} is none of the vocabulary of {}", self.vocab)));
         }
         let (events, receiver) = unbounded_channel();
-        let echo = wishes.echo.then_some(text);
         let reply = Reply::new(receiver, self.tokenizer.clone(), &prompt, wishes.stops.clone(), echo);
         match self.queue.try_send(Job { prompt, options, scoring: wishes.scoring, events }) {
             Ok(()) => Ok(reply),
@@ -148,8 +144,8 @@ impl State {
 }
 
 /// Queues the prompts and answers, at once or as a stream.
-async fn answer(state: &Arc<State>, kind: Kind, prompts: Vec<(Vec<u32>, String)>, wishes: Wishes) -> Result<Response, ApiError> {
-    let replies: Vec<Reply> = prompts.into_iter().map(|(tokens, text)| state.submit(tokens, text, &wishes)).collect::<Result<_, _>>()?;
+async fn answer(state: &Arc<State>, kind: Kind, prompts: Vec<(Vec<u32>, Option<String>)>, wishes: Wishes) -> Result<Response, ApiError> {
+    let replies: Vec<Reply> = prompts.into_iter().map(|(tokens, echo)| state.submit(tokens, echo, &wishes)).collect::<Result<_, _>>()?;
     let head = Head::new(kind, &state.name);
     if wishes.stream {
         let scored = wishes.scoring.is_some();
@@ -197,36 +193,36 @@ impl Head {
         json!({"id": self.id, "object": object, "created": self.created, "model": self.model})
     }
 
+    /// An answer to one prompt.
     fn choice(&self, index: usize, piece: &Piece, scores: Option<Value>) -> Value {
         match self.kind {
-            Kind::Completion => json!({"index": index, "text": piece.text, "logprobs": scores, "finish_reason": piece.finish}),
-            Kind::Chat => {
-                let message = json!({"role": "assistant", "content": piece.text});
-                json!({"index": index, "message": message, "logprobs": null, "finish_reason": piece.finish})
-            }
+            Kind::Completion => choice(index, piece, scores, "text", json!(piece.text)),
+            Kind::Chat => choice(index, piece, scores, "message", json!({"role": "assistant", "content": piece.text})),
         }
     }
 
     /// A part of a stream.
     fn chunk(&self, index: usize, piece: &Piece, scores: Option<Value>, first: bool) -> Value {
-        let mut choice = self.choice(index, piece, scores);
-        if self.kind == Kind::Chat {
-            let mut delta = choice["message"].take();
-            let fields = delta.as_object_mut().expect("a message is an object");
-            if !first {
-                fields.remove("role");
+        let choice = match self.kind {
+            Kind::Completion => self.choice(index, piece, scores),
+            Kind::Chat => {
+                let delta = match (first, piece.text.as_str()) {
+                    (true, text) => json!({"role": "assistant", "content": text}),
+                    (false, "") => json!({}),
+                    (false, text) => json!({"content": text}),
+                };
+                choice(index, piece, scores, "delta", delta)
             }
-            if piece.text.is_empty() && !first {
-                fields.remove("content");
-            }
-            let choice = choice.as_object_mut().expect("a choice is an object");
-            choice.remove("message");
-            choice.insert("delta".to_owned(), delta);
-        }
+        };
         let mut body = self.body(".chunk");
         body["choices"] = json!([choice]);
         body
     }
+}
+
+/// What all choices have, and under `name` what this one says.
+fn choice(index: usize, piece: &Piece, scores: Option<Value>, name: &str, says: Value) -> Value {
+    json!({"index": index, name: says, "logprobs": scores, "finish_reason": piece.finish})
 }
 
 /// One reply of a stream, and what has come of it.

@@ -1,6 +1,7 @@
 //! Errors as clients of OpenAI's API expect them: a status, and a JSON object with one line.
 
 use axum::Json;
+use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -14,8 +15,8 @@ pub(crate) struct ApiError {
 
 impl ApiError {
     /// The request is wrong.
-    pub fn bad_request(message: impl Into<String>) -> Self {
-        Self { status: StatusCode::BAD_REQUEST, message: message.into() }
+    pub fn bad_request(cause: impl ToString) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, message: cause.to_string() }
     }
 
     /// What the request asks for is not here.
@@ -37,6 +38,12 @@ impl ApiError {
     pub fn body(&self) -> Value {
         let kind = if self.status.is_client_error() { "invalid_request_error" } else { "server_error" };
         json!({"error": {"message": self.message, "type": kind, "param": null, "code": self.status.as_u16()}})
+    }
+}
+
+impl From<JsonRejection> for ApiError {
+    fn from(rejection: JsonRejection) -> Self {
+        Self { status: rejection.status(), message: rejection.body_text() }
     }
 }
 

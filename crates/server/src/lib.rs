@@ -56,7 +56,7 @@ pub struct Service {
 pub fn serve(service: Service, listener: TcpListener, stop: &'static AtomicBool) -> io::Result<()> {
     let Service { name, runner, tokenizer, template, context, sequences } = service;
     let (vocab, repetition_penalty) = (runner.config().vocab, runner.config().repetition_penalty);
-    let (scheduler, queue) = Scheduler::new(runner, context, sequences);
+    let (scheduler, queue) = Scheduler::new(runner, sequences);
     let state = Arc::new(State { name, tokenizer: Arc::new(tokenizer), template, context, vocab, repetition_penalty, queue });
     let model = std::thread::Builder::new().name("model".to_owned()).spawn(move || scheduler.run(stop))?;
     // Requests are small work beside the model's: one thread, and one for what blocks.

@@ -228,7 +228,7 @@ impl Common {
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: self.seed.map_or(defaults.seed, i64::cast_unsigned),
         };
-        sampling.check().map_err(|error| ApiError::bad_request(error.to_string()))?;
+        sampling.check().map_err(ApiError::bad_request)?;
         let tokens_max = tokens_max.or(self.max_tokens).unwrap_or(tokens_default).min(defaults.context);
         Ok(Wishes {
             options: Options { tokens_max, context: defaults.context, sampling, ignore_eos: self.ignore_eos.unwrap_or(false) },

@@ -64,24 +64,22 @@ struct Running {
     events: UnboundedSender<Event>,
     /// Generated tokens that have been sent.
     sent: usize,
-    scores: bool,
 }
 
 /// Owns the model.
 pub(crate) struct Scheduler {
     runner: Box<dyn Runner>,
-    context: usize,
     slots: Vec<Slot>,
     jobs: Receiver<Job>,
     taken: u64,
 }
 
 impl Scheduler {
-    /// For up to `sequences` jobs at a time, of `context` positions each; jobs come by the queue that is returned.
-    pub fn new(runner: Box<dyn Runner>, context: usize, sequences: usize) -> (Self, SyncSender<Job>) {
+    /// For up to `sequences` jobs at a time, all with the same context; they come by the queue that is returned.
+    pub fn new(runner: Box<dyn Runner>, sequences: usize) -> (Self, SyncSender<Job>) {
         let (queue, jobs) = sync_channel(QUEUE_MAX);
         let slots = std::iter::repeat_with(Slot::default).take(sequences.max(1)).collect();
-        (Self { runner, context, slots, jobs, taken: 0 }, queue)
+        (Self { runner, slots, jobs, taken: 0 }, queue)
     }
 
     /// Runs until nobody can send jobs any more, or `stop` is set.
@@ -121,7 +119,6 @@ impl Scheduler {
 
     fn start(&mut self, job: Job) {
         let Job { prompt, options, scoring, events } = job;
-        let options = Options { context: self.context, ..options };
         let shared = |slot: &Slot| slot.session.as_ref().map_or(0, |session| session.shared_tokens(&prompt));
         // The most that is shared, then a place that holds nothing, then the one that was taken first.
         let free = self.slots.iter_mut().filter(|slot| slot.running.is_none());
@@ -144,7 +141,7 @@ impl Scheduler {
         if let (Some(session), Some(Scoring { top, of_prompt })) = (&mut slot.session, scoring) {
             session.score(top, of_prompt);
         }
-        slot.running = Some(Running { events, sent: 0, scores: scoring.is_some() });
+        slot.running = Some(Running { events, sent: 0 });
     }
 
     /// Moves all that run.
@@ -172,7 +169,8 @@ impl Slot {
         let (Some(running), Some(session)) = (&mut self.running, &mut self.session) else { return };
         let mut scores = session.take_scores();
         let new = &session.generated()[running.sent..];
-        let mut of_tokens = scores.split_off(scores.len() - if running.scores { new.len() } else { 0 }).into_iter();
+        // The last are the new tokens', if there are any.
+        let mut of_tokens = scores.split_off(scores.len().saturating_sub(new.len())).into_iter();
         if !scores.is_empty() {
             let _ = running.events.send(Event::Prompt(scores));
         }
