@@ -34,6 +34,16 @@ impl Options {
         check_prompt(prompt, self.context)?;
         Ok(self.sampling.check()?)
     }
+
+    /// The tokens that end a session with `runner`.
+    fn eos(&self, runner: &dyn Runner) -> Vec<u32> {
+        if self.ignore_eos { Vec::new() } else { runner.config().eos.clone() }
+    }
+}
+
+/// Why a session of at most `tokens_max` tokens ends before it begins, if it does.
+fn at_once(tokens_max: usize) -> Option<Stop> {
+    (tokens_max == 0).then_some(Stop::Length)
 }
 
 fn check_prompt(prompt: &[u32], context: usize) -> Result<(), SessionError> {
@@ -155,10 +165,10 @@ impl Session {
             tokens: prompt.to_vec(),
             prompt_tokens: prompt.len(),
             tokens_max: options.tokens_max,
-            eos: if options.ignore_eos { Vec::new() } else { runner.config().eos.clone() },
+            eos: options.eos(runner),
             hash: Some(Xxh3Default::new()),
             scores: None,
-            stop: (options.tokens_max == 0).then_some(Stop::Length),
+            stop: at_once(options.tokens_max),
         })
     }
 
@@ -172,7 +182,7 @@ impl Session {
         self.kv.truncate(self.shared_tokens(prompt));
         self.tokens = prompt.to_vec();
         self.prompt_tokens = prompt.len();
-        self.stop = (self.tokens_max == 0).then_some(Stop::Length);
+        self.stop = at_once(self.tokens_max);
         Ok(())
     }
 
@@ -183,11 +193,9 @@ impl Session {
     /// As [`Options::check`]; the session is then as it was.
     pub fn renew(&mut self, runner: &dyn Runner, prompt: &[u32], options: &Options) -> Result<(), SessionError> {
         let sampler = Sampler::new(options.sampling.clone())?;
-        check_prompt(prompt, self.kv.capacity())?;
-        self.tokens_max = options.tokens_max;
         self.restart(prompt)?;
-        self.sampler = sampler;
-        self.eos = if options.ignore_eos { Vec::new() } else { runner.config().eos.clone() };
+        (self.sampler, self.eos) = (sampler, options.eos(runner));
+        (self.tokens_max, self.stop) = (options.tokens_max, at_once(options.tokens_max));
         (self.hash, self.scores) = (None, None);
         Ok(())
     }
